@@ -1,0 +1,1 @@
+"""Cutting content into chunks."""

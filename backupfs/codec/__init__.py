@@ -1,0 +1,1 @@
+"""Pure transformations of bytes: compression, sealing, keys."""

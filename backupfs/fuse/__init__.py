@@ -1,0 +1,1 @@
+"""The view behind a kernel mount; alone imports pyfuse3."""

@@ -1,0 +1,1 @@
+"""The files of this machine: what to back up, reading and writing it."""

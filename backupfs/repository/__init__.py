@@ -1,0 +1,1 @@
+"""What a repository is: keys, packs, index, and the chunks in them."""

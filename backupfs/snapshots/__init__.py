@@ -1,0 +1,1 @@
+"""The backed-up world: nodes, trees, snapshots."""

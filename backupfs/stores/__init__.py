@@ -1,0 +1,1 @@
+"""Holders of named byte objects: a folder, memory, object storage."""
