@@ -1,0 +1,162 @@
+"""Reading chunks: index → range of a pack → unseal → decompress → check the id; decoded blocks are kept.
+
+Threading: everything is safe in threads; a lock covers the table of blocks and nothing slow.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+
+from backupfs.codec.keys import Keyring, keyed_hash
+from backupfs.codec.sealing import Kind, OpenedHeader, UnitRole
+from backupfs.errors import DamagedObject, ObjectMissing
+from backupfs.ids import ChunkId, ObjectId, short
+from backupfs.repository import layout
+from backupfs.repository.index import Index
+from backupfs.repository.pack import PackRef
+from backupfs.repository.run import Location
+from backupfs.stores.store import Store
+
+log = logging.getLogger(__name__)
+
+_MOST_OPENED_PACKS = 256
+
+
+class _CachedBlock:
+    __slots__ = ("chunk_ids", "plain")
+
+    def __init__(self, plain: bytes) -> None:
+        self.plain = plain
+        self.chunk_ids: list[ChunkId] = []  # those whose hash was checked
+
+
+class ChunkReader:
+    """Gives the plain bytes of chunks of one kind, each checked against its id."""
+
+    def __init__(self, store: Store, keyring: Keyring, index: Index, kind: Kind, cache_size: int) -> None:
+        """Take the parts.
+
+        kind: DATA_PACK or TREE_PACK.
+        cache_size: bytes of decoded blocks that are kept.
+        """
+        self._store = store
+        self._keyring = keyring
+        self._kind = kind
+        self._id_key = keyring.chunk_id_key(tree=kind == Kind.TREE_PACK)
+        self._cache_size = cache_size
+        self._cached_bytes = 0
+        self._blocks: OrderedDict[tuple[ObjectId, int], _CachedBlock] = OrderedDict()
+        self._chunks: dict[ChunkId, tuple[tuple[ObjectId, int], memoryview]] = {}
+        self._opened: OrderedDict[ObjectId, OpenedHeader] = OrderedDict()
+        self._lock = threading.Lock()
+        self.index = index
+
+    def chunk_id(self, data: bytes | memoryview) -> ChunkId:
+        """Return the name of a chunk."""
+        return ChunkId(keyed_hash(self._id_key, data))
+
+    def cached(self, chunk_id: ChunkId) -> memoryview | None:
+        """Return a chunk if no store, codec or hash is needed for it."""
+        found = self._chunks.get(chunk_id)
+        return None if found is None else found[1]
+
+    def load(self, chunk_id: ChunkId) -> memoryview:
+        """Return the plain bytes of a chunk; every copy that the index knows is tried.
+
+        Raises: DamagedObject if no copy can be read; StoreError if the store does not answer.
+        """
+        found = self._chunks.get(chunk_id)
+        if found is not None:
+            place, chunk = found
+            with self._lock:
+                if place in self._blocks:
+                    self._blocks.move_to_end(place)
+            return chunk
+        failures: list[str] = []
+        for attempt in (self._try_known, self._try_refreshed, self._try_rebuilt):
+            chunk_or_none = attempt(chunk_id, failures)
+            if chunk_or_none is not None:
+                return chunk_or_none
+        if not failures:
+            kind = layout.prefix_of(self._kind).rstrip("/")
+            failures.append(f"the chunk {short(chunk_id)} is in no index and in no pack of {kind}")
+        raise DamagedObject("; ".join(dict.fromkeys(failures)))
+
+    def _try_known(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
+        for location in self.index.find(chunk_id):
+            try:
+                return self._load_at(chunk_id, location)
+            except (DamagedObject, ObjectMissing) as error:
+                log.error("%s", error)
+                failures.append(str(error))
+        return None
+
+    def _try_refreshed(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
+        # Another client may have repacked since the index was read.
+        return self._try_known(chunk_id, failures) if self.index.refresh() else None
+
+    def _try_rebuilt(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
+        return self._try_known(chunk_id, failures) if self.index.rebuild_from_packs() else None
+
+    def _load_at(self, chunk_id: ChunkId, location: Location) -> memoryview:
+        place = (location.pack.pack_id, location.block_offset)
+        with self._lock:
+            block = self._blocks.get(place)
+            if block is not None:
+                self._blocks.move_to_end(place)
+        if block is None:
+            block = _CachedBlock(self.read_block(location.pack, location.block_offset, location.block_stored))
+            self._keep(place, block)
+        chunk = memoryview(block.plain)[location.offset : location.offset + location.length]
+        self.check(chunk_id, chunk, location.pack, location.block_offset)
+        with self._lock:
+            if self._blocks.get(place) is block:
+                block.chunk_ids.append(chunk_id)
+                self._chunks[chunk_id] = (place, chunk)
+        return chunk
+
+    def check(self, chunk_id: ChunkId, chunk: memoryview, pack: PackRef, block_offset: int) -> None:
+        """Compare a chunk with its name. Raises: DamagedObject."""
+        # Sealing does not stop another holder of the keys from filing wrong bytes; the id does.
+        if keyed_hash(self._id_key, chunk) != chunk_id:
+            key = layout.key_of(self._kind, pack.pack_id)
+            raise DamagedObject(f"the object {key} at {block_offset} is damaged: a chunk in it is not {short(chunk_id)}")
+
+    def read_block(self, pack: PackRef, offset: int, stored_length: int) -> bytes:
+        """Fetch and decode one block; nothing is kept, and no chunk id is checked.
+
+        Raises: DamagedObject; ObjectMissing; StoreError.
+        """
+        key = layout.key_of(self._kind, pack.pack_id)
+        return self.open_block(pack, self._store.get(key, start=offset, length=stored_length), offset)
+
+    def open_block(self, pack: PackRef, stored: bytes | memoryview, offset: int) -> bytes:
+        """Decode one block that was fetched already. Raises: DamagedObject."""
+        return self._opener(pack).unseal(stored, offset, UnitRole.BLOCK)
+
+    def fetch(self, pack: PackRef, start: int, length: int) -> bytes:
+        """Return stored bytes of a pack, for those who read several blocks at once. Raises: StoreError; DamagedObject."""
+        return self._store.get(layout.key_of(self._kind, pack.pack_id), start=start, length=length)
+
+    def _opener(self, pack: PackRef) -> OpenedHeader:
+        opened = self._opened.get(pack.pack_id)
+        if opened is None:
+            what = f"the object {layout.key_of(self._kind, pack.pack_id)}"
+            opened = OpenedHeader(pack.header, self._kind, self._keyring, what)
+            with self._lock:
+                self._opened[pack.pack_id] = opened
+                while len(self._opened) > _MOST_OPENED_PACKS:
+                    self._opened.popitem(last=False)
+        return opened
+
+    def _keep(self, place: tuple[ObjectId, int], block: _CachedBlock) -> None:
+        with self._lock:
+            if place in self._blocks:
+                return
+            self._blocks[place] = block
+            self._cached_bytes += len(block.plain)
+            while self._cached_bytes > self._cache_size and len(self._blocks) > 1:
+                _, old = self._blocks.popitem(last=False)
+                self._cached_bytes -= len(old.plain)
+                for chunk_id in old.chunk_ids:
+                    self._chunks.pop(chunk_id, None)

@@ -1,0 +1,273 @@
+"""The working index: which chunks the repository has and where, local, on disk, rebuildable.
+
+It is a set of runs, one or more segments each. Segments that are new in the store are fetched when the index is
+opened or refreshed; many small runs are merged into a larger one, so that a lookup asks few of them.
+Threading: safe in threads. `find` and `has` take no lock: the tuple of runs is replaced and never changed.
+"""
+
+import logging
+import os
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator
+from pathlib import Path
+
+from backupfs.codec.keys import Keyring
+from backupfs.codec.sealing import Kind
+from backupfs.errors import DamagedObject, ObjectMissing
+from backupfs.ids import ChunkId, ObjectId
+from backupfs.repository import layout
+from backupfs.repository.pack import ROW, PackRef, read_directory
+from backupfs.repository.run import Location, Run, open_run, run_in_memory, write_run
+from backupfs.repository.segment import Segment, decode_segment, renumber, sort_rows
+from backupfs.stores.store import Store
+
+log = logging.getLogger(__name__)
+
+# A lookup of a new chunk asks every run, at 2 µs each.
+_MOST_RUNS = 8
+# Runs are merged by ranges of ids; a range is about this many rows of all runs together (25 MB of Python objects).
+_MERGE_ROWS = 1 << 17
+
+_PACK_KIND = {Kind.DATA_INDEX: Kind.DATA_PACK, Kind.TREE_INDEX: Kind.TREE_PACK}
+
+
+class Index:
+    """Chunk id → places, over all index segments of one kind."""
+
+    def __init__(self, store: Store, kind: Kind, keyring: Keyring, cache: Path | None) -> None:
+        """Take what is needed; call `refresh` before the first lookup.
+
+        cache: a folder of this index's own, or None to keep everything in memory.
+        """
+        self._store = store
+        self._kind = kind
+        self._keyring = keyring
+        self._cache = cache
+        self._runs: tuple[Run, ...] = ()
+        self._rebuilt = False
+        self._changing = threading.Lock()
+        self.damaged: list[str] = []  # keys of segments that did not open
+
+    @property
+    def count(self) -> int:
+        """The number of rows; a chunk stored twice counts twice."""
+        return sum(run.count for run in self._runs)
+
+    def has(self, chunk_id: ChunkId) -> bool:
+        """Tell whether any segment names the chunk."""
+        return any(run.has(chunk_id) for run in self._runs)
+
+    def find(self, chunk_id: ChunkId) -> Iterator[Location]:
+        """Yield every known copy of a chunk, newest runs first."""
+        for run in reversed(self._runs):
+            yield from run.find(chunk_id)
+
+    def packs(self) -> dict[ObjectId, PackRef]:
+        """Return every pack that the index names."""
+        return {pack.pack_id: pack for run in self._runs for pack in run.packs}
+
+    def windows(self, rows: int = _MERGE_ROWS) -> Iterator[tuple[Run, bytes]]:
+        """Yield all rows, run by run, for those who must see everything."""
+        for run in self._runs:
+            for window in run.windows(rows):
+                yield run, window
+
+    def refresh(self) -> bool:
+        """Take in the segments that are new in the store; return whether there were any.
+
+        A segment that does not open is left out, logged, and named in `damaged`: its packs still say what is in them.
+        """
+        with self._changing:
+            return self._refresh()
+
+    def _refresh(self) -> bool:
+        listed = {}
+        for info in self._store.list(layout.prefix_of(self._kind)):
+            segment_id = layout.id_in_key(info.key)
+            if segment_id is not None:
+                listed[ObjectId(segment_id)] = info.key
+        if not self._runs:
+            self._open_cached(listed)
+        known = frozenset[ObjectId]().union(*(run.sources for run in self._runs))
+        fresh = []
+        for segment_id, key in listed.items():
+            if segment_id in known or key in self.damaged:
+                continue
+            try:
+                segment = decode_segment(self._store.get(key), self._kind, self._keyring, f"the object {key}")
+            except (DamagedObject, ObjectMissing) as error:
+                log.warning("%s; the index goes on without it", error)
+                self.damaged.append(key)
+                continue
+            fresh.append(self._keep(segment, frozenset([segment_id])))
+        if fresh:
+            self._runs = (*self._runs, *fresh)
+            self._merge_small()
+        return bool(fresh)
+
+    def add(self, segment: Segment, segment_id: ObjectId) -> None:
+        """Take in a segment that this process has just put."""
+        with self._changing:
+            self._runs = (*self._runs, self._keep(segment, frozenset([segment_id])))
+            self._merge_small()
+
+    def rebuild_from_packs(self) -> bool:
+        """Read the directories of packs that no segment names; return whether chunks were found.
+
+        Done once per process, when a chunk is missing: it makes a repository readable whose index was lost.
+        """
+        with self._changing:
+            return self._rebuild_from_packs()
+
+    def _rebuild_from_packs(self) -> bool:
+        if self._rebuilt:
+            return False
+        self._rebuilt = True
+        kind = _PACK_KIND[self._kind]
+        known = self.packs()
+        rows, packs = bytearray(), []
+        for info in self._store.list(layout.prefix_of(kind)):
+            pack_id = layout.id_in_key(info.key)
+            if pack_id is None or pack_id in known:
+                continue
+            try:
+                ref, own_rows = read_directory(self._store, info.key, info.size, kind, self._keyring)
+            except (DamagedObject, ObjectMissing) as error:
+                log.warning("%s; left out of the index", error)
+                continue
+            rows += renumber(own_rows, len(packs))
+            packs.append(ref)
+        if not packs:
+            return False
+        log.info("the index was incomplete: read the directories of %d packs", len(packs))
+        segment = Segment(sort_rows(rows), tuple(packs))
+        self._runs = (*self._runs, run_in_memory(segment, frozenset(pack.pack_id for pack in packs)))
+        return True
+
+    def _open_cached(self, listed: dict[ObjectId, str]) -> None:
+        if self._cache is None:
+            return
+        runs: list[Run] = []
+        for path in self._cached_paths():
+            try:
+                run = open_run(path)
+            except FileNotFoundError:
+                continue
+            except (DamagedObject, OSError) as error:
+                log.warning("%s; it is made again", error)
+                path.unlink(missing_ok=True)
+                continue
+            # Rows of a segment that is gone from the store may name packs that are gone.
+            if run.sources <= listed.keys():
+                runs.append(run)
+            else:
+                path.unlink(missing_ok=True)
+        # A merged run and its parts may both be there when two processes met: the larger first, parts are dropped.
+        runs.sort(key=lambda run: -len(run.sources))
+        kept: list[Run] = []
+        for run in runs:
+            if any(run.sources <= other.sources for other in kept):
+                if run.path is not None:
+                    run.path.unlink(missing_ok=True)
+            else:
+                kept.append(run)
+        self._runs = tuple(kept)
+
+    def _cached_paths(self) -> list[Path]:
+        try:
+            return sorted(self._cache.glob("*.run")) if self._cache is not None else []
+        except OSError:
+            return []
+
+    def _keep(self, segment: Segment, sources: frozenset[ObjectId]) -> Run:
+        run = run_in_memory(segment, sources)
+        if self._cache is None:
+            return run
+        return self._written(iter([segment.rows]), segment.packs, sources) or run
+
+    def _written(
+        self, windows: Iterator[bytes], packs: tuple[PackRef, ...], sources: frozenset[ObjectId]
+    ) -> Run | None:
+        """Write a run file and open it; None where the cache folder cannot be used."""
+        if self._cache is None:
+            return None
+        name = next(iter(sources)).hex() if len(sources) == 1 else f"merged-{os.urandom(8).hex()}"
+        path = self._cache / f"{name}.run"
+        try:
+            write_run(path, windows, packs, sources)
+            return open_run(path)
+        except OSError as error:
+            log.warning("the index cache %s cannot be written (%s); going on in memory", self._cache, error)
+            return None
+
+    def _merge_small(self) -> None:
+        """Merge the smaller runs into one while there are too many."""
+        if len(self._runs) <= _MOST_RUNS:
+            return
+        by_size = sorted(self._runs, key=lambda run: run.rows_size)
+        # All runs up to the first that is larger than everything below it together: merging costs stay logarithmic.
+        total, count = by_size[0].rows_size, 1
+        while count < len(by_size) and (by_size[count].rows_size <= 2 * total or len(by_size) - count >= _MOST_RUNS):
+            total += by_size[count].rows_size
+            count += 1
+        if count < 2:
+            return
+        parts = by_size[:count]
+        packs = tuple(pack for run in parts for pack in run.packs)
+        sources = frozenset[ObjectId]().union(*(run.sources for run in parts))
+        merged = self._written(merged_windows(parts), packs, sources)
+        if merged is None:
+            rows = b"".join(merged_windows(parts))
+            merged = run_in_memory(Segment(rows, packs), sources)
+        self._runs = (*(run for run in self._runs if run not in parts), merged)
+        for run in parts:
+            if run.path is not None:
+                run.path.unlink(missing_ok=True)
+
+
+def merged_windows(runs: list[Run]) -> Iterator[bytes]:
+    """Yield the rows of several runs in order, each once, with ordinals of packs counted over all of them.
+
+    Memory: a few times `_MERGE_ROWS` rows, whatever the size of the runs.
+    """
+    total = sum(run.count for run in runs)
+    parts = max(1, -(-total // _MERGE_ROWS))
+    streams = []
+    first = 0
+    for run in runs:
+        streams.append(_RowStream(run, first))
+        first += len(run.packs)
+    for part in range(1, parts + 1):
+        # Ids are hashes, so equal ranges of their first 8 bytes hold about equally many rows.
+        limit = (part * (1 << 64) // parts).to_bytes(9, "big")[1:] if part < parts else None
+        rows = set[bytes]().union(*(stream.rows_below(limit) for stream in streams))
+        if rows:
+            yield b"".join(sorted(rows))
+
+
+class _RowStream:
+    """Gives the rows of one run range by range."""
+
+    def __init__(self, run: Run, first_pack: int) -> None:
+        self._windows = run.windows(8192)
+        self._first_pack = first_pack
+        self._rows: list[bytes] = []
+
+    def rows_below(self, limit: bytes | None) -> list[bytes]:
+        taken: list[bytes] = []
+        while True:
+            if not self._rows:
+                window = next(self._windows, None)
+                if window is None:
+                    return taken
+                window = renumber(window, self._first_pack)
+                self._rows = [window[at : at + ROW.size] for at in range(0, len(window), ROW.size)]
+            if limit is None or self._rows[-1] < limit:
+                taken += self._rows
+                self._rows = []
+                continue
+            count = bisect_left(self._rows, limit)
+            taken += self._rows[:count]
+            self._rows = self._rows[count:]
+            return taken

@@ -1,0 +1,97 @@
+"""What this machine keeps of its own: the cache (deletable at any time) and the host's identity (its state).
+
+    CACHE/REPOSITORY-ID/index-data/*.run, index-tree/*.run
+    STATE/host       a record [host id, hash of the machine id]
+    STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequence this machine saw of each host
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from backupfs.codec.records import decode_record, encode_record
+from backupfs.errors import DamagedObject
+
+HOST_ID_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFolders:
+    """Where a client keeps what is its own; None: nowhere, everything stays in memory."""
+
+    cache: Path | None
+    state: Path | None
+
+
+def default_folders() -> LocalFolders:
+    """Return the folders that the environment names, else those of the XDG base directories."""
+    home = Path(os.path.expanduser("~"))
+    cache = os.environ.get("BACKUPFS_CACHE_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or home / ".cache", "backupfs"
+    )
+    state = os.path.join(os.environ.get("XDG_STATE_HOME") or home / ".local" / "state", "backupfs")
+    return LocalFolders(Path(cache), Path(state))
+
+
+def host_id(state: Path | None) -> bytes:
+    """Return this host's random id; a new one when the machine id has changed, as in a cloned machine.
+
+    Without a folder to keep it in, each call gives a new one.
+    """
+    machine = _machine_mark()
+    path = state / "host" if state is not None else None
+    if path is not None:
+        try:
+            match decode_record(path.read_bytes(), str(path)):
+                case [bytes(known), bytes(mark)] if mark == machine and len(known) == HOST_ID_SIZE:
+                    return known
+        except (OSError, DamagedObject):
+            pass
+    fresh = os.urandom(HOST_ID_SIZE)
+    if path is not None:
+        try:
+            write_privately(path, encode_record([fresh, machine]))
+        except OSError:
+            pass
+    return fresh
+
+
+def note_sequences(state: Path | None, repository_id: bytes, highest: dict[bytes, int]) -> dict[bytes, int]:
+    """Remember the highest sequence per host, and return those hosts whose sequence went back: host → remembered."""
+    if state is None:
+        return {}
+    path = state / f"seen-{repository_id.hex()}"
+    seen: dict[bytes, int] = {}
+    try:
+        for entry in decode_record(path.read_bytes(), str(path)):
+            match entry:
+                case [bytes(host), int(sequence)]:
+                    seen[host] = sequence
+    except (OSError, DamagedObject):
+        pass
+    back = {host: sequence for host, sequence in seen.items() if highest.get(host, 0) < sequence}
+    merged = {host: max(highest.get(host, 0), seen.get(host, 0)) for host in {*highest, *seen}}
+    if merged != seen:
+        try:
+            write_privately(path, encode_record([[host, sequence] for host, sequence in sorted(merged.items())]))
+        except OSError:
+            pass
+    return back
+
+
+def write_privately(path: Path, data: bytes) -> None:
+    """Replace a small file of one's own at once. Raises: OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.rename(temporary, path)
+
+
+def _machine_mark() -> bytes:
+    try:
+        machine = Path("/etc/machine-id").read_bytes().strip()
+    except OSError:
+        machine = b""
+    return blake3(b"backupfs machine" + (machine or os.uname().nodename.encode())).digest()[:16]

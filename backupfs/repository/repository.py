@@ -1,0 +1,159 @@
+"""A repository, opened: its config, its keys, its indexes, and readers of its chunks."""
+
+import os
+import time
+from dataclasses import dataclass
+
+from backupfs.chunking.cutter import CutSizes
+from backupfs.codec import keys
+from backupfs.codec.keys import KdfCost, Keyring
+from backupfs.codec.sealing import Kind, hash_object
+from backupfs.errors import (
+    DamagedObject,
+    NotARepository,
+    ObjectExists,
+    ObjectMissing,
+    RepositoryExists,
+    RepositoryLocked,
+    WrongPassword,
+)
+from backupfs.ids import ObjectId
+from backupfs.repository import layout
+from backupfs.repository.chunks import ChunkReader
+from backupfs.repository.config import Config, check_mac, encode_config, read_config
+from backupfs.repository.index import Index
+from backupfs.repository.local import LocalFolders
+from backupfs.stores.store import Store
+
+# What decoded blocks may take; trees are asked for again and again, data mostly once.
+TREE_CACHE_SIZE = 32 << 20
+DATA_CACHE_SIZE = 48 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class KeySlot:
+    """A key slot as it lies in the store."""
+
+    slot_id: ObjectId
+    name: str
+    created_ns: int
+    own: bool  # the slot that the present password opened
+
+
+class Repository:
+    """Everything under one store that makes backups readable. Safe in threads."""
+
+    def __init__(self, store: Store, config: Config, keyring: Keyring, slot_id: ObjectId, local: LocalFolders) -> None:
+        """Take the parts; use `open_repository` or `create_repository`."""
+        self.store = store
+        self.config = config
+        self.keyring = keyring
+        self.slot_id = slot_id
+        self.local = local
+        cache = local.cache / config.repository_id.hex() if local.cache is not None else None
+        self.tree_index = Index(store, Kind.TREE_INDEX, keyring, cache / "index-tree" if cache else None)
+        self.data_index = Index(store, Kind.DATA_INDEX, keyring, cache / "index-data" if cache else None)
+        self.trees = ChunkReader(store, keyring, self.tree_index, Kind.TREE_PACK, TREE_CACHE_SIZE)
+        self.data = ChunkReader(store, keyring, self.data_index, Kind.DATA_PACK, DATA_CACHE_SIZE)
+
+    def load_indexes(self) -> None:
+        """Bring both indexes up to date with the store. Raises: StoreError."""
+        self.tree_index.refresh()
+        self.data_index.refresh()
+
+    def slots(self) -> list[KeySlot]:
+        """Return the key slots, oldest first; damaged ones under the name they show."""
+        found = []
+        for slot_id, data in _read_slots(self.store):
+            what = f"the object {layout.slot_key(slot_id)}"
+            try:
+                info = keys.read_slot_info(data, what)
+                found.append(KeySlot(slot_id, info.name, info.created_ns, slot_id == self.slot_id))
+            except DamagedObject:
+                found.append(KeySlot(slot_id, "(damaged)", 0, False))
+        return sorted(found, key=lambda slot: slot.created_ns)
+
+    def add_slot(self, password: bytes, name: str, cost: KdfCost) -> ObjectId:
+        """Put a key slot that gives this keyring to another password."""
+        data = keys.seal_slot(self.keyring, password, name, time.time_ns(), cost)
+        slot_id = hash_object(data)
+        self.store.put(layout.slot_key(slot_id), data)
+        # Read back and opened before anybody trusts it: a slot that does not open is a repository lost.
+        keys.open_slot(self.store.get(layout.slot_key(slot_id)), password, f"the object {layout.slot_key(slot_id)}")
+        return slot_id
+
+    def remove_slot(self, slot_id: ObjectId) -> None:
+        """Delete a key slot; the caller makes sure that another one opens."""
+        self.store.delete(layout.slot_key(slot_id))
+
+
+def create_repository(
+    store: Store, password: bytes, slot_name: str, cost: KdfCost, sizes: CutSizes, local: LocalFolders
+) -> Repository:
+    """Make a new repository; the key slot first, then the config, which makes it one.
+
+    Raises: RepositoryExists; RepositoryLocked for the loser of a race between two inits; StoreError.
+    """
+    for key in (layout.CONFIG, layout.KEYS, layout.SNAPSHOTS, "packs/", "index/"):
+        if next(store.list(key), None) is not None:
+            raise RepositoryExists(
+                f"{store.url} holds a repository, or the rest of one ({key}): nothing was changed; use another place"
+            )
+    keyring = keys.new_keyring()
+    now = time.time_ns()
+    config = Config(os.urandom(16), now, sizes)
+    slot = keys.seal_slot(keyring, password, slot_name, now, cost)
+    slot_id = hash_object(slot)
+    store.put(layout.slot_key(slot_id), slot)
+    data = encode_config(config, keyring)
+    try:
+        store.put(layout.CONFIG, data, if_absent=True)
+    except ObjectExists as error:
+        store.delete(layout.slot_key(slot_id))
+        raise RepositoryLocked(f"another init made a repository at {store.url} just now: use that one") from error
+    # Conditional puts are not atomic on every store: who reads another's config has lost.
+    if store.get(layout.CONFIG) != data:
+        store.delete(layout.slot_key(slot_id))
+        raise RepositoryLocked(f"another init made a repository at {store.url} just now: use that one")
+    return Repository(store, config, keyring, slot_id, local)
+
+
+def open_repository(store: Store, password: bytes, local: LocalFolders) -> Repository:
+    """Open a repository with a password; indexes are not loaded yet.
+
+    Raises: NotARepository; WrongPassword; UnknownVersion; DamagedObject; StoreError.
+    """
+    try:
+        config, mac = read_config(store.get(layout.CONFIG))
+    except ObjectMissing as error:
+        raise NotARepository(f"there is no repository at {store.url}; `backupfs init` makes one") from error
+    slots = list(_read_slots(store))
+    if not slots:
+        raise DamagedObject(f"the repository at {store.url} has no key slot left in {layout.KEYS}: restore one from a copy")
+    damage: list[str] = []
+    for slot_id, data in slots:
+        what = f"the object {layout.slot_key(slot_id)}"
+        try:
+            if hash_object(data) != slot_id:
+                raise DamagedObject(f"{what} is damaged: its bytes are not those it is named by")
+            keyring = keys.open_slot(data, password, what)
+        except WrongPassword:
+            continue
+        except DamagedObject as error:
+            damage.append(str(error))
+            continue
+        if check_mac(config, mac, keyring):
+            return Repository(store, config, keyring, slot_id, local)
+        damage.append(f"{what} opens, but the object config was not written with its keys")
+    if damage:
+        raise DamagedObject("the password opens no key slot, and some are damaged: " + "; ".join(damage))
+    raise WrongPassword(f"the password opens no key slot of {store.url}")
+
+
+def _read_slots(store: Store) -> list[tuple[ObjectId, bytes]]:
+    slots = []
+    for info in store.list(layout.KEYS):
+        slot_id = layout.id_in_key(info.key)
+        if slot_id is not None:
+            slots.append((ObjectId(slot_id), store.get(info.key)))
+    return slots

@@ -1,0 +1,152 @@
+"""Which snapshots a repository has, and which one a name means."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from backupfs.codec.sealing import Kind, hash_object, seal_record, unseal_record
+from backupfs.errors import DamagedObject, ObjectMissing, UnknownSnapshot, shown
+from backupfs.ids import SnapshotId, short
+from backupfs.repository import layout
+from backupfs.repository.repository import Repository
+from backupfs.snapshots import notes
+from backupfs.snapshots.snapshot import FILES, Snapshot, decode_snapshot, encode_snapshot
+
+log = logging.getLogger(__name__)
+
+_CLOCK_TOLERANCE_NS = 24 * 3600 * 10**9
+
+
+@dataclass(slots=True)
+class SnapshotList:
+    """The snapshots of a repository, oldest first; `refresh` reads only what is new."""
+
+    repository: Repository
+    snapshots: list[Snapshot] = field(default_factory=list)  # without the forgotten ones
+    damaged: dict[str, str] = field(default_factory=dict)  # key → what is wrong
+    _loaded: dict[SnapshotId, Snapshot] = field(default_factory=dict)
+    _notes: dict[str, notes.Note | None] = field(default_factory=dict)
+
+    def refresh(self) -> bool:
+        """Read what is new in the store; return whether anything changed. Raises: StoreError."""
+        before = list(self.snapshots)
+        store = self.repository.store
+        present: dict[SnapshotId, Snapshot] = {}
+        self.damaged = {}
+        for info in store.list(layout.SNAPSHOTS):
+            identity = layout.id_in_key(info.key)
+            if identity is None:
+                continue
+            snapshot_id = SnapshotId(identity)
+            snapshot = self._loaded.get(snapshot_id) or self._load(info.key, snapshot_id)
+            if snapshot is not None:
+                present[snapshot_id] = snapshot
+        self._loaded = present
+        forgotten = self._forgotten()
+        self.snapshots = sorted(
+            (snapshot for snapshot_id, snapshot in present.items() if snapshot_id not in forgotten),
+            key=lambda snapshot: (snapshot.time_ns, snapshot.sequence, snapshot.snapshot_id),
+        )
+        return self.snapshots != before
+
+    def _load(self, key: str, snapshot_id: SnapshotId) -> Snapshot | None:
+        try:
+            return load_snapshot(self.repository, snapshot_id)
+        except (DamagedObject, ObjectMissing) as error:
+            log.warning("%s", error)
+            self.damaged[key] = str(error)
+            return None
+
+    def _forgotten(self) -> set[SnapshotId]:
+        newest: dict[SnapshotId, notes.Note] = {}
+        for info in self.repository.store.list(layout.NOTES):
+            if info.key not in self._notes:
+                try:
+                    self._notes[info.key] = notes.load_note(self.repository, info.key)
+                except (DamagedObject, ObjectMissing) as error:
+                    log.warning("%s; it is ignored", error)
+                    self._notes[info.key] = None
+                    self.damaged[info.key] = str(error)
+            note = self._notes[info.key]
+            if note is None or note.kind not in (notes.FORGET, notes.UNDELETE):
+                continue
+            known = newest.get(note.snapshot_id)
+            if known is None or note.time_ns > known.time_ns:
+                newest[note.snapshot_id] = note
+        return {snapshot_id for snapshot_id, note in newest.items() if note.kind == notes.FORGET}
+
+    def find(self, name: str) -> Snapshot:
+        """Return the snapshot that a user's name means: an id, its prefix, `latest` or `HOST:latest`.
+
+        Raises: UnknownSnapshot.
+        """
+        if name == "latest" or name.endswith(":latest"):
+            host = None if name == "latest" else name.removesuffix(":latest")
+            fitting = [
+                snapshot
+                for snapshot in self.snapshots
+                if snapshot.kind == FILES and (host is None or snapshot.host == host)
+            ]
+            if not fitting:
+                of_host = f" of the host {shown(host)}" if host is not None else ""
+                raise UnknownSnapshot(f"the repository has no file snapshot{of_host} yet")
+            return fitting[-1]
+        wanted = name.lower()
+        fitting = [snapshot for snapshot in self.snapshots if snapshot.snapshot_id.hex().startswith(wanted)]
+        if len(fitting) == 1 and len(name) >= 2:
+            return fitting[0]
+        if len(fitting) > 1:
+            several = ", ".join(short(snapshot.snapshot_id) for snapshot in fitting[:5])
+            raise UnknownSnapshot(f"{shown(name)} fits several snapshots ({several} …): give more digits")
+        raise UnknownSnapshot(f"there is no snapshot {shown(name)}; `backupfs snapshots` lists what there is")
+
+    def selected(self, hosts: Iterable[str], tags: Iterable[str], paths: Iterable[bytes]) -> list[Snapshot]:
+        """Return the snapshots of any of the hosts that have all the tags and all the paths; none given: all."""
+        hosts, tags, paths = set(hosts), set(tags), set(paths)
+        return [
+            snapshot
+            for snapshot in self.snapshots
+            if (not hosts or snapshot.host in hosts) and tags <= set(snapshot.tags) and paths <= set(snapshot.paths)
+        ]
+
+    def highest_sequences(self) -> dict[bytes, int]:
+        """Return the highest sequence per host id, forgotten snapshots included."""
+        highest: dict[bytes, int] = {}
+        for snapshot in self._loaded.values():
+            highest[snapshot.host_id] = max(highest.get(snapshot.host_id, 0), snapshot.sequence)
+        return highest
+
+    def last_of_host(self, host_id: bytes) -> Snapshot | None:
+        """Return the host's snapshot of the highest sequence, forgotten or not."""
+        own = [snapshot for snapshot in self._loaded.values() if snapshot.host_id == host_id]
+        return max(own, key=lambda snapshot: snapshot.sequence, default=None)
+
+
+def load_snapshots(repository: Repository) -> SnapshotList:
+    """Return the list of a repository's snapshots, read now. Raises: StoreError."""
+    listed = SnapshotList(repository)
+    listed.refresh()
+    return listed
+
+
+def load_snapshot(repository: Repository, snapshot_id: SnapshotId) -> Snapshot:
+    """Return one snapshot. Raises: DamagedObject; ObjectMissing; StoreError."""
+    key = layout.key_of(Kind.SNAPSHOT, snapshot_id)
+    data = repository.store.get(key)
+    what = f"the object {key}"
+    if hash_object(data) != snapshot_id:
+        raise DamagedObject(f"{what} is damaged: its bytes are not those it is named by")
+    return decode_snapshot(unseal_record(data, Kind.SNAPSHOT, repository.keyring, what), snapshot_id)
+
+
+def put_snapshot(repository: Repository, snapshot: Snapshot) -> Snapshot:
+    """Store a snapshot, which commits it, and return it with its id. Raises: StoreError."""
+    data = seal_record(Kind.SNAPSHOT, repository.keyring, encode_snapshot(snapshot))
+    snapshot_id = SnapshotId(hash_object(data))
+    repository.store.put(layout.key_of(Kind.SNAPSHOT, snapshot_id), data)
+    return replace(snapshot, snapshot_id=snapshot_id)
+
+
+def has_doubtful_time(snapshot: Snapshot) -> bool:
+    """Tell whether the host's clock was more than a day off the store's."""
+    return abs(snapshot.time_ns - snapshot.store_time_ns) > _CLOCK_TOLERANCE_NS

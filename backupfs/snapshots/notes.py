@@ -1,0 +1,69 @@
+"""Notes: append-only sealed records about a snapshot, which is itself never rewritten.
+
+Key: notes/SNAPSHOT/HASH. Record: [1, kind, time_ns, host, arguments]. Forgetting is valid only when sealed under the
+maintain key. Source: docs/format.rst, "Notes".
+"""
+
+import time
+from dataclasses import dataclass
+
+from backupfs.codec.records import Field, decode_record, encode_record
+from backupfs.codec.sealing import HEADER, Kind, hash_object, seal_record, unseal_record
+from backupfs.errors import DamagedObject
+from backupfs.ids import SnapshotId
+from backupfs.repository import layout
+from backupfs.repository.repository import Repository
+
+FORGET = "forget"
+UNDELETE = "undelete"
+
+_MAINTENANCE = frozenset({FORGET, UNDELETE})
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One remark about a snapshot."""
+
+    snapshot_id: SnapshotId
+    kind: str
+    time_ns: int
+    host: str
+    arguments: tuple[Field, ...] = ()
+
+
+def put_note(repository: Repository, note: Note) -> None:
+    """Store a note. Raises: WrongPassword if it needs a key that this slot does not give; StoreError."""
+    kind = Kind.MAINTENANCE_NOTE if note.kind in _MAINTENANCE else Kind.NOTE
+    data = seal_record(
+        kind,
+        repository.keyring,
+        encode_record([1, note.snapshot_id, note.kind, note.time_ns, note.host, list(note.arguments)]),
+    )
+    repository.store.put(layout.note_prefix(note.snapshot_id) + hash_object(data).hex(), data)
+
+
+def new_note(snapshot_id: SnapshotId, kind: str) -> Note:
+    """Return a note of this host and this moment."""
+    import os
+
+    return Note(snapshot_id, kind, time.time_ns(), os.uname().nodename)
+
+
+def load_note(repository: Repository, key: str) -> Note:
+    """Return the note under a key.
+
+    Raises: DamagedObject, also for a destructive note that is not under the maintain key; StoreError.
+    """
+    what = f"the object {key}"
+    data = repository.store.get(key)
+    header = data[: HEADER.size]
+    sealed_as = Kind.MAINTENANCE_NOTE if len(header) > 5 and header[5] == Kind.MAINTENANCE_NOTE else Kind.NOTE
+    record = decode_record(unseal_record(data, sealed_as, repository.keyring, what), what)
+    match record:
+        case [1, bytes(snapshot_id), str(kind), int(time_ns), str(host), list(arguments), *_]:
+            if kind in _MAINTENANCE and sealed_as != Kind.MAINTENANCE_NOTE:
+                raise DamagedObject(f"{what} is not valid: {kind} needs the maintain key")
+            if layout.note_prefix(snapshot_id) != key[: len(layout.note_prefix(snapshot_id))]:
+                raise DamagedObject(f"{what} is about another snapshot than its place says")
+            return Note(SnapshotId(snapshot_id), kind, time_ns, host, tuple(arguments))
+    raise DamagedObject(f"{what} is damaged: it is no note of format 1")

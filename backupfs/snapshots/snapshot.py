@@ -1,0 +1,132 @@
+"""Snapshots: one sealed record each, never rewritten.
+
+Record: [1, kind, host id, host name, sequence, hash of the host's previous snapshot, claimed time_ns, store's time_ns,
+paths, tags, parent, root tree, statistics, user name, program, traits, disks, volumes, signature].
+Source: docs/format.rst, "Snapshots".
+"""
+
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+
+from backupfs.codec.records import Field, decode_record, encode_record
+from backupfs.errors import DamagedObject, UnknownVersion
+from backupfs.ids import ChunkId, SnapshotId, short
+
+FILES = 0
+IMAGE = 1
+FORMAT = 1
+
+# Traits: facts about everything below the root that save readers from asking.
+HAS_XATTRS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What the run that made a snapshot saw and added."""
+
+    files: int = 0  # nodes that are not directories
+    directories: int = 0
+    size: int = 0  # bytes of all files, holes included
+    files_new: int = 0
+    files_changed: int = 0
+    files_skipped: int = 0  # could not be read
+    plain_added: int = 0  # bytes of new chunks
+    stored_added: int = 0  # bytes put
+    duration_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One moment of some paths of one host."""
+
+    kind: int
+    host_id: bytes
+    host: str
+    sequence: int  # counts this host's snapshots in this repository
+    previous: bytes  # id of the host's snapshot before, or empty
+    time_ns: int  # as the host claims it
+    store_time_ns: int  # as the store's clock showed it
+    paths: tuple[bytes, ...]
+    tags: tuple[str, ...]
+    parent: bytes  # id of the snapshot it was compared with, or empty
+    root: ChunkId
+    statistics: Statistics
+    user: str = ""
+    program: str = ""
+    traits: int = 0
+    snapshot_id: SnapshotId = SnapshotId(b"")
+
+    @property
+    def time_name(self) -> str:
+        """The time as the mount names it, in UTC and without colons."""
+        return time_name(self.time_ns)
+
+
+def time_name(time_ns: int) -> str:
+    """Return a time to the second, in UTC, fit for a file name everywhere."""
+    return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+
+
+def encode_snapshot(snapshot: Snapshot) -> bytes:
+    """Return the canonical bytes of a snapshot's record."""
+    statistics = [getattr(snapshot.statistics, item.name) for item in fields(Statistics)]
+    return encode_record(
+        [
+            FORMAT,
+            snapshot.kind,
+            snapshot.host_id,
+            snapshot.host,
+            snapshot.sequence,
+            snapshot.previous,
+            snapshot.time_ns,
+            snapshot.store_time_ns,
+            list(snapshot.paths),
+            list(snapshot.tags),
+            snapshot.parent,
+            snapshot.root,
+            statistics,
+            snapshot.user,
+            snapshot.program,
+            snapshot.traits,
+            [],
+            [],
+            b"",
+        ]
+    )
+
+
+def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
+    """Return the snapshot of a record. Raises: DamagedObject; UnknownVersion."""
+    what = f"the snapshot {short(snapshot_id)}"
+    record = decode_record(data, what)
+    if record and isinstance(record[0], int) and record[0] != FORMAT:
+        raise UnknownVersion(f"{what} has format {record[0]}: it needs a newer backupfs")
+    match record:
+        case [int(), int(kind), bytes(host_id), str(host), int(sequence), bytes(previous), int(time_ns),
+              int(store_time_ns), list(paths), list(tags), bytes(parent), bytes(root), list(numbers), str(user),
+              str(program), int(traits), list(), list(), bytes(), *_] if len(root) == 32:
+            return Snapshot(
+                kind,
+                host_id,
+                host,
+                sequence,
+                previous,
+                time_ns,
+                store_time_ns,
+                tuple(_all_of(paths, bytes, what)),
+                tuple(_all_of(tags, str, what)),
+                parent,
+                ChunkId(root),
+                Statistics(*_all_of(numbers, int, what)[: len(fields(Statistics))]),
+                user,
+                program,
+                traits,
+                snapshot_id,
+            )
+    raise DamagedObject(f"{what} is damaged: its fields are not those of format 1")
+
+
+def _all_of(items: list[Field], kind: type, what: str) -> list:  # type: ignore[type-arg]
+    if not all(isinstance(item, kind) for item in items):
+        raise DamagedObject(f"{what} is damaged: a field has the wrong type")
+    return items

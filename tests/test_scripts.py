@@ -1,0 +1,133 @@
+"""The scripts for people who have just cloned the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["scripts/prepare", "scripts/quickstart", "scripts/test", ".ci/run"]
+# A stand-in for a command: `note` writes down how it was called.
+STUB = "#!/bin/bash\nnote() { echo \"${0##*/} $*\" >>'%s'; }\n%s\n"
+VENV_PYTHON = f"""case "$*" in
+    *"-m pip"*) note "$@" ;;
+    *"import backupfs"*) ;;
+    *) exec '{sys.executable}' "$@" ;;
+esac"""
+# Asked for its path it gives its own, so that nothing but this stand-in could make a virtual environment.
+SYSTEM_PYTHON = 'case "$*" in *"-m venv"*) note "$@"; exit 1 ;; *) cat >/dev/null; echo "$0" ;; esac'
+
+
+class Checkout:
+    """A copy of what scripts/prepare reads, with stand-ins for everything that would touch machine or network."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / "a check out"
+        self.bin = path / "bin"
+        self.calls_file = path / "calls"
+        (self.path / "scripts").mkdir(parents=True)
+        shutil.copy(ROOT / "scripts/prepare", self.path / "scripts")
+        for name in ("setup.cfg", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.path)
+        venv = self.path / ".venv/bin"
+        self.stub(venv / "python", VENV_PYTHON)
+        self.stub(venv / "backupfs", "exit 1")
+        (venv / "pip").write_text(f"#!{venv}/python\n")
+        self.stub(self.bin / "python3", SYSTEM_PYTHON)
+        self.stub(self.bin / "apt-get", 'note "$@"')
+        self.stub(self.bin / "dpkg-query", 'for package in "${@:4}"; do echo "installed $package"; done')
+        self.become(0)
+
+    def stub(self, path: Path, body: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STUB % (self.calls_file, body))
+        path.chmod(0o755)
+
+    def become(self, uid: int) -> None:
+        self.stub(self.bin / "id", f"echo {uid}")
+
+    def lack(self, package: str) -> None:
+        body = f'for p in "${{@:4}}"; do [[ $p == {package} ]] || echo "installed $p"; done; exit 1'
+        self.stub(self.bin / "dpkg-query", body)
+
+    def prepare(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}"}
+        command = [str(self.path / "scripts/prepare"), *arguments]
+        return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=60)
+
+    def calls(self) -> list[str]:
+        """Return the noted calls since last asked."""
+        calls = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        self.calls_file.unlink(missing_ok=True)
+        return calls
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_executable_and_parses(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / script], check=True, timeout=10)
+
+
+@pytest.mark.parametrize("script", ["scripts/prepare", "scripts/quickstart", "scripts/test"])
+def test_help_sets_up_nothing(script: str, tmp_path: Path) -> None:
+    copy = tmp_path / script
+    copy.parent.mkdir()
+    shutil.copy(ROOT / script, copy)
+    answer = subprocess.run([copy, "--help"], capture_output=True, text=True, timeout=10, check=True)
+    assert answer.stdout.startswith(f"Usage: {script}")
+    assert sorted(tmp_path.rglob("*")) == [copy.parent, copy]
+
+
+def test_prepare_installs_once(checkout: Checkout) -> None:
+    first = checkout.prepare()
+    assert (first.returncode, first.stderr) == (0, "")
+    assert checkout.calls() == ["python -m pip install --quiet --disable-pip-version-check -e .[test]"]
+
+    second = checkout.prepare()
+    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
+    assert checkout.calls() == []
+
+
+def test_prepare_installs_again_when_the_dependencies_change(checkout: Checkout) -> None:
+    checkout.prepare()
+    checkout.calls()
+    with (checkout.path / "setup.cfg").open("a") as settings:
+        settings.write("\n# one more line\n")
+    assert checkout.prepare().returncode == 0
+    assert len(checkout.calls()) == 1
+
+
+def test_prepare_as_root_installs_only_the_missing_package(checkout: Checkout) -> None:
+    checkout.lack("acl")
+    assert checkout.prepare("attr", "acl").returncode == 0
+    update, install = (call for call in checkout.calls() if call.startswith("apt-get"))
+    assert update.endswith(" update")
+    assert install.endswith(" install -y --no-install-recommends acl")
+
+
+def test_prepare_as_a_user_names_the_command_to_run(checkout: Checkout) -> None:
+    checkout.become(1000)
+    checkout.lack("acl")
+    answer = checkout.prepare("attr", "acl")
+    assert answer.returncode == 1
+    assert "\n    sudo apt-get install -y acl\n" in answer.stderr
+    assert checkout.calls() == []
+
+
+@pytest.mark.parametrize("inside", [".", ".quickstart/source"])
+def test_quickstart_refuses_to_back_up_its_own_repository(inside: str, tmp_path: Path) -> None:
+    copy = tmp_path / "scripts/quickstart"
+    copy.parent.mkdir()
+    shutil.copy(ROOT / "scripts/quickstart", copy)
+    (tmp_path / inside).mkdir(parents=True, exist_ok=True)
+    answer = subprocess.run([copy, inside], cwd=tmp_path, capture_output=True, text=True, timeout=10)
+    assert answer.returncode == 1
+    assert ".quickstart" in answer.stderr
