@@ -24,7 +24,10 @@ _limiters: dict[str, trio.CapacityLimiter] = {}
 # costs more than sealing them (measured: decompression 750 → 1290 MB/s with these two set).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _KEEP_BYTES = 64 << 20
+# Every thread would otherwise keep freed blocks in a heap of its own.
+_ARENAS = 2
 
 
 def keep_freed_memory() -> None:
@@ -33,6 +36,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
+    mallopt(_M_ARENA_MAX, _ARENAS)
     mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
     mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
 

@@ -71,8 +71,9 @@ class Keyring:
         return self.key(CHUNK_ID_TREE if tree else CHUNK_ID_DATA, 0)
 
     def cutter_seed(self) -> int:
-        """Return the cutter's 64-bit seed; never 0, which would mean unkeyed cuts."""
-        return int.from_bytes(self.key(CUTTER, 0)[:8], "little") or 1
+        """Return the cutter's 63-bit seed; never 0, which would mean unkeyed cuts."""
+        # FastCDC rolls two bytes at once with a table shifted by one bit: a 64th bit would not fit.
+        return int.from_bytes(self.key(CUTTER, 0)[:8], "little") & ((1 << 63) - 1) or 1
 
 
 def new_keyring() -> Keyring:
