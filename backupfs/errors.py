@@ -63,6 +63,10 @@ class StoreUnavailable(StoreError):
     """The store does not answer, is full, or failed in a way that trying again may mend."""
 
 
+class StoreMissing(StoreUnavailable):
+    """The place that should hold the objects (a folder, a bucket) is not there."""
+
+
 class StoreFull(StoreUnavailable):
     """The store has no room for the object; nothing of it is visible."""
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from backupfs.codec.records import decode_record, encode_record
+from backupfs.codec.records import Encodable, decode_record, encode_record
 from backupfs.errors import DamagedObject, WrongPassword
 
 KEY_SIZE = 32
@@ -56,7 +56,9 @@ class Keyring:
         for own_role, own_epoch, key in self.keys:
             if own_role == role and own_epoch == epoch:
                 return key
-        raise WrongPassword(f"this key slot does not give the {role} key of epoch {epoch}: use the password of another slot")
+        raise WrongPassword(
+            f"this key slot does not give the {role} key of epoch {epoch}: use the password of another slot"
+        )
 
     def has(self, role: str) -> bool:
         """Tell whether the slot gives any key of this role."""
@@ -114,7 +116,7 @@ def seal_slot(keyring: Keyring, password: bytes, name: str, created_ns: int, cos
     """Return the bytes of a new key slot that gives `keyring` to whoever has the password."""
     salt, nonce = os.urandom(16), os.urandom(12)
     wrapping_key, check = _stretch(password, salt, cost)
-    head = [name, created_ns, cost.memory_kib, cost.passes, cost.lanes, salt, check]
+    head: list[Encodable] = [name, created_ns, cost.memory_kib, cost.passes, cost.lanes, salt, check]
     plain = encode_record([list(entry) for entry in keyring.keys])
     wrapped = AESGCM(wrapping_key).encrypt(nonce, plain, SLOT_MAGIC + encode_record(head))
     return SLOT_MAGIC + encode_record([*head, nonce, wrapped])
@@ -156,8 +158,9 @@ def open_slot(data: bytes, password: bytes, what: str) -> Keyring:
         raise DamagedObject(f"{what} is damaged: the password fits, its keys do not open") from error
     keys = []
     for entry in decode_record(plain, what):
-        if not (isinstance(entry, list) and [type(field) for field in entry] == [str, int, bytes]):
-            raise DamagedObject(f"{what} holds no keyring")
-        role, epoch, key = entry
-        keys.append((role, epoch, key))
+        match entry:
+            case [str(role), int(epoch), bytes(key)]:
+                keys.append((role, epoch, key))
+            case _:
+                raise DamagedObject(f"{what} holds no keyring")
     return Keyring(tuple(keys))

@@ -1,16 +1,19 @@
 """Records as canonical msgpack: positional arrays, shortest integers, bytes for names, no floats, no maps."""
 
+from collections.abc import Sequence
+
 import msgpack
 
 from backupfs.errors import DamagedObject
 
-Field = None | bool | int | str | bytes | list["Field"] | tuple["Field", ...]
+Field = None | bool | int | str | bytes | list["Field"]  # as decoded
+Encodable = None | bool | int | str | bytes | Sequence["Encodable"]
 
 
-
-def encode_record(fields: Field) -> bytes:
+def encode_record(fields: Encodable) -> bytes:
     """Return the one byte form of nested lists of None, bool, int, str and bytes."""
-    return msgpack.packb(fields, use_bin_type=True)  # type: ignore[no-any-return]
+    data: bytes = msgpack.packb(fields, use_bin_type=True)
+    return data
 
 
 def decode_record(data: bytes | memoryview, what: str) -> list[Field]:

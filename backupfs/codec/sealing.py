@@ -157,7 +157,9 @@ class OpenedHeader:
         if magic != MAGIC:
             raise DamagedObject(f"{what} does not start as an object of backupfs")
         if version != FORMAT or key_form != KEY_DERIVED or suite not in (AES_256_GCM, CHACHA20_POLY1305):
-            raise UnknownVersion(f"{what} has format {version}.{suite}.{key_form}: it needs a newer backupfs, or is damaged")
+            raise UnknownVersion(
+                f"{what} has format {version}.{suite}.{key_form}, which this backupfs does not know: upgrade backupfs"
+            )
         if own_kind != kind:
             raise DamagedObject(f"{what} is of kind {own_kind} instead of {int(kind)}")
         key = keys.object_key(keyring.key(ROLE_OF_KIND[kind], epoch), salt)

@@ -1,9 +1,9 @@
 """Reading the files of this machine: by descriptor and name, so that no path is too long and no symlink is followed."""
 
 import errno
+import grp
 import os
 import pwd
-import grp
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 

@@ -33,7 +33,9 @@ class Selection:
         self._pseudo = mounts.pseudo_mount_points()
         self.asks = self._excluder is not None or self.rules.larger_than is not None
 
-    def left_out(self, directory: bytes, directories: list[bytes], others: list[bytes], sizes: dict[bytes, int]) -> dict[bytes, str]:
+    def left_out(
+        self, directory: bytes, directories: list[bytes], others: list[bytes], sizes: dict[bytes, int]
+    ) -> dict[bytes, str]:
         """Return the names that are left out, with the reason.
 
         sizes: of regular files, asked for only when there is a limit.
@@ -72,4 +74,3 @@ class Selection:
             if exclude.has_marker(dir_fd, marker):
                 return f"marked by {marker.decode('utf-8', 'replace')}"
         return None
-

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 
 from backupfs.codec.keys import Keyring, keyed_hash
-from backupfs.codec.sealing import Kind, OpenedHeader, UnitRole
+from backupfs.codec.sealing import FRAME, FRAME_MAGIC, TRAILER, Kind, OpenedHeader, UnitRole
 from backupfs.errors import DamagedObject, ObjectMissing
 from backupfs.ids import ChunkId, ObjectId, short
 from backupfs.repository import layout
@@ -23,10 +23,11 @@ _MOST_OPENED_PACKS = 256
 
 
 class _CachedBlock:
-    __slots__ = ("chunk_ids", "plain")
+    __slots__ = ("chunk_ids", "plain", "stored_length")
 
-    def __init__(self, plain: bytes) -> None:
+    def __init__(self, plain: bytes, stored_length: int) -> None:
         self.plain = plain
+        self.stored_length = stored_length
         self.chunk_ids: list[ChunkId] = []  # those whose hash was checked
 
 
@@ -49,6 +50,7 @@ class ChunkReader:
         self._chunks: dict[ChunkId, tuple[tuple[ObjectId, int], memoryview]] = {}
         self._opened: OrderedDict[ObjectId, OpenedHeader] = OrderedDict()
         self._lock = threading.Lock()
+        self._verified_cache = False
         self.index = index
 
     def chunk_id(self, data: bytes | memoryview) -> ChunkId:
@@ -59,6 +61,57 @@ class ChunkReader:
         """Return a chunk if no store, codec or hash is needed for it."""
         found = self._chunks.get(chunk_id)
         return None if found is None else found[1]
+
+    def resident(self, chunk_id: ChunkId) -> memoryview | None:
+        """Return a chunk whose block is decoded: it takes a look into the local index and a hash, no store, no codec."""
+        found = self._chunks.get(chunk_id)
+        if found is not None:
+            return found[1]
+        for location in self.index.find(chunk_id):
+            place = (location.pack.pack_id, location.block_offset)
+            with self._lock:
+                block = self._blocks.get(place)
+                if block is not None:
+                    self._blocks.move_to_end(place)
+            if block is not None:
+                try:
+                    return self._chunk_in(chunk_id, location, block)
+                except DamagedObject:
+                    continue  # `load` says it
+        return None
+
+    def location(self, chunk_id: ChunkId) -> Location | None:
+        """Return where the first known copy of a chunk lies, if the index knows one."""
+        return next(self.index.find(chunk_id), None)
+
+    def absent_after(self, location: Location, most: int) -> int | None:
+        """Return the offset of the first of the `most` blocks behind this one that is not decoded, or None."""
+        offset = location.block_offset + location.block_stored
+        for _ in range(most):
+            block = self._blocks.get((location.pack.pack_id, offset))
+            if block is None:
+                return offset if offset + FRAME.size + TRAILER.size < location.pack.size else None
+            offset += block.stored_length
+        return None
+
+    def load_ahead(self, pack: PackRef, offset: int, length: int) -> None:
+        """Decode the blocks that start at `offset` and end within `length` bytes, with one request; for a thread.
+
+        Stops quietly where the pack's blocks end. Raises: DamagedObject; StoreError.
+        """
+        length = min(length, pack.size - offset)
+        stored = memoryview(self.fetch(pack, offset, length))
+        done = 0
+        while done + FRAME.size <= length:
+            magic, role, _, _, _, sealed_length = FRAME.unpack_from(stored, done)
+            end = done + FRAME.size + sealed_length
+            if magic != FRAME_MAGIC or role != UnitRole.BLOCK or (end > length and done):
+                return
+            place = (pack.pack_id, offset + done)
+            if place not in self._blocks:
+                unit = stored[done:end] if end <= length else self.fetch(pack, offset, end)
+                self._keep(place, _CachedBlock(self.open_block(pack, unit, offset + done), end - done))
+            done = end
 
     def load(self, chunk_id: ChunkId) -> memoryview:
         """Return the plain bytes of a chunk; every copy that the index knows is tried.
@@ -73,7 +126,7 @@ class ChunkReader:
                     self._blocks.move_to_end(place)
             return chunk
         failures: list[str] = []
-        for attempt in (self._try_known, self._try_refreshed, self._try_rebuilt):
+        for attempt in (self._try_known, self._try_refreshed, self._try_intact, self._try_rebuilt):
             chunk_or_none = attempt(chunk_id, failures)
             if chunk_or_none is not None:
                 return chunk_or_none
@@ -85,7 +138,7 @@ class ChunkReader:
     def _try_known(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
         for location in self.index.find(chunk_id):
             try:
-                return self._load_at(chunk_id, location)
+                return self.load_at(chunk_id, location)
             except (DamagedObject, ObjectMissing) as error:
                 log.error("%s", error)
                 failures.append(str(error))
@@ -95,18 +148,31 @@ class ChunkReader:
         # Another client may have repacked since the index was read.
         return self._try_known(chunk_id, failures) if self.index.refresh() else None
 
+    def _try_intact(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
+        # Each file is read whole, so only once: what is garbled later is met by the next process.
+        if self._verified_cache:
+            return None
+        self._verified_cache = True
+        return self._try_known(chunk_id, failures) if self.index.drop_garbled_runs() else None
+
     def _try_rebuilt(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
         return self._try_known(chunk_id, failures) if self.index.rebuild_from_packs() else None
 
-    def _load_at(self, chunk_id: ChunkId, location: Location) -> memoryview:
+    def load_at(self, chunk_id: ChunkId, location: Location) -> memoryview:
+        """Return the plain bytes of one copy of a chunk. Raises: DamagedObject; ObjectMissing; StoreError."""
         place = (location.pack.pack_id, location.block_offset)
         with self._lock:
             block = self._blocks.get(place)
             if block is not None:
                 self._blocks.move_to_end(place)
         if block is None:
-            block = _CachedBlock(self.read_block(location.pack, location.block_offset, location.block_stored))
+            plain = self.read_block(location.pack, location.block_offset, location.block_stored)
+            block = _CachedBlock(plain, location.block_stored)
             self._keep(place, block)
+        return self._chunk_in(chunk_id, location, block)
+
+    def _chunk_in(self, chunk_id: ChunkId, location: Location, block: _CachedBlock) -> memoryview:
+        place = (location.pack.pack_id, location.block_offset)
         chunk = memoryview(block.plain)[location.offset : location.offset + location.length]
         self.check(chunk_id, chunk, location.pack, location.block_offset)
         with self._lock:
@@ -120,7 +186,9 @@ class ChunkReader:
         # Sealing does not stop another holder of the keys from filing wrong bytes; the id does.
         if keyed_hash(self._id_key, chunk) != chunk_id:
             key = layout.key_of(self._kind, pack.pack_id)
-            raise DamagedObject(f"the object {key} at {block_offset} is damaged: a chunk in it is not {short(chunk_id)}")
+            raise DamagedObject(
+                f"the object {key} at {block_offset} is damaged: a chunk in it is not {short(chunk_id)}"
+            )
 
     def read_block(self, pack: PackRef, offset: int, stored_length: int) -> bytes:
         """Fetch and decode one block; nothing is kept, and no chunk id is checked.

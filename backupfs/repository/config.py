@@ -67,10 +67,20 @@ def read_config(data: bytes) -> tuple[Config, bytes]:
     if not fields or not isinstance(fields[0], int):
         raise DamagedObject("the object config is damaged")
     if fields[0] != FORMAT:
-        raise UnknownVersion(f"this repository has format {fields[0]}, this backupfs knows format {FORMAT}: upgrade backupfs")
+        raise UnknownVersion(
+            f"this repository has format {fields[0]}, this backupfs knows format {FORMAT}: upgrade backupfs"
+        )
     match fields:
-        case [int(), bytes(repository_id), int(created_ns), [int(low), int(mean), int(high)],
-              list(compatible), list(read_compatible), list(incompatible), bytes(mac)]:
+        case [
+            int(),
+            bytes(repository_id),
+            int(created_ns),
+            [int(low), int(mean), int(high)],
+            list(compatible),
+            list(read_compatible),
+            list(incompatible),
+            bytes(mac),
+        ]:
             pass
         case _:
             raise DamagedObject("the object config is damaged: its fields are not those of format 1")
@@ -86,7 +96,9 @@ def read_config(data: bytes) -> tuple[Config, bytes]:
     )
     unknown = set(config.incompatible) - KNOWN_INCOMPATIBLE
     if unknown:
-        raise UnknownVersion(f"this repository needs features this backupfs lacks ({', '.join(sorted(unknown))}): upgrade backupfs")
+        raise UnknownVersion(
+            f"this repository needs features this backupfs lacks ({', '.join(sorted(unknown))}): upgrade backupfs"
+        )
     return config, mac
 
 

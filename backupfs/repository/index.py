@@ -10,13 +10,15 @@ import os
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from backupfs.codec.keys import Keyring
 from backupfs.codec.sealing import Kind
-from backupfs.errors import DamagedObject, ObjectMissing
+from backupfs.errors import DamagedObject, ObjectMissing, RepositoryError
 from backupfs.ids import ChunkId, ObjectId
 from backupfs.repository import layout
+from backupfs.repository.objects import load_object
 from backupfs.repository.pack import ROW, PackRef, read_directory
 from backupfs.repository.run import Location, Run, open_run, run_in_memory, write_run
 from backupfs.repository.segment import Segment, decode_segment, renumber, sort_rows
@@ -47,7 +49,7 @@ class Index:
         self._runs: tuple[Run, ...] = ()
         self._rebuilt = False
         self._changing = threading.Lock()
-        self.damaged: list[str] = []  # keys of segments that did not open
+        self.damaged: dict[str, RepositoryError | ObjectMissing] = {}  # keys of segments that did not open
 
     @property
     def count(self) -> int:
@@ -62,6 +64,17 @@ class Index:
         """Yield every known copy of a chunk, newest runs first."""
         for run in reversed(self._runs):
             yield from run.find(chunk_id)
+
+    def locate(self, chunk_id: ChunkId) -> Iterator[tuple[int, Location]]:
+        """Yield (position, copy) for every known copy of a chunk.
+
+        A position is below `count` and stands for one row as long as the index does not change.
+        """
+        first = 0
+        for run in self._runs:
+            for number, location in run.locate(chunk_id):
+                yield first + number, location
+            first += run.count
 
     def packs(self) -> dict[ObjectId, PackRef]:
         """Return every pack that the index names."""
@@ -90,15 +103,17 @@ class Index:
         if not self._runs:
             self._open_cached(listed)
         known = frozenset[ObjectId]().union(*(run.sources for run in self._runs))
+        present = set(listed.values())
+        self.damaged = {key: error for key, error in self.damaged.items() if key in present}
         fresh = []
         for segment_id, key in listed.items():
             if segment_id in known or key in self.damaged:
                 continue
             try:
-                segment = decode_segment(self._store.get(key), self._kind, self._keyring, f"the object {key}")
-            except (DamagedObject, ObjectMissing) as error:
+                segment = decode_segment(load_object(self._store, key), self._kind, self._keyring, f"the object {key}")
+            except (RepositoryError, ObjectMissing) as error:
                 log.warning("%s; the index goes on without it", error)
-                self.damaged.append(key)
+                self.damaged[key] = error
                 continue
             fresh.append(self._keep(segment, frozenset([segment_id])))
         if fresh:
@@ -111,6 +126,22 @@ class Index:
         with self._changing:
             self._runs = (*self._runs, self._keep(segment, frozenset([segment_id])))
             self._merge_small()
+
+    def drop_garbled_runs(self) -> bool:
+        """Make those cache files again that are not what was written; return whether there were any.
+
+        Each file is read whole: for when a lookup led to a place where the chunk is not.
+        """
+        with self._changing:
+            garbled = [run for run in self._runs if not run.is_intact()]
+            if not garbled:
+                return False
+            for run in garbled:
+                log.warning("the cache file %s is damaged; it is made again", run.path)
+                _forget_file(run)
+            self._runs = tuple(run for run in self._runs if run not in garbled)
+            self._refresh()
+            return True
 
     def rebuild_from_packs(self) -> bool:
         """Read the directories of packs that no segment names; return whether chunks were found.
@@ -126,14 +157,15 @@ class Index:
         self._rebuilt = True
         kind = _PACK_KIND[self._kind]
         known = self.packs()
-        rows, packs = bytearray(), []
+        rows = bytearray()
+        packs: list[PackRef] = []
         for info in self._store.list(layout.prefix_of(kind)):
             pack_id = layout.id_in_key(info.key)
             if pack_id is None or pack_id in known:
                 continue
             try:
                 ref, own_rows = read_directory(self._store, info.key, info.size, kind, self._keyring)
-            except (DamagedObject, ObjectMissing) as error:
+            except (RepositoryError, ObjectMissing) as error:
                 log.warning("%s; left out of the index", error)
                 continue
             rows += renumber(own_rows, len(packs))
@@ -156,20 +188,19 @@ class Index:
                 continue
             except (DamagedObject, OSError) as error:
                 log.warning("%s; it is made again", error)
-                path.unlink(missing_ok=True)
+                _forget_path(path)
                 continue
             # Rows of a segment that is gone from the store may name packs that are gone.
             if run.sources <= listed.keys():
                 runs.append(run)
             else:
-                path.unlink(missing_ok=True)
+                _forget_file(run)
         # A merged run and its parts may both be there when two processes met: the larger first, parts are dropped.
         runs.sort(key=lambda run: -len(run.sources))
         kept: list[Run] = []
         for run in runs:
             if any(run.sources <= other.sources for other in kept):
-                if run.path is not None:
-                    run.path.unlink(missing_ok=True)
+                _forget_file(run)
             else:
                 kept.append(run)
         self._runs = tuple(kept)
@@ -222,8 +253,18 @@ class Index:
             merged = run_in_memory(Segment(rows, packs), sources)
         self._runs = (*(run for run in self._runs if run not in parts), merged)
         for run in parts:
-            if run.path is not None:
-                run.path.unlink(missing_ok=True)
+            _forget_file(run)
+
+
+def _forget_file(run: Run) -> None:
+    if run.path is not None:
+        _forget_path(run.path)
+
+
+def _forget_path(path: Path) -> None:
+    # A file that cannot be deleted costs room, no more: whoever opens it finds its parts named by another run.
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def merged_windows(runs: list[Run]) -> Iterator[bytes]:

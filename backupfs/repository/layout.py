@@ -4,6 +4,8 @@ from backupfs.codec.sealing import Kind
 
 CONFIG = "config"
 KEYS = "keys/"
+PACKS = "packs/"
+INDEX = "index/"
 SNAPSHOTS = "snapshots/"
 NOTES = "notes/"
 LEASES = "leases/"

@@ -1,8 +1,8 @@
 """What this machine keeps of its own: the cache (deletable at any time) and the host's identity (its state).
 
-    CACHE/REPOSITORY-ID/index-data/*.run, index-tree/*.run
-    STATE/host       a record [host id, hash of the machine id]
-    STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequence this machine saw of each host
+CACHE/REPOSITORY-ID/index-data/*.run, index-tree/*.run
+STATE/host       a record [host id, hash of the machine id]
+STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequence this machine saw of each host
 """
 
 import os

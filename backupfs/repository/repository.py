@@ -15,6 +15,7 @@ from backupfs.errors import (
     ObjectMissing,
     RepositoryExists,
     RepositoryLocked,
+    StoreMissing,
     WrongPassword,
 )
 from backupfs.ids import ObjectId
@@ -87,6 +88,29 @@ class Repository:
         self.store.delete(layout.slot_key(slot_id))
 
 
+def require_repository(store: Store) -> None:
+    """Raise NotARepository unless there is one; before a password is asked for in vain. Raises: StoreError."""
+    try:
+        store.size(layout.CONFIG)
+    except ObjectMissing as error:
+        raise NotARepository(f"there is no repository at {store.url}; `backupfs init` makes one") from error
+    except StoreMissing as error:
+        raise NotARepository(f"there is no repository: {error}") from error
+
+
+def require_no_repository(store: Store) -> None:
+    """Raise RepositoryExists where there is a repository, or the rest of one. Raises: StoreError."""
+    for key in (layout.CONFIG, layout.KEYS, layout.SNAPSHOTS, layout.PACKS, layout.INDEX):
+        try:
+            first = next(iter(store.list(key)), None)
+        except StoreMissing:
+            return
+        if first is not None:
+            raise RepositoryExists(
+                f"{store.url} holds a repository, or the rest of one ({key}): nothing was changed; use another place"
+            )
+
+
 def create_repository(
     store: Store, password: bytes, slot_name: str, cost: KdfCost, sizes: CutSizes, local: LocalFolders
 ) -> Repository:
@@ -94,11 +118,7 @@ def create_repository(
 
     Raises: RepositoryExists; RepositoryLocked for the loser of a race between two inits; StoreError.
     """
-    for key in (layout.CONFIG, layout.KEYS, layout.SNAPSHOTS, "packs/", "index/"):
-        if next(store.list(key), None) is not None:
-            raise RepositoryExists(
-                f"{store.url} holds a repository, or the rest of one ({key}): nothing was changed; use another place"
-            )
+    require_no_repository(store)
     keyring = keys.new_keyring()
     now = time.time_ns()
     config = Config(os.urandom(16), now, sizes)
@@ -123,13 +143,13 @@ def open_repository(store: Store, password: bytes, local: LocalFolders) -> Repos
 
     Raises: NotARepository; WrongPassword; UnknownVersion; DamagedObject; StoreError.
     """
-    try:
-        config, mac = read_config(store.get(layout.CONFIG))
-    except ObjectMissing as error:
-        raise NotARepository(f"there is no repository at {store.url}; `backupfs init` makes one") from error
+    require_repository(store)
+    config, mac = read_config(store.get(layout.CONFIG))
     slots = list(_read_slots(store))
     if not slots:
-        raise DamagedObject(f"the repository at {store.url} has no key slot left in {layout.KEYS}: restore one from a copy")
+        raise DamagedObject(
+            f"the repository at {store.url} has no key slot left in {layout.KEYS}: restore one from a copy"
+        )
     damage: list[str] = []
     for slot_id, data in slots:
         what = f"the object {layout.slot_key(slot_id)}"

@@ -5,9 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from backupfs.codec.sealing import Kind, hash_object, seal_record, unseal_record
-from backupfs.errors import DamagedObject, ObjectMissing, UnknownSnapshot, shown
+from backupfs.errors import (
+    ObjectMissing,
+    RepositoryError,
+    UnknownSnapshot,
+    WrongPassword,
+    shown,
+)
 from backupfs.ids import SnapshotId, short
 from backupfs.repository import layout
+from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.snapshot import FILES, Snapshot, decode_snapshot, encode_snapshot
@@ -26,35 +33,39 @@ class SnapshotList:
     damaged: dict[str, str] = field(default_factory=dict)  # key → what is wrong
     _loaded: dict[SnapshotId, Snapshot] = field(default_factory=dict)
     _notes: dict[str, notes.Note | None] = field(default_factory=dict)
+    _damaged_notes: dict[str, str] = field(default_factory=dict)
 
     def refresh(self) -> bool:
         """Read what is new in the store; return whether anything changed. Raises: StoreError."""
         before = list(self.snapshots)
         store = self.repository.store
         present: dict[SnapshotId, Snapshot] = {}
-        self.damaged = {}
+        damaged: dict[str, str] = {}
         for info in store.list(layout.SNAPSHOTS):
             identity = layout.id_in_key(info.key)
             if identity is None:
                 continue
             snapshot_id = SnapshotId(identity)
-            snapshot = self._loaded.get(snapshot_id) or self._load(info.key, snapshot_id)
+            snapshot = self._loaded.get(snapshot_id) or self._load(info.key, snapshot_id, damaged)
             if snapshot is not None:
                 present[snapshot_id] = snapshot
         self._loaded = present
         forgotten = self._forgotten()
+        self.damaged = damaged | self._damaged_notes
         self.snapshots = sorted(
             (snapshot for snapshot_id, snapshot in present.items() if snapshot_id not in forgotten),
             key=lambda snapshot: (snapshot.time_ns, snapshot.sequence, snapshot.snapshot_id),
         )
         return self.snapshots != before
 
-    def _load(self, key: str, snapshot_id: SnapshotId) -> Snapshot | None:
+    def _load(self, key: str, snapshot_id: SnapshotId, damaged: dict[str, str]) -> Snapshot | None:
         try:
             return load_snapshot(self.repository, snapshot_id)
-        except (DamagedObject, ObjectMissing) as error:
-            log.warning("%s", error)
-            self.damaged[key] = str(error)
+        except (RepositoryError, ObjectMissing) as error:
+            # A live mount asks again and again; one line is enough.
+            if self.damaged.get(key) != str(error):
+                log.warning("%s", error)
+            damaged[key] = str(error)
             return None
 
     def _forgotten(self) -> set[SnapshotId]:
@@ -63,10 +74,14 @@ class SnapshotList:
             if info.key not in self._notes:
                 try:
                     self._notes[info.key] = notes.load_note(self.repository, info.key)
-                except (DamagedObject, ObjectMissing) as error:
+                except WrongPassword as error:
+                    # A slot that may not destroy cannot read what only the maintain key may have written.
+                    log.debug("%s; it is ignored", error)
+                    self._notes[info.key] = None
+                except (RepositoryError, ObjectMissing) as error:
                     log.warning("%s; it is ignored", error)
                     self._notes[info.key] = None
-                    self.damaged[info.key] = str(error)
+                    self._damaged_notes[info.key] = str(error)
             note = self._notes[info.key]
             if note is None or note.kind not in (notes.FORGET, notes.UNDELETE):
                 continue
@@ -132,11 +147,8 @@ def load_snapshots(repository: Repository) -> SnapshotList:
 def load_snapshot(repository: Repository, snapshot_id: SnapshotId) -> Snapshot:
     """Return one snapshot. Raises: DamagedObject; ObjectMissing; StoreError."""
     key = layout.key_of(Kind.SNAPSHOT, snapshot_id)
-    data = repository.store.get(key)
-    what = f"the object {key}"
-    if hash_object(data) != snapshot_id:
-        raise DamagedObject(f"{what} is damaged: its bytes are not those it is named by")
-    return decode_snapshot(unseal_record(data, Kind.SNAPSHOT, repository.keyring, what), snapshot_id)
+    data = load_object(repository.store, key)
+    return decode_snapshot(unseal_record(data, Kind.SNAPSHOT, repository.keyring, f"the object {key}"), snapshot_id)
 
 
 def put_snapshot(repository: Repository, snapshot: Snapshot) -> Snapshot:

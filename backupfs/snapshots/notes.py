@@ -4,6 +4,7 @@ Key: notes/SNAPSHOT/HASH. Record: [1, kind, time_ns, host, arguments]. Forgettin
 maintain key. Source: docs/format.rst, "Notes".
 """
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from backupfs.codec.sealing import HEADER, Kind, hash_object, seal_record, unsea
 from backupfs.errors import DamagedObject
 from backupfs.ids import SnapshotId
 from backupfs.repository import layout
+from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 
 FORGET = "forget"
@@ -44,18 +46,17 @@ def put_note(repository: Repository, note: Note) -> None:
 
 def new_note(snapshot_id: SnapshotId, kind: str) -> Note:
     """Return a note of this host and this moment."""
-    import os
-
     return Note(snapshot_id, kind, time.time_ns(), os.uname().nodename)
 
 
 def load_note(repository: Repository, key: str) -> Note:
     """Return the note under a key.
 
-    Raises: DamagedObject, also for a destructive note that is not under the maintain key; StoreError.
+    Raises: DamagedObject, also for a destructive note that is not under the maintain key; WrongPassword where this key
+    slot lacks the key; UnknownVersion; StoreError.
     """
     what = f"the object {key}"
-    data = repository.store.get(key)
+    data = load_object(repository.store, key)
     header = data[: HEADER.size]
     sealed_as = Kind.MAINTENANCE_NOTE if len(header) > 5 and header[5] == Kind.MAINTENANCE_NOTE else Kind.NOTE
     record = decode_record(unseal_record(data, sealed_as, repository.keyring, what), what)

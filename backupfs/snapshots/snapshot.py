@@ -100,11 +100,30 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
     what = f"the snapshot {short(snapshot_id)}"
     record = decode_record(data, what)
     if record and isinstance(record[0], int) and record[0] != FORMAT:
-        raise UnknownVersion(f"{what} has format {record[0]}: it needs a newer backupfs")
+        raise UnknownVersion(f"{what} has format {record[0]}, this backupfs knows format {FORMAT}: upgrade backupfs")
     match record:
-        case [int(), int(kind), bytes(host_id), str(host), int(sequence), bytes(previous), int(time_ns),
-              int(store_time_ns), list(paths), list(tags), bytes(parent), bytes(root), list(numbers), str(user),
-              str(program), int(traits), list(), list(), bytes(), *_] if len(root) == 32:
+        case [
+            int(),
+            int(kind),
+            bytes(host_id),
+            str(host),
+            int(sequence),
+            bytes(previous),
+            int(time_ns),
+            int(store_time_ns),
+            list(paths),
+            list(tags),
+            bytes(parent),
+            bytes(root),
+            list(numbers),
+            str(user),
+            str(program),
+            int(traits),
+            list(),
+            list(),
+            bytes(),
+            *_,
+        ] if len(root) == 32:
             return Snapshot(
                 kind,
                 host_id,

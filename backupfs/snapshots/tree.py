@@ -11,7 +11,7 @@ Pure. Source: docs/format.rst, "Trees".
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from backupfs.codec.keys import keyed_hash
 from backupfs.codec.records import Field, decode_record, encode_record
@@ -33,7 +33,18 @@ Names = tuple[tuple[int, bytes], ...]  # (uid or gid, name)
 class LeafPage:
     """Nodes of one page, decoded column by column; a `Node` is made only when asked for."""
 
-    __slots__ = ("_filesystems", "_groups", "_owners", "_xattrs", "contents", "flags", "groups", "names", "owners", "rows")
+    __slots__ = (
+        "_filesystems",
+        "_groups",
+        "_owners",
+        "_xattrs",
+        "contents",
+        "flags",
+        "groups",
+        "names",
+        "owners",
+        "rows",
+    )
 
     def __init__(
         self,
@@ -83,31 +94,29 @@ class LeafPage:
 
     def node(self, position: int, load: Callable[[ChunkId], bytes | memoryview]) -> Node:
         """Return one node. `load` gives a large set of xattrs."""
-        mode, uid, gid, *rest = STAT_ROW.unpack_from(self.rows, position * STAT_ROW.size)
+        row = STAT_ROW.unpack_from(self.rows, position * STAT_ROW.size)
         xattrs = self._xattrs.get(position, ())
         if isinstance(xattrs, bytes):
             xattrs = decode_xattrs(decode_record(load(ChunkId(xattrs)), "a chunk of xattrs"))
         return Node(
             self.names[position],
-            mode,
-            uid,
-            gid,
-            *rest,
+            *row,
             self.contents[position],
             self.flag(position),
-            self._owners.get(uid, b""),
-            self._groups.get(gid, b""),
+            self._owners.get(row[1], b""),
+            self._groups.get(row[2], b""),
             xattrs,
             self._filesystems.get(position, 0),
         )
 
 
-class Branch(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Branch:
     """A page below an inner page."""
 
     first_name: bytes
     page_id: ChunkId
-    count: int  # nodes below it
+    nodes: int  # below it
 
 
 class InnerPage:
@@ -128,10 +137,24 @@ def decode_page(data: bytes | memoryview, chunk_id: ChunkId) -> LeafPage | Inner
     """Return the page that a tree chunk holds. Raises: DamagedObject."""
     record = decode_record(data, f"the tree page {short(chunk_id)}")
     match record:
-        case [0, bytes(names), bytes(rows), list(contents), bytes(flags), list(owners), list(groups), list(xattrs),
-              list(filesystems), *_]:
+        case [
+            0,
+            bytes(names),
+            bytes(rows),
+            list(contents),
+            bytes(flags),
+            list(owners),
+            list(groups),
+            list(xattrs),
+            list(filesystems),
+            *_,
+        ]:
             split = names.split(b"\0") if names else []
-            if len(rows) == len(split) * STAT_ROW.size and len(contents) == len(split) and len(flags) in (0, len(split)):
+            if (
+                len(rows) == len(split) * STAT_ROW.size
+                and len(contents) == len(split)
+                and len(flags) in (0, len(split))
+            ):
                 return LeafPage(
                     split,
                     rows,
@@ -139,7 +162,7 @@ def decode_page(data: bytes | memoryview, chunk_id: ChunkId) -> LeafPage | Inner
                     flags,
                     tuple(map(tuple, owners)),  # type: ignore[arg-type]
                     tuple(map(tuple, groups)),  # type: ignore[arg-type]
-                    {at: decode_xattrs(found) for at, found in xattrs} if xattrs else {},  # type: ignore[misc,union-attr]
+                    {at: decode_xattrs(found) for at, found in xattrs} if xattrs else {},  # type: ignore[misc,union-attr,str-unpack]
                     dict(filesystems) if filesystems else {},  # type: ignore[arg-type]
                 )
         case [int(level), list(branches), *_] if 0 < level <= _MOST_LEVELS:
@@ -147,11 +170,11 @@ def decode_page(data: bytes | memoryview, chunk_id: ChunkId) -> LeafPage | Inner
     raise DamagedObject(f"the tree page {short(chunk_id)} is damaged: its columns do not fit")
 
 
-def decode_xattrs(field: Field) -> "Xattrs | bytes":  # type: ignore[return]
+def decode_xattrs(field: Field) -> "Xattrs | bytes":
     """Return the set of xattrs that a record holds: pairs, or the id of a chunk of pairs."""
     if isinstance(field, bytes):
         return field
-    return tuple((name, value) for name, value in field)  # type: ignore[misc,union-attr]
+    return tuple((name, value) for name, value in field)  # type: ignore[misc,union-attr,str-unpack]
 
 
 class TreeBuilder:
@@ -239,15 +262,19 @@ class TreeBuilder:
         for branch in branches:
             group.append(branch)
             weight += _ROW_WEIGHT + len(branch.first_name)
-            if len(group) > 1 and weight >= LEAST_PAGE and (weight >= MOST_PAGE or self._cuts_after(branch.first_name, level)):
+            if (
+                len(group) > 1
+                and weight >= LEAST_PAGE
+                and (weight >= MOST_PAGE or self._cuts_after(branch.first_name, level))
+            ):
                 yield group
                 group, weight = [], 0
         if group:
             yield group
 
     def _close_inner(self, level: int, group: list[Branch]) -> Branch:
-        data = encode_record([level, [list(branch) for branch in group]])
-        return Branch(group[0].first_name, self._save(data), sum(branch.count for branch in group))
+        data = encode_record([level, [[branch.first_name, branch.page_id, branch.nodes] for branch in group]])
+        return Branch(group[0].first_name, self._save(data), sum(branch.nodes for branch in group))
 
     def _cuts_after(self, name: bytes, level: int) -> bool:
         return keyed_hash(self._cut_key, name)[level] & _CUT_MASK == 0
@@ -257,9 +284,7 @@ def _weight(name: bytes, content: Content) -> int:
     return _ROW_WEIGHT + len(name) + (len(content) if isinstance(content, bytes) else 40 * len(content))
 
 
-def leaf_pages(
-    root: ChunkId, load: Callable[[ChunkId], bytes | memoryview], first: bytes = b""
-) -> Iterator[LeafPage]:
+def leaf_pages(root: ChunkId, load: Callable[[ChunkId], bytes | memoryview], first: bytes = b"") -> Iterator[LeafPage]:
     """Yield a directory's leaf pages in order, from the one that would hold `first` on.
 
     Raises: DamagedObject; whatever `load` raises.

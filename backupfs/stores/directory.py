@@ -22,6 +22,7 @@ from backupfs.errors import (
     ObjectMissing,
     StoreError,
     StoreFull,
+    StoreMissing,
     StoreUnavailable,
     shown,
 )
@@ -64,6 +65,11 @@ class DirectoryStore(Store):
     def url(self) -> str:
         """The absolute path of the root."""
         return self._root
+
+    @property
+    def folder(self) -> str:
+        """The root, absolute."""
+        return os.path.abspath(os.fsdecode(self._root))
 
     def create(self) -> None:
         """Make the root and what is missing above it; an existing folder stays as it is."""
@@ -278,7 +284,7 @@ class DirectoryStore(Store):
         try:
             mode = os.stat(self._root).st_mode
         except OSError as error:
-            return StoreUnavailable(
+            return StoreMissing(
                 f"the folder {shown(self._root)} cannot be reached ({error.strerror}): "
                 "check the path, and that its disk is mounted"
             )

@@ -41,6 +41,11 @@ class Store(abc.ABC):
     def url(self) -> str:
         """Where the store is, for messages; free of secrets, but pass it through `shown`."""
 
+    @property
+    def folder(self) -> str | None:
+        """The folder of this machine that holds the objects, which a backup of this machine leaves out."""
+        return None
+
     @abc.abstractmethod
     def create(self) -> None:
         """Make the place that will hold the objects; it is fine when it is there. Nothing else ever makes it."""

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
-from backupfs.chunking.cutter import Cutter, CutSizes
+from backupfs.chunking.cutter import CutSizes, Cutter
 from backupfs.codec.keys import keyed_hash
 from backupfs.codec.records import encode_record
 from backupfs.errors import BackupfsError
@@ -104,9 +104,7 @@ class Archiver:
         self._linked: dict[tuple[int, int, int], Content] = {}  # (device, inode, ctime_ns) of hardlinked files
         self._ordinals: dict[int, int] = {}
         self._current_owners: dict[object, bool] = {}
-        self._coarse_devices = {
-            os.makedev(*mount.device) for mount in mounts.read_mounts() if mount.fstype in _COARSE
-        }
+        self._coarse_devices = {os.makedev(*mount.device) for mount in mounts.read_mounts() if mount.fstype in _COARSE}
         self.counts = Counts()
         self.stop = threading.Event()
 
@@ -159,7 +157,11 @@ class Archiver:
                 yield from self._source(builder, child, name, parent)
                 continue
             node = find_node(parent, name, self._load) if parent is not None else None
-            parent_tree = ChunkId(node.content) if node is not None and isinstance(node.content, bytes) and node.is_directory else None
+            parent_tree = (
+                ChunkId(node.content)
+                if node is not None and isinstance(node.content, bytes) and node.is_directory
+                else None
+            )
             tree, _, _ = yield self._from_root(child, inner, parent_tree)
             status = os.stat(child)
             # A directory on the way is no source: what changes in it by itself is not recorded.
@@ -184,7 +186,12 @@ class Archiver:
     # At and below the sources.
 
     def directory(
-        self, directory: "_OpenDirectory", path: bytes, parent: ChunkId | None, device: int, above: os.stat_result | None
+        self,
+        directory: "_OpenDirectory",
+        path: bytes,
+        parent: ChunkId | None,
+        device: int,
+        above: os.stat_result | None,
     ) -> "Walk":
         """Store an open directory, which is closed at the end; return (tree, xattrs, descriptor of the one above).
 
@@ -256,8 +263,14 @@ class Archiver:
                 row = page.row(at)
                 _, uid, gid = STAT_ROW.unpack(row)[:3]
                 builder.add(
-                    name, row, page.contents[at], page.flag(at), xattrs.get(at, ()), filesystems.get(at, 0),
-                    (uid, owners.get(uid, b"")), (gid, groups.get(gid, b"")),
+                    name,
+                    row,
+                    page.contents[at],
+                    page.flag(at),
+                    xattrs.get(at, ()),
+                    filesystems.get(at, 0),
+                    (uid, owners.get(uid, b"")),
+                    (gid, groups.get(gid, b"")),
                 )
 
     def empty_tree(self) -> ChunkId:
@@ -269,9 +282,7 @@ class Archiver:
 
     def _add(self, builder: TreeBuilder, name: bytes, row: bytes, content: Content) -> None:
         _, uid, gid, *_ = STAT_ROW.unpack(row)
-        builder.add(
-            name, row, content, 0, (), 0, (uid, reading.owner_name(uid)), (gid, reading.group_name(gid))
-        )
+        builder.add(name, row, content, 0, (), 0, (uid, reading.owner_name(uid)), (gid, reading.group_name(gid)))
 
     def save_tree(self, data: bytes) -> ChunkId:
         """Store a tree chunk and return its id."""
@@ -570,8 +581,16 @@ class _Part:
                         self._filesystems[len(statuses)] = ordinal
             rows.append(
                 pack(
-                    mode, uid, gid, links, inode, length,
-                    mtime_ns // second, mtime_ns % second, ctime_ns // second, ctime_ns % second,
+                    mode,
+                    uid,
+                    gid,
+                    links,
+                    inode,
+                    length,
+                    mtime_ns // second,
+                    mtime_ns % second,
+                    ctime_ns // second,
+                    ctime_ns % second,
                 )
             )
             statuses.append(status)
@@ -755,9 +774,16 @@ def _is_same(before: os.stat_result, after: os.stat_result) -> bool:
 
 def _row_of(status: os.stat_result, size: int) -> bytes:
     return STAT_ROW.pack(
-        status.st_mode, status.st_uid, status.st_gid, status.st_nlink, status.st_ino, size,
-        status.st_mtime_ns // NANOSECONDS, status.st_mtime_ns % NANOSECONDS,
-        status.st_ctime_ns // NANOSECONDS, status.st_ctime_ns % NANOSECONDS,
+        status.st_mode,
+        status.st_uid,
+        status.st_gid,
+        status.st_nlink,
+        status.st_ino,
+        size,
+        status.st_mtime_ns // NANOSECONDS,
+        status.st_mtime_ns % NANOSECONDS,
+        status.st_ctime_ns // NANOSECONDS,
+        status.st_ctime_ns % NANOSECONDS,
     )
 
 

@@ -9,11 +9,10 @@ from functools import partial
 import trio
 
 from backupfs import __version__, workers
-from backupfs.chunking.cutter import CutSizes
 from backupfs.codec import compression, keys
 from backupfs.codec.sealing import Kind
 from backupfs.ids import ChunkId, short
-from backupfs.localfs import sources
+from backupfs.localfs import reading, sources
 from backupfs.localfs.selection import Selection, SelectionRules
 from backupfs.repository import local
 from backupfs.repository.pack import Block
@@ -219,8 +218,15 @@ class _Run:
 
 
 async def _commit(
-    repository: Repository, listed: SnapshotList, options: BackupOptions, host: str, paths: list[bytes], root: ChunkId,
-    taken_ns: int, result: BackupResult, report: Report,
+    repository: Repository,
+    listed: SnapshotList,
+    options: BackupOptions,
+    host: str,
+    paths: list[bytes],
+    root: ChunkId,
+    taken_ns: int,
+    result: BackupResult,
+    report: Report,
 ) -> BackupResult:
     host_id = local.host_id(repository.local.state)
     store_now = await workers.io(repository.store.now)
@@ -276,7 +282,7 @@ def _parent_of(listed: SnapshotList, options: BackupOptions, host: str, paths: l
         return listed.find(options.parent)
     own = [snapshot for snapshot in listed.snapshots if snapshot.kind == FILES and snapshot.host == host]
     same = [snapshot for snapshot in own if set(snapshot.paths) == set(paths)]
-    return (same or own or [None])[-1]
+    return next(reversed(same or own), None)
 
 
 def _identities(folders: tuple[bytes, ...]) -> frozenset[tuple[int, int]]:
@@ -291,6 +297,4 @@ def _identities(folders: tuple[bytes, ...]) -> frozenset[tuple[int, int]]:
 
 
 def _user_name() -> str:
-    from backupfs.localfs.reading import owner_name
-
-    return owner_name(os.getuid()).decode("utf-8", "replace")
+    return reading.owner_name(os.getuid()).decode("utf-8", "replace")

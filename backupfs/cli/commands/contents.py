@@ -1,0 +1,88 @@
+"""ls, dump, restore: what is inside snapshots, without a mount."""
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from backupfs.cli.settings import Settings, with_settings
+from backupfs.errors import UsageError, shown
+
+if TYPE_CHECKING:
+    from backupfs.repository.repository import Repository
+    from backupfs.snapshots.snapshot import Snapshot
+
+
+def split_snapshot_path(text: bytes) -> tuple[str, bytes]:
+    """Return (snapshot's name, absolute path or b"") of SNAP[:PATH]. Raises: UsageError."""
+    name, colon, path = text.partition(b":/")
+    snapshot = os.fsdecode(name)
+    if ":" in snapshot and not snapshot.endswith(":latest"):
+        raise UsageError(f"{shown(text)}: PATH in SNAP:PATH starts with /, as in latest:/home")
+    return snapshot, b"/" + path if colon else b""
+
+
+def _found(settings: Settings, text: bytes) -> "tuple[Repository, Snapshot, bytes]":
+    from backupfs.snapshots.listing import load_snapshots
+
+    name, path = split_snapshot_path(text)
+    repository = settings.open_repository()
+    snapshot = load_snapshots(repository).find(name)
+    repository.load_indexes()
+    return repository, snapshot, path
+
+
+@click.command("ls")
+@click.argument("what", metavar="SNAP[:PATH]", type=click.Path(path_type=bytes))
+@click.option("-l", "--long", is_flag=True, help="Modes, owners, sizes and times, too.")
+@click.option("-R", "--recursive", is_flag=True, help="Everything below, too.")
+@with_settings
+def ls_command(settings: Settings, what: bytes, long: bool, recursive: bool) -> int:
+    """List a folder of a snapshot.
+
+    SNAP is an id or the start of one, `latest`, or HOST:latest; PATH is absolute, as it was on the host.
+    """
+    from backupfs.cli.report import print_json
+    from backupfs.cli.summaries import node_line, node_value
+    from backupfs.snapshots.tree import nodes
+    from backupfs.snapshots.walk import find_path, tree_of, walk
+
+    repository, snapshot, path = _found(settings, what)
+    load = repository.trees.load
+    top = find_path(snapshot, path, load)
+    if not top.is_directory:
+        entries = iter([(path, top)])
+    elif recursive:
+        entries = walk(top, path, load)
+    else:
+        entries = ((path.rstrip(b"/") + b"/" + node.name, node) for node in nodes(tree_of(top), load))
+    for at, node in entries:
+        if settings.json:
+            print_json(node_value(at, node))
+        else:
+            name = at if recursive or not top.is_directory else node.name
+            sys.stdout.write(node_line(name, node, long) + "\n")
+    return 0
+
+
+@click.command("dump")
+@click.argument("what", metavar="SNAP:PATH", type=click.Path(path_type=bytes))
+@with_settings
+def dump_command(settings: Settings, what: bytes) -> int:
+    """Write a file to standard output, or a folder as a tar."""
+    from backupfs.usecases.dump import dump
+
+    if sys.stdout.isatty():
+        raise UsageError(
+            "dump writes the bytes to standard output: send them to a file or a command, not to the terminal"
+        )
+    repository, snapshot, path = _found(settings, what)
+    dump(repository, snapshot, path, sys.stdout.buffer)
+    return 0
+
+
+@click.command("restore")
+def restore_command() -> int:
+    """Put files back."""
+    raise UsageError("not yet")

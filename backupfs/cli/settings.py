@@ -1,0 +1,117 @@
+"""Options that every command has, before or after the verb, and what follows from them.
+
+Imports nothing heavy at the top: `--help` and completion load this file.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from backupfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from backupfs.repository.local import LocalFolders
+    from backupfs.repository.repository import Repository
+    from backupfs.stores.store import Store
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the common options say; None where neither the option nor the environment was given."""
+
+    repository: str | None = None
+    json: bool = False
+    quiet: bool = False
+    verbose: int = 0
+    password_file: str | None = None
+    password_command: str | None = None
+    cache_dir: str | None = None
+
+    def merged(self, later: "Settings") -> "Settings":
+        """Return these settings with those that were given after the verb on top."""
+        given = {
+            item.name: getattr(later, item.name)
+            for item in fields(later)
+            if getattr(later, item.name) not in (None, False, 0)
+        }
+        return replace(self, **given)
+
+    def url(self) -> str:
+        """Return the repository's URL. Raises: UsageError."""
+        url = self.repository or os.environ.get("BACKUPFS_REPOSITORY")
+        if not url:
+            raise UsageError("which repository? give -r REPO, or set BACKUPFS_REPOSITORY")
+        return url
+
+    def store(self) -> "Store":
+        """Return the repository's store. Raises: UsageError."""
+        from backupfs.stores.opening import open_store
+
+        return open_store(self.url())
+
+    def folders(self) -> "LocalFolders":
+        """Return where this client keeps its cache and state."""
+        from pathlib import Path
+
+        from backupfs.repository.local import LocalFolders, default_folders
+
+        folders = default_folders()
+        return LocalFolders(Path(self.cache_dir), folders.state) if self.cache_dir else folders
+
+    def open_repository(self) -> "Repository":
+        """Ask for the password and open the repository.
+
+        Raises: NotARepository before asking; WrongPassword; UnknownVersion; DamagedObject; StoreError.
+        """
+        from backupfs.cli.passwords import read_password
+        from backupfs.repository.repository import open_repository, require_repository
+        from backupfs.workers import keep_freed_memory
+
+        keep_freed_memory()
+        store = self.store()
+        require_repository(store)
+        password = read_password(self.password_file, self.password_command)
+        return open_repository(store, password, self.folders())
+
+
+_OPTIONS = (
+    click.option("-r", "--repository", metavar="REPO", help="Where the repository is: a folder, or file:///FOLDER."),
+    click.option("--json", is_flag=True, help="Print JSON: one object, or one a line, on standard output."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress and no report, only errors."),
+    click.option("-v", "--verbose", count=True, help="Say more; twice: what the store does, too."),
+    click.option("--password-file", metavar="FILE", help="Read the password from the first line of FILE."),
+    click.option("--password-command", metavar="COMMAND", help="Run COMMAND; the password is what it prints."),
+    click.option("--cache-dir", metavar="FOLDER", help="Where the cache is; it can be deleted at any time."),
+)
+
+
+def common_options(function: Command) -> Command:
+    """Add the common options to a command or group."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def with_settings(function: Callable[..., object]) -> Callable[..., object]:
+    """Give a command its options merged with those before the verb, as `settings`."""
+    from functools import wraps
+
+    @wraps(function)
+    @click.pass_context
+    def wrapper(context: click.Context, /, **arguments: object) -> object:
+        later = Settings(**{item.name: arguments.pop(item.name) for item in fields(Settings)})  # type: ignore[arg-type]
+        settings = context.find_object(Settings) or Settings()
+        return function(settings=settings.merged(later), **arguments)
+
+    return common_options(wrapper)
+
+
+def is_interactive() -> bool:
+    """Tell whether a person can be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()

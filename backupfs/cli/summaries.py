@@ -1,0 +1,201 @@
+"""Results of verbs as text and as JSON, with the same names everywhere."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from backupfs.cli.report import Reporter, Value, duration_text, name_value, print_json, size_text, time_text
+from backupfs.cli.settings import Settings
+from backupfs.errors import shown
+from backupfs.ids import short
+from backupfs.snapshots.listing import has_doubtful_time
+from backupfs.snapshots.node import Node
+from backupfs.snapshots.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from backupfs.usecases.backup import BackupResult
+    from backupfs.usecases.forget import ForgetResult
+
+
+def snapshot_value(snapshot: Snapshot) -> dict[str, Value]:
+    """Return a snapshot for JSON."""
+    return {
+        "id": snapshot.snapshot_id.hex(),
+        "short_id": short(snapshot.snapshot_id),
+        "time_ns": snapshot.time_ns,
+        "name": snapshot.time_name,
+        "host": snapshot.host,
+        "host_id": snapshot.host_id.hex(),
+        "sequence": snapshot.sequence,
+        "paths": [path.decode("utf-8", "replace") for path in snapshot.paths],
+        "tags": list(snapshot.tags),
+        "parent": snapshot.parent.hex() or None,
+        "user": snapshot.user,
+        "program": snapshot.program,
+        "doubtful_time": has_doubtful_time(snapshot),
+        "statistics": asdict(snapshot.statistics),
+    }
+
+
+def tell_snapshots(settings: Settings, snapshots: list[Snapshot]) -> None:
+    """Print a list of snapshots."""
+    if settings.json:
+        print_json([snapshot_value(snapshot) for snapshot in snapshots])
+        return
+    if not snapshots:
+        click.echo("no snapshots")
+        return
+    rows: list[tuple[str, ...]] = [("id", "time", "host", "tags", "files", "size", "paths")]
+    for snapshot in snapshots:
+        statistics = snapshot.statistics
+        doubt = " (clock was off)" if has_doubtful_time(snapshot) else ""
+        rows.append(
+            (
+                short(snapshot.snapshot_id),
+                time_text(snapshot.time_ns) + doubt,
+                shown(snapshot.host),
+                ",".join(map(shown, snapshot.tags)),
+                f"{statistics.files:,}",
+                size_text(statistics.size),
+                " ".join(map(shown, snapshot.paths)),
+            )
+        )
+    _print_columns(rows, right=(4, 5))
+    click.echo(f"{len(snapshots)} snapshot{'s' if len(snapshots) != 1 else ''}")
+    if settings.verbose:
+        for snapshot in snapshots:
+            statistics = snapshot.statistics
+            click.echo(
+                f"{short(snapshot.snapshot_id)}: by {shown(snapshot.user)} with {shown(snapshot.program)},"
+                f" {statistics.files_new:,} new, {statistics.files_changed:,} changed, {statistics.files_skipped:,} skipped,"
+                f" {size_text(statistics.stored_added)} stored, {duration_text(statistics.duration_ns)}"
+            )
+
+
+def _print_columns(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> None:
+    used = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
+    widths = {column: max(len(row[column]) for row in rows) for column in used}
+    for row in rows:
+        cells = [
+            row[column].rjust(widths[column]) if column in right else row[column].ljust(widths[column])
+            for column in used
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def tell_backup(settings: Settings, result: "BackupResult", report: Reporter) -> None:
+    """Print the report of a backup."""
+    counts = result.counts
+    if settings.json:
+        print_json(
+            {
+                "event": "summary",
+                "snapshot": snapshot_value(result.snapshot) if result.snapshot is not None else None,
+                "parent": result.parent.hex() or None,
+                "files": counts.files,
+                "directories": counts.directories,
+                "bytes": counts.size,
+                "files_new": counts.files_new,
+                "files_changed": counts.files_changed,
+                "files_unchanged": counts.files_unchanged,
+                "files_skipped": counts.files_skipped,
+                "chunks_new": result.data.chunks + result.trees.chunks,
+                "bytes_new": result.plain_added,
+                "bytes_stored": result.stored_added,
+                "packs": result.data.packs + result.trees.packs,
+                "left_out": len(report.left_out),
+                "duration_ns": result.duration_ns,
+            }
+        )
+        return
+    if settings.quiet:
+        return
+    if result.snapshot is not None:
+        click.echo(f"snapshot {short(result.snapshot.snapshot_id)} saved, {time_text(result.snapshot.time_ns)}")
+    else:
+        click.echo("dry run: nothing was stored")
+    compared = f", compared with {short(result.parent)}" if result.parent else ""
+    click.echo(
+        f"  files    {counts.files:,} ({size_text(counts.size)}): {counts.files_new:,} new,"
+        f" {counts.files_changed:,} changed, {counts.files_unchanged:,} unchanged{compared}"
+    )
+    click.echo(f"  folders  {counts.directories:,}")
+    stored = f", {size_text(result.stored_added)} stored after compression" if result.snapshot is not None else ""
+    click.echo(f"  new      {size_text(result.plain_added)} after deduplication{stored}")
+    for line in report.left_out_summary():
+        click.echo(f"  left out {line}")
+    if report.skipped:
+        click.echo(f"  skipped  {len(report.skipped):,} that could not be read; each is named above")
+    click.echo(f"  time     {duration_text(result.duration_ns)}")
+
+
+def tell_forget(settings: Settings, result: "ForgetResult", dry_run: bool) -> None:
+    """Print which snapshots were forgotten."""
+    if settings.json:
+        forgotten: list[Value] = [snapshot_value(snapshot) for snapshot in result.forgotten]
+        print_json({"event": "summary", "forgotten": forgotten, "kept": result.kept, "dry_run": dry_run})
+        return
+    if settings.quiet:
+        return
+    for snapshot in result.forgotten:
+        verb = "would forget" if dry_run else "forgot"
+        paths = " ".join(map(shown, snapshot.paths))
+        click.echo(
+            f"{verb} {short(snapshot.snapshot_id)}, {time_text(snapshot.time_ns)}, {shown(snapshot.host)}, {paths}"
+        )
+    click.echo(
+        f"{result.kept} snapshot{'s' if result.kept != 1 else ''} kept; the space is kept until the repository is pruned"
+    )
+
+
+_TYPES = {0o040000: "d", 0o120000: "l", 0o100000: "-", 0o010000: "p", 0o140000: "s", 0o020000: "c", 0o060000: "b"}
+_TYPE_WORDS = {
+    0o040000: "directory",
+    0o120000: "symlink",
+    0o100000: "file",
+    0o010000: "fifo",
+    0o140000: "socket",
+    0o020000: "character device",
+    0o060000: "block device",
+}
+
+
+def node_value(path: bytes, node: Node) -> dict[str, Value]:
+    """Return a directory entry for JSON."""
+    value: dict[str, Value] = {
+        **name_value("path", path),
+        "type": _TYPE_WORDS.get(node.mode & 0o170000, "unknown"),
+        "mode": node.mode & 0o7777,
+        "uid": node.uid,
+        "gid": node.gid,
+        "owner": node.owner.decode("utf-8", "replace"),
+        "group": node.group.decode("utf-8", "replace"),
+        "size": node.size,
+        "mtime_ns": node.mtime_ns,
+        "inode": node.inode,
+        "links": node.nlink,
+    }
+    if node.is_symlink and isinstance(node.content, bytes):
+        value |= name_value("target", node.content)
+    return value
+
+
+def node_line(path: bytes, node: Node, long: bool) -> str:
+    """Return a directory entry as `ls` shows it."""
+    if not long:
+        return shown(path) + ("/" if node.is_directory else "")
+    bits = node.mode
+    letters = "".join("rwx"[2 - at % 3] if bits >> at & 1 else "-" for at in range(8, -1, -1))
+    special = list(letters)
+    for bit, position, low, high in ((0o4000, 2, "s", "S"), (0o2000, 5, "s", "S"), (0o1000, 8, "t", "T")):
+        if bits & bit:
+            special[position] = low if special[position] == "x" else high
+    owner = shown(node.owner) if node.owner else str(node.uid)
+    group = shown(node.group) if node.group else str(node.gid)
+    target = f" -> {shown(node.content)}" if node.is_symlink and isinstance(node.content, bytes) else ""
+    kind = _TYPES.get(bits & 0o170000, "?")
+    return (
+        f"{kind}{''.join(special)} {node.nlink:>3} {owner:<8} {group:<8} {node.size:>12}"
+        f" {time_text(node.mtime_ns)} {shown(path)}{target}"
+    )

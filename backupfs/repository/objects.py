@@ -1,0 +1,18 @@
+"""Whole immutable objects, each compared with its name before anything in it is believed.
+
+An object that fits its name is what somebody wrote: only then does a version that this program does not know mean an
+object from the future, and a key that it lacks another slot's object. Otherwise both are damage.
+"""
+
+from backupfs.codec.sealing import hash_object
+from backupfs.errors import DamagedObject
+from backupfs.repository import layout
+from backupfs.stores.store import Store
+
+
+def load_object(store: Store, key: str) -> bytes:
+    """Return an object's bytes. Raises: DamagedObject if they are not those it is named by; ObjectMissing; StoreError."""
+    data = store.get(key)
+    if hash_object(data) != layout.id_in_key(key):
+        raise DamagedObject(f"the object {key} is damaged: its bytes are not those it is named by")
+    return data

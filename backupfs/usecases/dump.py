@@ -1,0 +1,139 @@
+"""Write one file, or a directory as a tar, to a stream: for scripts, and for hosts without FUSE."""
+
+import stat
+import tarfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import BinaryIO
+
+from backupfs.errors import DamagedObject, UsageError, shown
+from backupfs.ids import ChunkId
+from backupfs.repository.repository import Repository
+from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, Piece, pieces
+from backupfs.snapshots.node import Node
+from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.walk import find_path, walk
+
+_AHEAD = 4  # chunks being fetched while one is written
+_ZEROS = bytes(1 << 20)
+_KINDS = {
+    stat.S_IFDIR: tarfile.DIRTYPE,
+    stat.S_IFLNK: tarfile.SYMTYPE,
+    stat.S_IFIFO: tarfile.FIFOTYPE,
+    stat.S_IFCHR: tarfile.CHRTYPE,
+    stat.S_IFBLK: tarfile.BLKTYPE,
+    stat.S_IFREG: tarfile.REGTYPE,
+}
+
+
+def dump(repository: Repository, snapshot: Snapshot, path: bytes, output: BinaryIO) -> None:
+    """Write the file at `path`, or the directory there as a tar (pax, with xattrs and hardlinks), to `output`.
+
+    Runs in a thread of its own. Raises: PathNotFound; UsageError for a special file; DamagedObject; OSError.
+    """
+    node = find_path(snapshot, path, repository.trees.load)
+    if node.is_file:
+        for part in read_file(repository, node):
+            output.write(part)
+    elif node.is_directory:
+        _dump_tar(repository, node, output)
+    else:
+        raise UsageError(f"{shown(path)} is neither a file nor a directory")
+    output.flush()
+
+
+def read_file(repository: Repository, node: Node) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a file in order, holes as zeros. Raises: DamagedObject; StoreError."""
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        waiting: deque[tuple[Piece, Future[memoryview] | None]] = deque()
+        for piece in pieces(node.content, node.size, 0, node.size, repository.trees.load):
+            loading = pool.submit(repository.data.load, ChunkId(piece.source)) if piece.kind == CHUNK else None
+            waiting.append((piece, loading))
+            if len(waiting) > _AHEAD:
+                yield from _bytes_of(*waiting.popleft())
+        while waiting:
+            yield from _bytes_of(*waiting.popleft())
+
+
+def _bytes_of(piece: Piece, loading: "Future[memoryview] | None") -> Iterator[bytes | memoryview]:
+    if piece.kind == HOLE:
+        for start in range(0, piece.length, len(_ZEROS)):
+            yield _ZEROS[: min(len(_ZEROS), piece.length - start)]
+        return
+    if piece.kind == EXTENT:
+        raise DamagedObject("a file refers to a disk that the snapshot does not have")
+    source = memoryview(piece.source) if loading is None else loading.result()
+    part = source[piece.offset : piece.offset + piece.length]
+    if len(part) != piece.length:
+        raise DamagedObject("a file's content is damaged: a chunk is shorter than the file says")
+    yield part
+
+
+class _Source:
+    """The bytes of a file as tarfile reads them: whole runs, at most what is asked for."""
+
+    def __init__(self, parts: Iterator[bytes | memoryview]) -> None:
+        self._parts = parts
+        self._part: bytes | memoryview = b""
+
+    def read(self, size: int = 0, /) -> bytes:
+        """Return `size` bytes, fewer only at the end."""
+        taken = []
+        while size > 0:
+            if not self._part:
+                following = next(self._parts, None)
+                if following is None:
+                    break
+                self._part = following
+            taken.append(bytes(self._part[:size]))
+            self._part = self._part[len(taken[-1]) :]
+            size -= len(taken[-1])
+        return b"".join(taken)
+
+
+def _dump_tar(repository: Repository, top: Node, output: BinaryIO) -> None:
+    linked: dict[tuple[int, int], str] = {}
+    with tarfile.open(
+        mode="w|", fileobj=output, format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
+    ) as archive:
+        archive.addfile(_member(top, "."))
+        for path, node in walk(top, b"", repository.trees.load):
+            if node.mode & 0o170000 not in _KINDS:
+                continue  # tar has no sockets
+            member = _member(node, "." + _text(path))
+            if node.is_hardlinked:
+                first = linked.setdefault((node.filesystem, node.inode), member.name)
+                if first != member.name:
+                    member.type, member.linkname, member.size = tarfile.LNKTYPE, first, 0
+                    archive.addfile(member)
+                    continue
+            if member.isreg():
+                archive.addfile(member, _Source(read_file(repository, node)))
+            else:
+                archive.addfile(member)
+
+
+def _member(node: Node, name: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.mode = node.mode & 0o7777
+    member.uid, member.gid = node.uid, node.gid
+    member.uname = _text(node.owner)
+    member.gname = _text(node.group)
+    member.mtime = node.mtime_s
+    # tarfile would write a float; the text keeps every nanosecond.
+    member.pax_headers = {"mtime": f"{node.mtime_s}.{node.mtime_part_ns:09d}"} if node.mtime_s >= 0 else {}
+    for key, value in node.xattrs:
+        member.pax_headers[f"SCHILY.xattr.{_text(key)}"] = _text(value)
+    member.type = _KINDS[node.mode & 0o170000]
+    if member.type == tarfile.REGTYPE:
+        member.size = node.size
+    elif member.type == tarfile.SYMTYPE and isinstance(node.content, bytes):
+        member.linkname = _text(node.content)
+    elif member.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
+        member.devmajor, member.devminor = node.device
+    return member
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

@@ -1,0 +1,107 @@
+"""The directories above the snapshots: which names lead to which snapshot. Pure.
+
+    snapshots/TIME        a snapshot's root; a second snapshot in the same second gets -2
+    latest                → snapshots/TIME
+    hosts/HOST/TIME       → ../../snapshots/TIME       hosts/HOST/latest
+    tags/TAG/TIME         → ../../snapshots/TIME
+    ids/ID                → ../snapshots/TIME
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from backupfs.ids import SHORT_HEX, SnapshotId
+from backupfs.snapshots.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A symbolic link to a snapshot."""
+
+    target: bytes
+    time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """The root directory of a snapshot."""
+
+    snapshot: Snapshot
+
+
+@dataclass(slots=True)
+class Folder:
+    """A directory of names."""
+
+    children: "dict[bytes, Folder | Link | Root]" = field(default_factory=dict)
+    time_ns: int = 0  # of the newest snapshot below it
+
+    def folder(self, name: bytes) -> "Folder":
+        """Return the folder below, made when it is missing."""
+        found = self.children.setdefault(name, Folder())
+        assert isinstance(found, Folder)
+        return found
+
+    def add(self, name: bytes, entry: Link | Root, time_ns: int) -> None:
+        """Add an entry that is not a folder."""
+        self.children[name] = entry
+        self.time_ns = max(self.time_ns, time_ns)
+
+
+Entry = Folder | Link | Root
+
+
+def name_snapshots(snapshots: Iterable[Snapshot], names: dict[SnapshotId, bytes]) -> dict[SnapshotId, bytes]:
+    """Return a name for each snapshot, oldest first; those that have one keep it.
+
+    names: what was given before, also to snapshots that are gone: a name never passes to another snapshot.
+    """
+    named = dict(names)
+    taken = set(named.values())
+    for snapshot in snapshots:
+        if snapshot.snapshot_id in named:
+            continue
+        plain = name = snapshot.time_name.encode()
+        count = 1
+        while name in taken:
+            count += 1
+            name = b"%s-%d" % (plain, count)
+        taken.add(name)
+        named[snapshot.snapshot_id] = name
+    return named
+
+
+def arrange(snapshots: Iterable[Snapshot], names: dict[SnapshotId, bytes]) -> Folder:
+    """Return the top directory over the snapshots shown, which come oldest first."""
+    top = Folder()
+    folders = {name: top.folder(name) for name in (b"snapshots", b"hosts", b"tags", b"ids")}
+    for snapshot in snapshots:
+        time_ns, name = snapshot.time_ns, names[snapshot.snapshot_id]
+        folders[b"snapshots"].add(name, Root(snapshot), time_ns)
+        nearby, far = Link(b"../snapshots/" + name, time_ns), Link(b"../../snapshots/" + name, time_ns)
+        host = folders[b"hosts"].folder(safe_name(snapshot.host))
+        host.add(name, far, time_ns)
+        host.add(b"latest", far, time_ns)
+        for tag in snapshot.tags:
+            folders[b"tags"].folder(safe_name(tag)).add(name, far, time_ns)
+        folders[b"ids"].add(_free_id(folders[b"ids"], snapshot.snapshot_id), nearby, time_ns)
+        top.add(b"latest", Link(b"snapshots/" + name, time_ns), time_ns)
+    for folder in folders.values():
+        folder.time_ns = top.time_ns
+    return top
+
+
+def _free_id(folder: Folder, snapshot_id: SnapshotId) -> bytes:
+    digits = snapshot_id.hex().encode()
+    length = SHORT_HEX
+    while digits[:length] in folder.children and length < len(digits):
+        length += SHORT_HEX
+    return digits[:length]
+
+
+def safe_name(text: str) -> bytes:
+    """Return a host's name or a tag as a file name: what a name cannot hold is percent-encoded."""
+    if text in ("", ".", ".."):
+        return b"%2E" * len(text) or b"%"
+    name = text.encode("utf-8", "surrogateescape")
+    return name.replace(b"%", b"%25").replace(b"/", b"%2F").replace(b"\0", b"%00")
