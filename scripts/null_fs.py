@@ -8,6 +8,8 @@ SIGTERM, SIGINT or umount. --plain leaves pyfuse3's event loop as it is.
 Usage: null_fs.py TREE MOUNTPOINT [--plain] [--keep-mib N]
 """
 
+# ruff: noqa: ARG002 (the handlers have the arguments that pyfuse3 gives them)
+
 import argparse
 import contextlib
 import errno
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from backupfs.fuse.polling import polled_event_loop
 
 FOREVER_S = 10**8
-_ATTRIBUTES = "mode nlink uid gid rdev size blksize blocks atime_ns mtime_ns ctime_ns".split()
+_ATTRIBUTES = ("mode", "nlink", "uid", "gid", "rdev", "size", "blksize", "blocks", "atime_ns", "mtime_ns", "ctime_ns")
 
 
 @dataclass(slots=True)
@@ -134,7 +136,7 @@ async def terminate_on_signal() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Mount a tree from memory, as a limit to compare a mount with.")
     parser.add_argument("tree", type=os.fsencode)
     parser.add_argument("mountpoint")
     parser.add_argument("--plain", action="store_true", help="pyfuse3's event loop as it is")

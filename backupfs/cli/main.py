@@ -1,5 +1,6 @@
 """The entry point: finds the command, runs it, and turns what goes wrong into one line and an exit code."""
 
+import contextlib
 import importlib
 import logging
 import os
@@ -193,7 +194,5 @@ def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = hard if hard != resource.RLIM_INFINITY else 1 << 16
     if soft < wanted:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 1 << 16), hard))
-        except (OSError, ValueError):
-            pass

@@ -64,11 +64,16 @@ class Settings:
         folders = default_folders()
         return LocalFolders(Path(self.cache_dir), folders.state) if self.cache_dir else folders
 
-    def open_repository(self) -> "Repository":
+    def open_repository(self, module: str) -> "Repository":
         """Ask for the password and open the repository.
+
+        module: what will work on it; loaded while the password is stretched, which takes as long.
 
         Raises: NotARepository before asking; WrongPassword; UnknownVersion; DamagedObject; StoreError.
         """
+        from concurrent.futures import ThreadPoolExecutor
+        from importlib import import_module
+
         from backupfs.cli.passwords import read_password
         from backupfs.repository.repository import open_repository, require_repository
         from backupfs.workers import keep_freed_memory
@@ -77,7 +82,10 @@ class Settings:
         store = self.store()
         require_repository(store)
         password = read_password(self.password_file, self.password_command)
-        return open_repository(store, password, self.folders())
+        with ThreadPoolExecutor(1) as pool:
+            opening = pool.submit(open_repository, store, password, self.folders())
+            import_module(module)
+            return opening.result()
 
 
 _OPTIONS = (

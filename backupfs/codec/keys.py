@@ -159,7 +159,7 @@ def open_slot(data: bytes, password: bytes, what: str) -> Keyring:
     keys = []
     for entry in decode_record(plain, what):
         match entry:
-            case [str(role), int(epoch), bytes(key)]:
+            case [str(role), int(epoch), bytes(key)] if len(key) == KEY_SIZE:
                 keys.append((role, epoch, key))
             case _:
                 raise DamagedObject(f"{what} holds no keyring")

@@ -49,7 +49,7 @@ class Index:
         self._runs: tuple[Run, ...] = ()
         self._rebuilt = False
         self._changing = threading.Lock()
-        self.damaged: dict[str, RepositoryError | ObjectMissing] = {}  # keys of segments that did not open
+        self.damaged: dict[str, str] = {}  # keys of segments that did not open → what is wrong
 
     @property
     def count(self) -> int:
@@ -104,7 +104,7 @@ class Index:
             self._open_cached(listed)
         known = frozenset[ObjectId]().union(*(run.sources for run in self._runs))
         present = set(listed.values())
-        self.damaged = {key: error for key, error in self.damaged.items() if key in present}
+        self.damaged = {key: what for key, what in self.damaged.items() if key in present}
         fresh = []
         for segment_id, key in listed.items():
             if segment_id in known or key in self.damaged:
@@ -113,7 +113,7 @@ class Index:
                 segment = decode_segment(load_object(self._store, key), self._kind, self._keyring, f"the object {key}")
             except (RepositoryError, ObjectMissing) as error:
                 log.warning("%s; the index goes on without it", error)
-                self.damaged[key] = error
+                self.damaged[key] = str(error)
                 continue
             fresh.append(self._keep(segment, frozenset([segment_id])))
         if fresh:

@@ -5,6 +5,7 @@ STATE/host       a record [host id, hash of the machine id]
 STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequence this machine saw of each host
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,8 @@ def host_id(state: Path | None) -> bytes:
             pass
     fresh = os.urandom(HOST_ID_SIZE)
     if path is not None:
-        try:
+        with contextlib.suppress(OSError):
             write_privately(path, encode_record([fresh, machine]))
-        except OSError:
-            pass
     return fresh
 
 
@@ -74,10 +73,8 @@ def note_sequences(state: Path | None, repository_id: bytes, highest: dict[bytes
     back = {host: sequence for host, sequence in seen.items() if highest.get(host, 0) < sequence}
     merged = {host: max(highest.get(host, 0), seen.get(host, 0)) for host in {*highest, *seen}}
     if merged != seen:
-        try:
+        with contextlib.suppress(OSError):
             write_privately(path, encode_record([[host, sequence] for host, sequence in sorted(merged.items())]))
-        except OSError:
-            pass
     return back
 
 

@@ -100,7 +100,8 @@ def require_repository(store: Store) -> None:
 
 def require_no_repository(store: Store) -> None:
     """Raise RepositoryExists where there is a repository, or the rest of one. Raises: StoreError."""
-    for key in (layout.CONFIG, layout.KEYS, layout.SNAPSHOTS, layout.PACKS, layout.INDEX):
+    # A key slot alone is what an init leaves that was killed before its config; it opens nothing and is in nobody's way.
+    for key in (layout.CONFIG, layout.SNAPSHOTS, layout.PACKS, layout.INDEX):
         try:
             first = next(iter(store.list(key)), None)
         except StoreMissing:
@@ -175,5 +176,8 @@ def _read_slots(store: Store) -> list[tuple[ObjectId, bytes]]:
     for info in store.list(layout.KEYS):
         slot_id = layout.id_in_key(info.key)
         if slot_id is not None:
-            slots.append((ObjectId(slot_id), store.get(info.key)))
+            try:
+                slots.append((ObjectId(slot_id), store.get(info.key)))
+            except ObjectMissing:
+                continue  # removed since it was listed
     return slots

@@ -45,6 +45,18 @@ MOST_PUTS = 2
 _INDEX_KIND = {Kind.DATA_PACK: Kind.DATA_INDEX, Kind.TREE_PACK: Kind.TREE_INDEX}
 
 
+@dataclass(frozen=True, slots=True)
+class WriteSizes:
+    """How large a writer makes things; its own choice, no part of the format."""
+
+    block: int = BLOCK_SIZE
+    pack: int = PACK_SIZE
+    checkpoint_packs: int = CHECKPOINT_PACKS
+
+
+DEFAULT_SIZES = WriteSizes()
+
+
 @dataclass(slots=True)
 class WriteTotals:
     """What one run has added to the repository, counted as it happens."""
@@ -111,7 +123,7 @@ class PackWriter:
         kind: Kind,
         host_id: bytes,
         level: int,
-        pack_size: int = PACK_SIZE,
+        sizes: WriteSizes = DEFAULT_SIZES,
     ) -> None:
         self._store = store
         self._keyring = keyring
@@ -119,7 +131,7 @@ class PackWriter:
         self._kind = kind
         self._host_id = host_id
         self._level = level
-        self._pack_size = pack_size
+        self._sizes = sizes
         self._open: list[PackedBlock] = []
         self._open_length = 0
         self._unindexed: list[tuple[PackRef, bytes]] = []
@@ -136,7 +148,7 @@ class PackWriter:
         self.totals.plain_bytes += block.plain_length
         self._open.append(packed)
         self._open_length += packed.unit.stored_length
-        if self._open_length >= self._pack_size:
+        if self._open_length >= self._sizes.pack:
             await self._put_open()
 
     async def flush(self) -> None:
@@ -155,7 +167,7 @@ class PackWriter:
         now = trio.current_time()
         if self._checkpoint_time is None:
             self._checkpoint_time = now
-        if len(self._unindexed) >= CHECKPOINT_PACKS or now - self._checkpoint_time > CHECKPOINT_SECONDS:
+        if len(self._unindexed) >= self._sizes.checkpoint_packs or now - self._checkpoint_time > CHECKPOINT_SECONDS:
             await self._checkpoint()
 
     def _put(self, key: str, data: bytearray) -> None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from backupfs.codec.records import Field, decode_record, encode_record
 from backupfs.codec.sealing import HEADER, Kind, hash_object, seal_record, unseal_record
-from backupfs.errors import DamagedObject
+from backupfs.errors import DamagedObject, UnknownVersion
 from backupfs.ids import SnapshotId
 from backupfs.repository import layout
 from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 
+FORMAT = 1
 FORGET = "forget"
 UNDELETE = "undelete"
 
@@ -39,7 +40,7 @@ def put_note(repository: Repository, note: Note) -> None:
     data = seal_record(
         kind,
         repository.keyring,
-        encode_record([1, note.snapshot_id, note.kind, note.time_ns, note.host, list(note.arguments)]),
+        encode_record([FORMAT, note.snapshot_id, note.kind, note.time_ns, note.host, list(note.arguments)]),
     )
     repository.store.put(layout.note_prefix(note.snapshot_id) + hash_object(data).hex(), data)
 
@@ -60,8 +61,10 @@ def load_note(repository: Repository, key: str) -> Note:
     header = data[: HEADER.size]
     sealed_as = Kind.MAINTENANCE_NOTE if len(header) > 5 and header[5] == Kind.MAINTENANCE_NOTE else Kind.NOTE
     record = decode_record(unseal_record(data, sealed_as, repository.keyring, what), what)
+    if record and isinstance(record[0], int) and record[0] != FORMAT:
+        raise UnknownVersion(f"{what} has format {record[0]}, this backupfs knows format {FORMAT}: upgrade backupfs")
     match record:
-        case [1, bytes(snapshot_id), str(kind), int(time_ns), str(host), list(arguments), *_]:
+        case [int(), bytes(snapshot_id), str(kind), int(time_ns), str(host), list(arguments), *_]:
             if kind in _MAINTENANCE and sealed_as != Kind.MAINTENANCE_NOTE:
                 raise DamagedObject(f"{what} is not valid: {kind} needs the maintain key")
             if layout.note_prefix(snapshot_id) != key[: len(layout.note_prefix(snapshot_id))]:

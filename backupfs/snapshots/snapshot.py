@@ -19,6 +19,8 @@ FORMAT = 1
 # Traits: facts about everything below the root that save readers from asking.
 HAS_XATTRS = 1
 
+_NO_ID = SnapshotId(b"")
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -54,7 +56,7 @@ class Snapshot:
     user: str = ""
     program: str = ""
     traits: int = 0
-    snapshot_id: SnapshotId = SnapshotId(b"")
+    snapshot_id: SnapshotId = _NO_ID
 
     @property
     def time_name(self) -> str:

@@ -12,11 +12,13 @@ Pure. Source: docs/format.rst, "Trees".
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import lt
+from typing import TypeVar
 
 from backupfs.codec.keys import keyed_hash
 from backupfs.codec.records import Field, decode_record, encode_record
 from backupfs.errors import DamagedObject
-from backupfs.ids import ChunkId, short
+from backupfs.ids import ID_SIZE, ChunkId, short
 from backupfs.snapshots.content import Content
 from backupfs.snapshots.node import STAT_ROW, Node, Xattrs
 
@@ -27,6 +29,10 @@ _CUT_MASK = 0xFF
 _ROW_WEIGHT = 64
 _MOST_LEVELS = 8
 
+_CONTENT_TYPES = {bytes, list}
+
+First = TypeVar("First")
+Second = TypeVar("Second")
 Names = tuple[tuple[int, bytes], ...]  # (uid or gid, name)
 
 
@@ -98,7 +104,7 @@ class LeafPage:
         xattrs = self._xattrs.get(position, ())
         if isinstance(xattrs, bytes):
             xattrs = decode_xattrs(decode_record(load(ChunkId(xattrs)), "a chunk of xattrs"))
-        return Node(
+        return Node(  # type: ignore[call-arg]
             self.names[position],
             *row,
             self.contents[position],
@@ -122,9 +128,10 @@ class Branch:
 class InnerPage:
     """The pages below, in order of names."""
 
-    __slots__ = ("branches", "first_names")
+    __slots__ = ("branches", "first_names", "level")
 
-    def __init__(self, branches: list[Branch]) -> None:
+    def __init__(self, level: int, branches: list[Branch]) -> None:
+        self.level = level  # that of leaf pages would be 0
         self.branches = branches
         self.first_names = [branch.first_name for branch in branches]
 
@@ -136,45 +143,81 @@ class InnerPage:
 def decode_page(data: bytes | memoryview, chunk_id: ChunkId) -> LeafPage | InnerPage:
     """Return the page that a tree chunk holds. Raises: DamagedObject."""
     record = decode_record(data, f"the tree page {short(chunk_id)}")
-    match record:
-        case [
-            0,
-            bytes(names),
-            bytes(rows),
-            list(contents),
-            bytes(flags),
-            list(owners),
-            list(groups),
-            list(xattrs),
-            list(filesystems),
-            *_,
-        ]:
-            split = names.split(b"\0") if names else []
-            if (
-                len(rows) == len(split) * STAT_ROW.size
-                and len(contents) == len(split)
-                and len(flags) in (0, len(split))
-            ):
-                return LeafPage(
-                    split,
-                    rows,
-                    contents,  # type: ignore[arg-type]
-                    flags,
-                    tuple(map(tuple, owners)),  # type: ignore[arg-type]
-                    tuple(map(tuple, groups)),  # type: ignore[arg-type]
-                    {at: decode_xattrs(found) for at, found in xattrs} if xattrs else {},  # type: ignore[misc,union-attr,str-unpack]
-                    dict(filesystems) if filesystems else {},  # type: ignore[arg-type]
-                )
-        case [int(level), list(branches), *_] if 0 < level <= _MOST_LEVELS:
-            return InnerPage([Branch(*branch) for branch in branches])  # type: ignore[misc]
+    try:
+        match record:
+            case [0, bytes(names), bytes(rows), list(contents), bytes(flags), list(owners), list(groups),
+                  list(xattrs), list(filesystems), *_]:
+                split = names.split(b"\0") if names else []
+                count = len(split)
+                fits = len(rows) == count * STAT_ROW.size and len(contents) == count and len(flags) in (0, count)
+                if fits and _are_names(names, split) and {*map(type, contents)} <= _CONTENT_TYPES:
+                    return LeafPage(
+                        split,
+                        rows,
+                        contents,  # type: ignore[arg-type]
+                        flags,
+                        _pairs_of(owners, int, bytes),
+                        _pairs_of(groups, int, bytes),
+                        _xattrs_of(xattrs) if xattrs else {},
+                        dict(_pairs_of(filesystems, int, int)) if filesystems else {},
+                    )
+            case [int(level), list(branches), *_] if 0 < level <= _MOST_LEVELS and branches:
+                return InnerPage(level, [_branch_of(branch) for branch in branches])
+    except (TypeError, ValueError) as error:
+        raise DamagedObject(f"the tree page {short(chunk_id)} is damaged: {error}") from error
     raise DamagedObject(f"the tree page {short(chunk_id)} is damaged: its columns do not fit")
 
 
+def _are_names(joined: bytes, names: list[bytes]) -> bool:
+    # Another holder of the keys may have filed anything: a name like `../x` must never reach a restore.
+    if b"/" in joined or b"" in names or b"." in names or b".." in names:
+        return False
+    return all(map(lt, names, names[1:]))
+
+
+def _pairs_of(items: list[Field], first: type[First], second: type[Second]) -> tuple[tuple[First, Second], ...]:
+    pairs = []
+    for item in items:
+        if not isinstance(item, list) or len(item) != 2:
+            raise ValueError("a column is malformed")
+        left, right = item
+        if not isinstance(left, first) or not isinstance(right, second):
+            raise ValueError("a column is malformed")
+        pairs.append((left, right))
+    return tuple(pairs)
+
+
+def _xattrs_of(items: list[Field]) -> dict[int, "Xattrs | bytes"]:
+    found: dict[int, Xattrs | bytes] = {}
+    for item in items:
+        match item:
+            case [int(position), xattrs]:
+                found[position] = decode_xattrs(xattrs)
+            case _:
+                raise ValueError("a column is malformed")
+    return found
+
+
+def _branch_of(field: Field) -> Branch:
+    match field:
+        case [bytes(first_name), bytes(page_id), int(count)] if len(page_id) == ID_SIZE and count >= 0:
+            return Branch(first_name, ChunkId(page_id), count)
+    raise ValueError("a branch is malformed")
+
+
 def decode_xattrs(field: Field) -> "Xattrs | bytes":
-    """Return the set of xattrs that a record holds: pairs, or the id of a chunk of pairs."""
-    if isinstance(field, bytes):
+    """Return the set of xattrs that a record holds: pairs, or the id of a chunk of pairs.
+
+    Raises: DamagedObject.
+    """
+    if isinstance(field, bytes) and len(field) == ID_SIZE:
         return field
-    return tuple((name, value) for name, value in field)  # type: ignore[misc,union-attr,str-unpack]
+    try:
+        if isinstance(field, list):
+            return _pairs_of(field, bytes, bytes)
+    except ValueError:
+        pass
+    raise DamagedObject("a set of xattrs is damaged")
 
 
 class TreeBuilder:
@@ -289,12 +332,20 @@ def leaf_pages(root: ChunkId, load: Callable[[ChunkId], bytes | memoryview], fir
 
     Raises: DamagedObject; whatever `load` raises.
     """
-    page = decode_page(load(root), root)
+    return _leaf_pages_below(root, load, first, _MOST_LEVELS + 1)
+
+
+def _leaf_pages_below(
+    page_id: ChunkId, load: Callable[[ChunkId], bytes | memoryview], first: bytes, above: int
+) -> Iterator[LeafPage]:
+    page = decode_page(load(page_id), page_id)
     if isinstance(page, LeafPage):
         yield page
         return
+    if page.level >= above:
+        raise DamagedObject(f"the tree page {short(page_id)} is damaged: its levels do not go down")
     for branch in page.branches[page.branch_of(first) :]:
-        yield from leaf_pages(branch.page_id, load, first)
+        yield from _leaf_pages_below(branch.page_id, load, first, page.level)
 
 
 def find_node(root: ChunkId, name: bytes, load: Callable[[ChunkId], bytes | memoryview]) -> Node | None:

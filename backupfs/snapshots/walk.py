@@ -39,7 +39,8 @@ def find_path(snapshot: Snapshot, path: bytes, load: Load) -> Node:
 
 def tree_of(node: Node) -> ChunkId:
     """Return the tree of a directory's node."""
-    assert node.is_directory and isinstance(node.content, bytes)
+    assert node.is_directory
+    assert isinstance(node.content, bytes)
     return ChunkId(node.content)
 
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import trio
@@ -17,7 +17,7 @@ from backupfs.localfs.selection import Selection, SelectionRules
 from backupfs.repository import local
 from backupfs.repository.pack import Block
 from backupfs.repository.repository import Repository
-from backupfs.repository.writer import ChunkSaver, PackWriter, WriteTotals
+from backupfs.repository.writer import DEFAULT_SIZES, ChunkSaver, PackWriter, WriteSizes, WriteTotals
 from backupfs.snapshots.listing import SnapshotList, load_snapshots, put_snapshot
 from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, Snapshot, Statistics
 from backupfs.usecases.archiver import Archiver, ArchiverKeys, Counts
@@ -39,8 +39,9 @@ class BackupOptions:
     force: bool = False  # compare with nothing, read everything
     level: int = compression.DEFAULT_LEVEL
     dry_run: bool = False
-    rules: SelectionRules = SelectionRules()
+    rules: SelectionRules = field(default_factory=SelectionRules)
     own_folders: tuple[bytes, ...] = ()  # paths of the repository and the cache, never backed up
+    sizes: WriteSizes = DEFAULT_SIZES  # of blocks and packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ async def backup(repository: Repository, paths: list[bytes], options: BackupOpti
         archiver = run.archiver(selection, report)
         return archiver.archive(sources.minimal_roots(paths), None if parent is None or options.force else parent.root)
 
-    run = _Run(repository, options.level, options.dry_run, report)
+    run = _Run(repository, options, report)
     root = await run.through(scan)
     result = run.result(parent, started)
     if options.dry_run:
@@ -109,7 +110,7 @@ async def backup_stream(
         archiver = run.archiver(Selection(SelectionRules(), frozenset(), frozenset()), report)
         return archiver.archive_stream(name, read_into, taken_ns)
 
-    run = _Run(repository, options.level, options.dry_run, report)
+    run = _Run(repository, options, report)
     root = await run.through(scan)
     result = run.result(None, started)
     if options.dry_run:
@@ -120,13 +121,14 @@ async def backup_stream(
 class _Run:
     """The stages of one backup and what flows between them."""
 
-    def __init__(self, repository: Repository, level: int, dry_run: bool, report: Report) -> None:
+    def __init__(self, repository: Repository, options: BackupOptions, report: Report) -> None:
+        level, sizes = options.level, options.sizes
         self._repository = repository
-        self._dry_run = dry_run
+        self._dry_run = options.dry_run
         self._report = report
         self._host_id = local.host_id(repository.local.state)
         self._writers = {
-            kind: PackWriter(repository.store, repository.keyring, index, kind, self._host_id, writer_level)
+            kind: PackWriter(repository.store, repository.keyring, index, kind, self._host_id, writer_level, sizes)
             for kind, index, writer_level in (
                 (Kind.DATA_PACK, repository.data_index, level),
                 # Pages are small and read often: a better level costs little and pays at each mount.
@@ -135,7 +137,7 @@ class _Run:
         }
         self._send, self._receive = trio.open_memory_channel[tuple[Kind, Block]](_WAITING_BLOCKS)
         self._savers = {
-            kind: ChunkSaver(index, partial(self._emit, kind))
+            kind: ChunkSaver(index, partial(self._emit, kind), sizes.block)
             for kind, index in ((Kind.DATA_PACK, repository.data_index), (Kind.TREE_PACK, repository.tree_index))
         }
         for kind, writer in self._writers.items():

@@ -78,10 +78,10 @@ class FileReader:
         if len(chunk) != size:
             raise DamagedObject("a file's content is damaged: its chunk is not as long as the file")
         # The buffer behind a chunk is its block: a new one tells that a reader has moved on.
-        if chunk.obj not in self._behind:
-            if 0 < inode - self._last_small <= _NEIGHBOURS:
-                self._behind.append(chunk.obj)
-                self._loader.read_ahead(chunk_id)
+        block = chunk.obj
+        if 0 < inode - self._last_small <= _NEIGHBOURS and not any(block is known for known in self._behind):
+            self._behind.append(block)
+            self._loader.read_ahead(chunk_id)
         self._last_small = inode
         return chunk[offset:end]
 

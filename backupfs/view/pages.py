@@ -22,7 +22,6 @@ FIRST_ENTRY = 1 << POSITION_BITS  # smaller numbers are no entries of pages
 PAGES_SIZE = 24 << 20
 # Python objects of one entry: a name, an id and two list slots; measured 190 to 230 bytes beside the row.
 _ENTRY_SIZE = 200
-_MOST_LEVELS = 8
 
 
 class PageTable:
@@ -87,30 +86,25 @@ class PageTable:
                 self._keep(slot, page)
             return
         leaves: list[Branch] = []
-        self._flatten(page, leaves, 0)
-        if not leaves or any(len(leaf.page_id) != 32 for leaf in leaves):
-            raise DamagedObject(f"the tree page {short(tree)} is damaged: its branches lead nowhere")
+        self._flatten(page, leaves)
         start = 0
         first = len(self._starts)
         for position, leaf in enumerate(leaves):
             self._add(directory, leaf.page_id, start, len(leaves) - position - 1)
-            start += leaf.count
+            start += leaf.nodes
         self._first_slots[directory] = first
         self._first_names[directory] = [leaf.first_name for leaf in leaves]
 
-    def _flatten(self, page: InnerPage, leaves: list[Branch], level: int) -> None:
+    def _flatten(self, page: InnerPage, leaves: list[Branch]) -> None:
         """Collect the branches that lead to leaves."""
-        if level > _MOST_LEVELS:
-            raise DamagedObject("a directory's tree is damaged: its pages go too deep")
-        # All pages of one level are of one kind, so the first tells.
-        if not page.branches or isinstance(_decode(self._loader, page.branches[0].page_id), LeafPage):
+        if page.level == 1:
             leaves += page.branches
             return
         for branch in page.branches:
             below = _decode(self._loader, branch.page_id)
-            if isinstance(below, LeafPage):
-                raise DamagedObject(f"the tree page {short(branch.page_id)} is damaged: it is a leaf where none must be")
-            self._flatten(below, leaves, level + 1)
+            if isinstance(below, LeafPage) or below.level >= page.level:
+                raise DamagedObject(f"the tree page {short(branch.page_id)} is damaged: its levels do not go down")
+            self._flatten(below, leaves)
 
     def _add(self, directory: int, page_id: ChunkId, start: int, more: int) -> int:
         self._directories.append(directory)

@@ -60,12 +60,6 @@ def backup_command(settings: Settings, paths: tuple[bytes, ...], **options: obje
     import sys
     from functools import partial
 
-    import trio
-
-    from backupfs.cli.report import Reporter
-    from backupfs.cli.summaries import tell_backup
-    from backupfs.usecases.backup import BackupOptions, backup, backup_stream
-
     level = _level(str(options["compression"]))
     rules = _rules(options)
     wanted = _paths(paths, options)
@@ -75,7 +69,13 @@ def backup_command(settings: Settings, paths: tuple[bytes, ...], **options: obje
         raise UsageError(
             "give paths to back up, or --stdin NAME, not both" if wanted else "what to back up? give a PATH"
         )
-    repository = settings.open_repository()
+    repository = settings.open_repository("backupfs.usecases.backup")
+    import trio
+
+    from backupfs.cli.report import Reporter
+    from backupfs.cli.summaries import tell_backup
+    from backupfs.usecases.backup import BackupOptions, backup, backup_stream
+
     chosen = BackupOptions(
         host=str(options["host"]),
         tags=tuple(map(str, options["tag"])),  # type: ignore[call-overload]
@@ -201,11 +201,12 @@ def snapshots_command(
     settings: Settings, names: tuple[str, ...], host: tuple[str, ...], tag: tuple[str, ...], path: tuple[bytes, ...]
 ) -> int:
     """List the snapshots, oldest first."""
+    repository = settings.open_repository("backupfs.cli.summaries")
     from backupfs.cli.summaries import tell_snapshots
     from backupfs.localfs.sources import normalise
     from backupfs.snapshots.listing import load_snapshots
 
-    listed = load_snapshots(settings.open_repository())
+    listed = load_snapshots(repository)
     chosen = listed.selected(host, tag, [normalise(one, os.getcwdb()) for one in path])
     if names:
         wanted = {listed.find(name).snapshot_id for name in names}
@@ -223,11 +224,12 @@ def forget_command(settings: Settings, names: tuple[str, ...], dry_run: bool) ->
 
     Their space is kept until the repository can be pruned, which this version cannot do yet.
     """
+    repository = settings.open_repository("backupfs.usecases.forget")
     import trio
 
     from backupfs.cli.summaries import tell_forget
     from backupfs.usecases.forget import forget
 
-    result = trio.run(forget, settings.open_repository(), list(names), dry_run)
+    result = trio.run(forget, repository, list(names), dry_run)
     tell_forget(settings, result, dry_run)
     return 0

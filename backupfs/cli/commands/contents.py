@@ -23,11 +23,11 @@ def split_snapshot_path(text: bytes) -> tuple[str, bytes]:
     return snapshot, b"/" + path if colon else b""
 
 
-def _found(settings: Settings, text: bytes) -> "tuple[Repository, Snapshot, bytes]":
+def _found(settings: Settings, text: bytes, module: str) -> "tuple[Repository, Snapshot, bytes]":
+    name, path = split_snapshot_path(text)
+    repository = settings.open_repository(module)
     from backupfs.snapshots.listing import load_snapshots
 
-    name, path = split_snapshot_path(text)
-    repository = settings.open_repository()
     snapshot = load_snapshots(repository).find(name)
     repository.load_indexes()
     return repository, snapshot, path
@@ -43,12 +43,12 @@ def ls_command(settings: Settings, what: bytes, long: bool, recursive: bool) -> 
 
     SNAP is an id or the start of one, `latest`, or HOST:latest; PATH is absolute, as it was on the host.
     """
+    repository, snapshot, path = _found(settings, what, "backupfs.cli.summaries")
     from backupfs.cli.report import print_json
     from backupfs.cli.summaries import node_line, node_value
     from backupfs.snapshots.tree import nodes
     from backupfs.snapshots.walk import find_path, tree_of, walk
 
-    repository, snapshot, path = _found(settings, what)
     load = repository.trees.load
     top = find_path(snapshot, path, load)
     if not top.is_directory:
@@ -71,13 +71,13 @@ def ls_command(settings: Settings, what: bytes, long: bool, recursive: bool) -> 
 @with_settings
 def dump_command(settings: Settings, what: bytes) -> int:
     """Write a file to standard output, or a folder as a tar."""
-    from backupfs.usecases.dump import dump
-
     if sys.stdout.isatty():
         raise UsageError(
             "dump writes the bytes to standard output: send them to a file or a command, not to the terminal"
         )
-    repository, snapshot, path = _found(settings, what)
+    repository, snapshot, path = _found(settings, what, "backupfs.usecases.dump")
+    from backupfs.usecases.dump import dump
+
     dump(repository, snapshot, path, sys.stdout.buffer)
     return 0
 

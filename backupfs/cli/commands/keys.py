@@ -33,7 +33,7 @@ def list_command(settings: Settings) -> int:
     from backupfs.cli.report import print_json, time_text
     from backupfs.usecases.keys import list_slots
 
-    slots = trio.run(list_slots, settings.open_repository())
+    slots = trio.run(list_slots, settings.open_repository("backupfs.usecases.keys"))
     for slot in slots:
         if not settings.json:
             click.echo(
@@ -55,7 +55,7 @@ def add_command(settings: Settings, name: str, new_password_file: str | None) ->
     from backupfs.cli.passwords import read_new_password
     from backupfs.usecases.keys import add_slot
 
-    repository = settings.open_repository()
+    repository = settings.open_repository("backupfs.usecases.keys")
     password = read_new_password(new_password_file)
     _tell(settings, "added", trio.run(add_slot, repository, password, name))
     return 0
@@ -70,7 +70,7 @@ def remove_command(settings: Settings, slot: str) -> int:
 
     from backupfs.usecases.keys import remove_slot
 
-    _tell(settings, "removed", trio.run(remove_slot, settings.open_repository(), slot))
+    _tell(settings, "removed", trio.run(remove_slot, settings.open_repository("backupfs.usecases.keys"), slot))
     return 0
 
 
@@ -84,7 +84,7 @@ def change_command(settings: Settings, new_password_file: str | None) -> int:
     from backupfs.cli.passwords import read_new_password
     from backupfs.usecases.keys import change_password
 
-    repository = settings.open_repository()
+    repository = settings.open_repository("backupfs.usecases.keys")
     password = read_new_password(new_password_file)
     _tell(settings, "changed", trio.run(change_password, repository, password))
     return 0

@@ -41,13 +41,13 @@ def check_command(settings: Settings, read_data: bool, read_data_subset: str | N
     Without options: all metadata is read and authenticated, and every pack has to be there in its full size. Ends
     with 1 when something is damaged, naming the objects, the snapshots and the paths that are hit.
     """
+    repository = settings.open_repository("backupfs.usecases.check")
     import trio
 
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_check
     from backupfs.usecases.check import CheckOptions, check
 
-    repository = settings.open_repository()
     report = Reporter(settings)
     options = CheckOptions(read_data=read_data or read_data_subset is not None, subset=read_data_subset)
     result = trio.run(check, repository, options, report)
@@ -60,12 +60,13 @@ def check_command(settings: Settings, read_data: bool, read_data_subset: str | N
 @with_settings
 def stats_command(settings: Settings) -> int:
     """Show how large the repository is and what it saves."""
+    repository = settings.open_repository("backupfs.usecases.stats")
     from dataclasses import asdict
 
     from backupfs.cli.report import print_json, size_text
     from backupfs.usecases.stats import stats
 
-    found = stats(settings.open_repository())
+    found = stats(repository)
     if settings.json:
         print_json({**asdict(found), "stored_bytes": found.stored_bytes})
         return 0

@@ -1,0 +1,144 @@
+"""A mount from beginning to end: checked, made, served, ended."""
+
+import logging
+import os
+import shutil
+import signal
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from backupfs import workers
+from backupfs.errors import MountError, shown
+from backupfs.fuse import mounted
+from backupfs.view.filesystem import SnapshotView
+from backupfs.view.loading import Loader
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_KIB = 1024  # the kernel's requests along a file become 1 MiB instead of 128 KiB
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How a mount is made."""
+
+    allow_other: bool = False  # others than its owner may use it; then permissions are enforced
+    allow_nonempty: bool = False  # hide what is in the mountpoint
+
+
+def check_mountpoint(mountpoint: Path, options: SessionOptions) -> None:
+    """Say why a mount cannot be made, before anything is made. Raises: MountError."""
+    name = shown(str(mountpoint))
+    try:
+        if mounted.find_mount(mountpoint) is not None:
+            raise MountError(f"a backupfs is mounted at {name} already: `backupfs umount {name}` ends it")
+        status = os.stat(mountpoint)
+        if not stat.S_ISDIR(status.st_mode):
+            raise MountError(f"{name} is no directory, so nothing can be mounted there")
+        if not options.allow_nonempty and any(os.scandir(mountpoint)):
+            raise MountError(f"{name} is not empty, and a mount would hide what is in it: use an empty directory")
+    except FileNotFoundError as error:
+        raise MountError(f"there is no directory {name}: make it first") from error
+    except OSError as error:
+        hint = "; a mount whose server is gone? `backupfs umount` removes it" if error.errno == 107 else ""
+        raise MountError(f"{name} cannot be used: {error.strerror}{hint}") from error
+    if not os.path.exists("/dev/fuse"):
+        raise MountError("there is no /dev/fuse: load the kernel module (`modprobe fuse`), or give it to the container")
+    if os.geteuid() != 0:
+        _check_for_user(status, options, name)
+
+
+def _check_for_user(status: os.stat_result, options: SessionOptions, name: str) -> None:
+    if shutil.which("fusermount3") is None:
+        raise MountError("there is no fusermount3, which users need to mount: install the package fuse3")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise MountError("/dev/fuse cannot be opened by this user: ask for access to it")
+    if status.st_uid != os.getuid() and not os.access(name, os.W_OK):
+        raise MountError(f"{name} is not this user's and cannot be written, so this user cannot mount there")
+    if options.allow_other and not _others_are_allowed():
+        raise MountError("/etc/fuse.conf does not permit --allow-other to users: add the line user_allow_other to it")
+
+
+def _others_are_allowed() -> bool:
+    try:
+        lines = Path("/etc/fuse.conf").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+async def serve(
+    view: SnapshotView, loader: Loader, mountpoint: Path, options: SessionOptions, on_ready: Callable[[], None]
+) -> None:
+    """Mount a view and answer the kernel until the mount ends: by umount, SIGTERM, SIGINT or SIGHUP.
+
+    on_ready: called once the mount answers.
+    Raises: MountError.
+    """
+    try:
+        import pyfuse3
+
+        from backupfs.fuse.operations import SnapshotOperations
+        from backupfs.fuse.polling import polled_event_loop
+    except ImportError as error:
+        raise MountError(
+            f"mounting needs pyfuse3, which cannot be loaded ({error}): `pip install pyfuse3`, which needs the packages "
+            "libfuse3-dev and pkg-config to be built"
+        ) from error
+
+    wanted = {"ro", "nosuid", "nodev", "fsname=backupfs", "subtype=backupfs"}
+    if options.allow_other:
+        wanted |= {"allow_other", "default_permissions"}
+    try:
+        pyfuse3.init(SnapshotOperations(view, loader), str(mountpoint), wanted)
+    except RuntimeError as error:
+        raise MountError(f"{shown(str(mountpoint))} could not be mounted: {error}; see the lines above") from error
+    # What libfuse did to signals is its own; the mount must end cleanly on all of these.
+    noted: mounted.Mount | None = None
+    ended_by_kernel = False
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_end_on_signal)
+            noted = await workers.io(_after_mount, mountpoint)
+            nursery.start_soon(_call_when_ready, on_ready)
+            with polled_event_loop():
+                await pyfuse3.main()
+            ended_by_kernel = True
+            nursery.cancel_scope.cancel()
+    finally:
+        log.info("the mount at %s ends%s", shown(str(mountpoint)), "" if ended_by_kernel else " with an error")
+        pyfuse3.close(unmount=True)
+        if noted is not None:
+            mounted.forget_server(noted)
+
+
+async def _end_on_signal(task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+    import pyfuse3
+
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("asked to end by %s", signal.Signals(number).name)
+            pyfuse3.terminate()
+
+
+async def _call_when_ready(on_ready: Callable[[], None]) -> None:
+    on_ready()
+
+
+def _after_mount(mountpoint: Path) -> "mounted.Mount | None":
+    """Note who serves the mount, and let the kernel ask in larger pieces; in a thread, and never by a look into it."""
+    mount = mounted.find_mount(mountpoint)
+    if mount is None:
+        log.warning("the mount does not show in /proc/self/mountinfo: `umount` will not know its server")
+        return None
+    mounted.note_server(mount)
+    try:
+        Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
+    except OSError as error:
+        log.debug("the kernel's read-ahead stays as it is: %s", error)
+    return mount

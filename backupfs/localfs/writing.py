@@ -1,0 +1,580 @@
+"""Writing files of this machine below one target directory: by descriptor and name, never through a symlink.
+
+Every directory is opened from its parent's descriptor, so no path is too long and none leads out of the target. New
+content gets its name only when it is whole. Only the target itself, which the user named, may be a symlink.
+Threading: a Target belongs to one thread at a time.
+"""
+
+import errno
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+from backupfs.errors import SourceError, shown
+from backupfs.localfs.reading import path_in
+from backupfs.snapshots.node import Xattrs
+
+TEMPORARY_PREFIX = b".backupfs-"
+
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHANGE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+# Directories above them are opened again when needed; a default limit of 1024 descriptors leaves room for files.
+_MOST_OPEN = 128
+_ACCESS_ACL, _DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
+# These end a restore: the next file would meet them again.
+_FATAL = {
+    errno.ENOSPC: "is full: make room and run the restore again with --overwrite if-changed",
+    errno.EDQUOT: "is over its quota: make room and run the restore again with --overwrite if-changed",
+    errno.EROFS: "is on a read-only file system: choose another target or mount it for writing",
+    errno.EMFILE: "cannot be written: too many files are open in this process",
+    errno.ENFILE: "cannot be written: too many files are open on this machine",
+    errno.ENOMEM: "cannot be written: the machine is out of memory",
+}
+
+
+class Metadata(NamedTuple):
+    """What a file has beside its bytes."""
+
+    mode: int  # type and permissions
+    owner: int  # ids of this machine
+    group: int
+    mtime_ns: int | None  # None: not recorded
+    xattrs: Xattrs = ()
+
+
+class Directory:
+    """A directory at or below the target, whose descriptor may be closed for a while."""
+
+    __slots__ = ("existed", "fd", "identity", "inherits", "metadata", "name", "names", "ordinal", "parent", "pending")
+
+    def __init__(self, parent: "Directory | None", name: bytes) -> None:
+        self.parent = parent
+        self.name = name
+        self.fd = -1
+        self.identity: tuple[int, int] | None = None  # (st_dev, st_ino), known once its descriptor was closed
+        self.existed = False  # before this run
+        self.inherits = False  # gives what is made in it a group or an ACL of its own
+        self.names: frozenset[bytes] | set[bytes] = frozenset()  # what was in it before this run
+        self.metadata: Metadata | None = None  # to be set when everything in it is done; None: leave it alone
+        self.pending = 1  # what is not done in it, and 1 for the walk that is still in it
+        self.ordinal = 0
+
+    @property
+    def depth(self) -> int:
+        """The number of directories above, up to the target."""
+        depth, above = 0, self.parent
+        while above is not None:
+            depth, above = depth + 1, above.parent
+        return depth
+
+
+class Target:
+    """The directory that is written into."""
+
+    def __init__(self, path: bytes, problem: Callable[[bytes, str], None], make: bool = True) -> None:
+        """Open the target, and make it where it is missing.
+
+        problem: takes (path, reason) of an attribute that could not be set.
+        make: False for a dry run, which makes nothing: `exists` tells.
+        Raises: SourceError.
+        """
+        self.path = path
+        self.is_root_user = os.geteuid() == 0
+        self._problem = problem
+        self._own = (os.geteuid(), os.getegid())
+        self._open: OrderedDict[Directory, None] = OrderedDict()
+        self._temporary = TEMPORARY_PREFIX + os.urandom(6).hex().encode() + b"-"
+        self._count = 0
+        self.owners_kept = False  # ownership was recorded and not set, as only root may
+        self.root = Directory(None, b"")
+        self.exists = True
+        try:
+            self.root.existed = os.path.isdir(path)
+            if not self.root.existed:
+                if not make and not os.path.lexists(path):
+                    self.exists = False
+                    return
+                _make_path(path)
+            # Resolved once, here: a symlink that the user names is meant.
+            self.root.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise SourceError(f"the target {shown(path)} is not a directory: name one, or a path that is free") from error
+        except OSError as error:
+            raise SourceError(
+                f"the target {shown(path)} cannot be used: {error.strerror}; choose a directory you may write to"
+            ) from error
+        if self.root.existed:
+            self._note_existing(self.root)
+
+    # Directories.
+
+    def path_of(self, directory: Directory, name: bytes = b"") -> bytes:
+        """Return a path for messages; it may be too long for any call."""
+        parts = [name] if name else []
+        above: Directory | None = directory
+        while above is not None and above.parent is not None:
+            parts.append(above.name)
+            above = above.parent
+        parts.append(self.path.rstrip(b"/"))
+        return b"/".join(reversed(parts)) or b"/"
+
+    def fd(self, directory: Directory) -> int:
+        """Return an open descriptor of a directory, valid until the second next call. Raises: OSError."""
+        if directory.fd >= 0:
+            if directory.parent is not None:
+                self._open.move_to_end(directory)
+            return directory.fd
+        closed = [directory]
+        above = directory.parent
+        while above is not None and above.fd < 0:
+            closed.append(above)
+            above = above.parent
+        assert above is not None, "the target's own descriptor stays open"
+        for below in reversed(closed):
+            assert below.parent is not None
+            self._keep(below, os.open(below.name, _DIRECTORY_FLAGS, dir_fd=below.parent.fd))
+        return directory.fd
+
+    def _keep(self, directory: Directory, fd: int) -> None:
+        if directory.identity is not None:
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) != directory.identity:
+                os.close(fd)
+                raise OSError(errno.ESTALE, "the directory was replaced while it was restored")
+        directory.fd = fd
+        self._open[directory] = None
+        while len(self._open) > _MOST_OPEN:
+            old, _ = self._open.popitem(last=False)
+            status = os.fstat(old.fd)
+            old.identity = (status.st_dev, status.st_ino)
+            os.close(old.fd)
+            old.fd = -1
+
+    def make_directory(self, parent: Directory, name: bytes) -> Directory:
+        """Make a new directory, for the owner alone until `finish_directory`.
+
+        Raises: FileExistsError; OSError.
+        """
+        fd = self.fd(parent)
+        os.mkdir(name, 0o700, dir_fd=fd)
+        directory = Directory(parent, name)
+        if parent.inherits:
+            self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=fd))
+            for acl in (_ACCESS_ACL, _DEFAULT_ACL):
+                _remove_xattr(directory.fd, acl)
+            os.fchmod(directory.fd, 0o700)
+        return directory
+
+    def open_existing(self, parent: Directory, name: bytes) -> Directory:
+        """Take a directory that was there before. Raises: OSError, also for a symlink."""
+        directory = Directory(parent, name)
+        directory.existed = True
+        self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd(parent)))
+        self._note_existing(directory)
+        return directory
+
+    def _note_existing(self, directory: Directory) -> None:
+        directory.names = {os.fsencode(name) for name in os.listdir(directory.fd)}
+        directory.inherits = bool(os.fstat(directory.fd).st_mode & stat.S_ISGID)
+        try:
+            directory.inherits |= _DEFAULT_ACL in os.listxattr(directory.fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EACCES):
+                raise
+
+    def finish_directory(self, directory: Directory) -> None:
+        """Set what a directory has beside its entries, then let it go. Raises: OSError."""
+        metadata = directory.metadata
+        try:
+            if metadata is not None:
+                fd = self.fd(directory)
+                status = os.fstat(fd)
+                if directory.existed:
+                    self._remove_foreign_xattrs(fd, metadata.xattrs)
+                self._apply(fd, metadata, self.path_of(directory), (status.st_uid, status.st_gid))
+            parent = directory.parent
+            if directory.fd >= 0 and parent is not None and parent.fd < 0:
+                self._open_above(directory, parent)
+        finally:
+            self._close(directory)
+
+    def _open_above(self, directory: Directory, parent: Directory) -> None:
+        # The way from the target down would cost as many calls as the directory is deep, at each level.
+        fd = os.open(b"..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.fd)
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) == parent.identity:
+            self._keep(parent, fd)
+        else:
+            os.close(fd)
+
+    def _close(self, directory: Directory) -> None:
+        if directory.parent is not None and directory.fd >= 0:
+            self._open.pop(directory, None)
+            os.close(directory.fd)
+            directory.fd = -1
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for directory in list(self._open):
+            self._close(directory)
+        if self.root.fd >= 0:
+            os.close(self.root.fd)
+            self.root.fd = -1
+
+    # Files.
+
+    def temporary_name(self) -> bytes:
+        """Return a name that nothing has yet."""
+        self._count += 1
+        return b"%s%d" % (self._temporary, self._count)
+
+    def create(self, directory: Directory, temporary: bytes) -> int:
+        """Create a file under a temporary name and return its descriptor. Raises: OSError."""
+        return os.open(temporary, _NEW_FILE_FLAGS, 0o600, dir_fd=self.fd(directory))
+
+    def reopen(self, directory: Directory, temporary: bytes) -> int:
+        """Open a file under its temporary name once more. Raises: OSError."""
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        return os.open(temporary, flags, dir_fd=self.fd(directory))
+
+    def write_file(self, directory: Directory, name: bytes, data: bytes | memoryview, metadata: Metadata) -> None:
+        """Write a small file at once. Raises: OSError, after which nothing of it is left."""
+        fd_above = directory.fd if directory.fd >= 0 else self.fd(directory)
+        self._count += 1
+        temporary = b"%s%d" % (self._temporary, self._count)
+        fd = os.open(temporary, _NEW_FILE_FLAGS, 0o600, dir_fd=fd_above)
+        try:
+            try:
+                if data and os.write(fd, data) != len(data):
+                    write_at(fd, data, 0)
+                self._finish_file(fd, directory, name, metadata)
+            finally:
+                os.close(fd)
+            os.rename(temporary, name, src_dir_fd=fd_above, dst_dir_fd=fd_above)
+        except BaseException:
+            unlink_quietly(temporary, fd_above)
+            raise
+
+    def finish_file(self, fd: int, directory: Directory, temporary: bytes, name: bytes, metadata: Metadata) -> None:
+        """Set what a written file has beside its bytes, close it and give it its name. Raises: OSError."""
+        try:
+            self._finish_file(fd, directory, name, metadata)
+        finally:
+            os.close(fd)
+        above = self.fd(directory)
+        os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
+
+    def _finish_file(self, fd: int, directory: Directory, name: bytes, metadata: Metadata) -> None:
+        own = self._own
+        if metadata.xattrs or directory.inherits:
+            if directory.inherits:
+                _remove_xattr(fd, _ACCESS_ACL)
+                own = (-1, -1)
+            self._apply(fd, metadata, self.path_of(directory, name), own)
+            return
+        mode = metadata.mode & 0o7777
+        if metadata.owner != own[0] or metadata.group != own[1]:
+            mode = self._set_owner(fd, metadata, own, lambda: self.path_of(directory, name))
+        os.fchmod(fd, mode)
+        if metadata.mtime_ns is not None:
+            os.utime(fd, ns=(metadata.mtime_ns, metadata.mtime_ns))
+
+    def remove_temporary(self, directory: Directory, temporary: bytes) -> None:
+        """Remove a file that is not finished; whatever hinders it is passed over."""
+        try:
+            unlink_quietly(temporary, self.fd(directory))
+        except OSError:
+            return
+
+    def make_special(
+        self, directory: Directory, name: bytes, metadata: Metadata, link_target: bytes, device: tuple[int, int]
+    ) -> None:
+        """Make a symlink, fifo, socket or device in place of whatever file is there. Raises: OSError."""
+        above = self.fd(directory)
+        temporary = self.temporary_name()
+        kind = stat.S_IFMT(metadata.mode)
+        if kind == stat.S_IFLNK:
+            os.symlink(link_target, temporary, dir_fd=above)
+        elif kind in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK):
+            os.mknod(temporary, kind | 0o600, os.makedev(*device), dir_fd=above)
+        else:
+            raise OSError(errno.EINVAL, f"a file of the unknown type {kind:o} cannot be made")
+        try:
+            self._apply_by_name(above, temporary, metadata, self.path_of(directory, name), directory.inherits)
+            os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
+        except BaseException:
+            unlink_quietly(temporary, above)
+            raise
+
+    def link(self, source: Directory, source_name: bytes, directory: Directory, name: bytes) -> None:
+        """Give a restored file another name. Raises: OSError."""
+        first = self.fd(source)
+        above = self.fd(directory)
+        if first == -1 or source.fd != first:
+            first = self.fd(source)
+        temporary = self.temporary_name()
+        os.link(source_name, temporary, src_dir_fd=first, dst_dir_fd=above, follow_symlinks=False)
+        try:
+            os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
+        finally:
+            # Renaming onto another name of the same file does nothing, by POSIX, and leaves both names.
+            unlink_quietly(temporary, above)
+
+    # Metadata.
+
+    def _apply(self, fd: int, metadata: Metadata, path: bytes, own: tuple[int, int]) -> None:
+        """Set everything on an open file or directory; what cannot be set is told to `problem`.
+
+        own: the owner that it has.
+        """
+        mode = metadata.mode & 0o7777
+        if (metadata.owner, metadata.group) != own:
+            mode = self._set_owner(fd, metadata, own, lambda: path)
+        # chown takes capabilities away, chmod changes an ACL's mask, and without write permission a user.* attribute
+        # is refused: hence this order.
+        late = [pair for pair in metadata.xattrs if pair[0].startswith((b"system.", b"security."))]
+        for pair in metadata.xattrs:
+            if pair not in late:
+                self._set_xattr(fd, *pair, path)
+        os.fchmod(fd, mode)
+        for pair in late:
+            self._set_xattr(fd, *pair, path)
+        if metadata.mtime_ns is not None:
+            os.utime(fd, ns=(metadata.mtime_ns, metadata.mtime_ns))
+
+    def _set_owner(self, fd: int, metadata: Metadata, own: tuple[int, int], path: Callable[[], bytes]) -> int:
+        """Set the owner and return the mode to set: set-id bits must never serve an owner they were not meant for."""
+        mode = metadata.mode & 0o7777
+        if self.is_root_user:
+            try:
+                os.fchown(fd, metadata.owner, metadata.group)
+                return mode
+            except OSError as error:
+                if is_fatal(error):
+                    raise
+                self._problem(path(), f"its owner could not be set: {error.strerror}")
+                status = os.fstat(fd)
+                own = (status.st_uid, status.st_gid)
+        else:
+            self.owners_kept = True
+            if own == (-1, -1):
+                status = os.fstat(fd)
+                own = (status.st_uid, status.st_gid)
+        if metadata.owner != own[0]:
+            mode &= ~stat.S_ISUID
+        if metadata.group != own[1] and not stat.S_ISDIR(metadata.mode):
+            mode &= ~stat.S_ISGID
+        return mode
+
+    def _apply_by_name(self, above: int, name: bytes, metadata: Metadata, path: bytes, inherits: bool) -> None:
+        """Set everything on what must not be opened: symlinks, fifos, sockets, devices."""
+        mode = metadata.mode & 0o7777
+        if inherits or (metadata.owner, metadata.group) != self._own:
+            if self.is_root_user:
+                try:
+                    os.chown(name, metadata.owner, metadata.group, dir_fd=above, follow_symlinks=False)
+                except OSError as error:
+                    if is_fatal(error):
+                        raise
+                    self._problem(path, f"its owner could not be set: {error.strerror}")
+                    mode &= 0o1777
+            elif (metadata.owner, metadata.group) != self._own:
+                self.owners_kept = True
+                mode &= 0o1777
+        is_link = stat.S_ISLNK(metadata.mode)
+        at = path_in(above, name)
+        if inherits and not is_link:
+            _remove_xattr(at, _ACCESS_ACL)
+        if not is_link:
+            _change_mode(above, name, mode)
+        for attribute, value in metadata.xattrs:
+            self._set_xattr(at, attribute, value, path)
+        if metadata.mtime_ns is not None:
+            os.utime(name, ns=(metadata.mtime_ns, metadata.mtime_ns), dir_fd=above, follow_symlinks=False)
+
+    def _set_xattr(self, at: int | bytes, name: bytes, value: bytes, path: bytes) -> None:
+        follow = isinstance(at, int)
+        try:
+            os.setxattr(at, name, value, follow_symlinks=follow)
+        except OSError as error:
+            try:
+                # Some are there by themselves, such as the label that a security module gives.
+                if os.getxattr(at, name, follow_symlinks=follow) == value:
+                    return
+            except OSError:
+                pass
+            if is_fatal(error) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._problem(path, f"its attribute {shown(name)} could not be set: {error.strerror}")
+
+    def _remove_foreign_xattrs(self, at: int, wanted: Xattrs) -> None:
+        names = {name for name, _ in wanted}
+        try:
+            present = os.listxattr(at)
+        except OSError:
+            return
+        for name in present:
+            if os.fsencode(name) not in names and name.startswith(("user.", "system.posix_acl_")):
+                _remove_xattr(at, name)
+
+    def mend(self, directory: Directory, name: bytes, status: os.stat_result, metadata: Metadata) -> None:
+        """Bring what a file has beside its bytes up to date, where that differs. Raises: OSError."""
+        same_owner = not self.is_root_user or (status.st_uid, status.st_gid) == (metadata.owner, metadata.group)
+        if stat.S_IMODE(status.st_mode) == stat.S_IMODE(metadata.mode) and same_owner and not metadata.xattrs:
+            return
+        above = self.fd(directory)
+        path = self.path_of(directory, name)
+        own = (status.st_uid, status.st_gid)
+        if not stat.S_ISREG(status.st_mode):
+            self._apply_by_name(above, name, metadata, path, own != self._own)
+            return
+        fd = os.open(name, _CHANGE_FLAGS, dir_fd=above)
+        try:
+            now = os.fstat(fd)
+            if (now.st_dev, now.st_ino) == (status.st_dev, status.st_ino):
+                self._remove_foreign_xattrs(fd, metadata.xattrs)
+                self._apply(fd, metadata, path, own)
+        finally:
+            os.close(fd)
+
+    # Looking and removing.
+
+    def status(self, directory: Directory, name: bytes) -> os.stat_result | None:
+        """Return what stands under a name, or None. Raises: OSError."""
+        try:
+            return os.stat(name, dir_fd=self.fd(directory), follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def read_link(self, directory: Directory, name: bytes) -> bytes:
+        """Return where a symlink leads. Raises: OSError."""
+        return os.readlink(name, dir_fd=self.fd(directory))
+
+    def unlink(self, directory: Directory, name: bytes) -> None:
+        """Remove what is no directory. Raises: OSError."""
+        os.unlink(name, dir_fd=self.fd(directory))
+
+    def remove_empty(self, directory: Directory, name: bytes) -> None:
+        """Remove an empty directory. Raises: OSError."""
+        os.rmdir(name, dir_fd=self.fd(directory))
+
+    def remove_tree(self, directory: Directory, name: bytes, kept: Callable[[bytes, bool], bool]) -> int:
+        """Remove a file, or a directory with everything in it, on its own file system; return how many entries went.
+
+        kept: (path below the target with a leading slash, is a directory) → leave it alone. A directory that keeps
+        something stays, too.
+        Raises: OSError for the first that cannot be removed.
+        """
+        relative = self.path_of(directory, name)[len(self.path.rstrip(b"/")) :]
+        above = self.fd(directory)
+        status = os.stat(name, dir_fd=above, follow_symlinks=False)
+        if kept(relative, stat.S_ISDIR(status.st_mode)):
+            return 0
+        if not stat.S_ISDIR(status.st_mode):
+            os.unlink(name, dir_fd=above)
+            return 1
+        removed = 0
+        root = Directory(directory, name)
+        device = os.fstat(above).st_dev
+        stack = [(root, relative, False)]
+        while stack:
+            current, at, emptied = stack.pop()
+            assert current.parent is not None
+            if emptied:
+                if current.fd >= 0 and current.parent.fd < 0:
+                    self._open_above(current, current.parent)
+                self._close(current)
+                try:
+                    os.rmdir(current.name, dir_fd=self.fd(current.parent))
+                    removed += 1
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                continue
+            fd = self.fd(current)
+            if os.fstat(fd).st_dev != device:
+                raise OSError(errno.EBUSY, "another file system is mounted in it")
+            stack.append((current, at, True))
+            with os.scandir(fd) as entries:
+                found = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
+            for child, is_directory in found:
+                path = at + b"/" + child
+                if kept(path, is_directory):
+                    continue
+                if is_directory:
+                    stack.append((Directory(current, child), path, False))
+                else:
+                    os.unlink(child, dir_fd=self.fd(current))
+                    removed += 1
+        return removed
+
+    def full(self, error: OSError) -> SourceError:
+        """Return the error that ends the run."""
+        return SourceError(f"the target {shown(self.path)} {_FATAL[error.errno or 0]}")
+
+
+def is_fatal(error: OSError) -> bool:
+    """Tell whether every other file would fail for the same reason."""
+    return error.errno in _FATAL
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all bytes at an offset. Raises: OSError."""
+    with memoryview(data) as view:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(fd, view[done:] if done else view, offset + done)
+
+
+def write_sparsely(fd: int, data: bytes | memoryview, offset: int, least_hole: int = 32 << 10) -> None:
+    """Write bytes at an offset of a new file, leaving out long runs of zeros.
+
+    The caller sets the file's length: a run at the end leaves no trace. Raises: OSError.
+    """
+    plain = bytes(data)
+    zeros = bytes(least_hole)
+    start = 0
+    while True:
+        at = plain.find(zeros, start)
+        if at < 0:
+            write_at(fd, memoryview(plain)[start:], offset + start)
+            return
+        write_at(fd, memoryview(plain)[start:at], offset + start)
+        start = at + least_hole
+        while plain.startswith(zeros, start):
+            start += least_hole
+
+
+def unlink_quietly(name: bytes, dir_fd: int) -> None:
+    """Remove a file that may not be there."""
+    try:
+        os.unlink(name, dir_fd=dir_fd)
+    except OSError:
+        return
+
+
+def _change_mode(above: int, name: bytes, mode: int) -> None:
+    # chmod by name would follow a symlink that took the file's place just now.
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+    try:
+        os.chmod(b"/proc/self/fd/%d" % fd, mode)
+    finally:
+        os.close(fd)
+
+
+def _remove_xattr(at: int | bytes, name: str) -> None:
+    try:
+        os.removexattr(at, name, follow_symlinks=isinstance(at, int))
+    except OSError:
+        return  # there is none
+
+
+def _make_path(path: bytes) -> None:
+    """Make a directory and those above it that are missing; the last one private until it is filled."""
+    parent = os.path.dirname(path.rstrip(b"/"))
+    if parent and not os.path.isdir(parent):
+        os.makedirs(parent, exist_ok=True)
+    os.mkdir(path, 0o700)

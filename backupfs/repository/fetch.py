@@ -1,0 +1,153 @@
+"""Reading many chunks at once: which ranges of which packs hold them, and taking those apart.
+
+A `WantedChunk` carries whatever its user wants to remember with it. Damage in one place leads to another copy: plan
+what failed again, and the places tried are left out. Threading: a wanted chunk belongs to one thread at a time.
+"""
+
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+from backupfs.errors import DamagedObject, ObjectMissing
+from backupfs.ids import ChunkId, ObjectId, short
+from backupfs.repository.chunks import ChunkReader
+from backupfs.repository.pack import PackRef
+
+Use = TypeVar("Use")
+Place = tuple[ObjectId, int]  # a pack and the offset of a block in it
+
+# Reading what is between two blocks costs less than another request up to about here (20 ms at 400 Mbit/s).
+MOST_GAP = 1 << 20
+# One request; several of them are under way at once, and their bytes are held in memory.
+MOST_RANGE = 8 << 20
+
+
+class WantedChunk(Generic[Use]):
+    """A chunk that is wanted, for one use or more."""
+
+    __slots__ = ("chunk_id", "failures", "length", "offset", "tried", "uses")
+
+    def __init__(self, chunk_id: ChunkId) -> None:
+        self.chunk_id = chunk_id
+        self.uses: list[Use] = []
+        self.offset = self.length = 0  # in the block it is read from
+        self.tried: tuple[Place, ...] = ()
+        self.failures: tuple[str, ...] = ()  # why the copies tried so far could not be read
+
+
+class WantedBlock(Generic[Use]):
+    """A block with the chunks that are wanted of it."""
+
+    __slots__ = ("chunks", "offset", "pack", "stored_length")
+
+    def __init__(self, pack: PackRef, offset: int, stored_length: int) -> None:
+        self.pack = pack
+        self.offset = offset
+        self.stored_length = stored_length
+        self.chunks: list[WantedChunk[Use]] = []
+
+
+class PackRange(Generic[Use]):
+    """Neighbouring blocks of a pack, for one request."""
+
+    __slots__ = ("blocks", "length", "start")
+
+    def __init__(self, block: WantedBlock[Use]) -> None:
+        self.start = block.offset
+        self.length = block.stored_length
+        self.blocks = [block]
+
+    @property
+    def pack(self) -> PackRef:
+        """The pack that all blocks are in."""
+        return self.blocks[0].pack
+
+
+def plan_ranges(
+    reader: ChunkReader, wanted: Iterable[WantedChunk[Use]]
+) -> tuple[list[PackRange[Use]], list[WantedChunk[Use]]]:
+    """Return (what to request, in the order in which the packs were wanted first; chunks of which no copy is left)."""
+    blocks: dict[Place, WantedBlock[Use]] = {}
+    packs: dict[ObjectId, list[WantedBlock[Use]]] = {}
+    lost: list[WantedChunk[Use]] = []
+    find = reader.index.find
+    for chunk in wanted:
+        for location in find(chunk.chunk_id):
+            place = (location.pack.pack_id, location.block_offset)
+            if place not in chunk.tried:
+                break
+        else:
+            if not chunk.failures:
+                chunk.failures = (f"the chunk {short(chunk.chunk_id)} is in no index",)
+            lost.append(chunk)
+            continue
+        block = blocks.get(place)
+        if block is None:
+            block = blocks[place] = WantedBlock(location.pack, location.block_offset, location.block_stored)
+            packs.setdefault(place[0], []).append(block)
+        chunk.offset, chunk.length = location.offset, location.length
+        block.chunks.append(chunk)
+    ranges: list[PackRange[Use]] = []
+    for of_pack in packs.values():
+        of_pack.sort(key=lambda block: block.offset)
+        current: PackRange[Use] | None = None
+        for block in of_pack:
+            if current is not None:
+                length = block.offset + block.stored_length - current.start
+                if block.offset - current.start - current.length <= MOST_GAP and length <= MOST_RANGE:
+                    current.length = max(current.length, length)
+                    current.blocks.append(block)
+                    continue
+            current = PackRange(block)
+            ranges.append(current)
+    return ranges, lost
+
+
+def fetch_range(reader: ChunkReader, wanted: PackRange[Use]) -> memoryview | None:
+    """Return the stored bytes of a range; None if the pack lacks them, which every chunk in it then remembers.
+
+    Raises: StoreError if the store does not answer.
+    """
+    try:
+        return memoryview(reader.fetch(wanted.pack, wanted.start, wanted.length))
+    except (DamagedObject, ObjectMissing) as error:
+        # A pack that was cut short may still give the blocks before its end.
+        if len(wanted.blocks) > 1 and isinstance(error, DamagedObject):
+            return memoryview(b"")
+        for block in wanted.blocks:
+            give_up(block, block.chunks, error)
+        return None
+
+
+def decode_block(
+    reader: ChunkReader, wanted: PackRange[Use], stored: memoryview, block: WantedBlock[Use]
+) -> list[tuple[WantedChunk[Use], memoryview]]:
+    """Return the chunks of a block that are what their ids say; the others remember why not.
+
+    stored: from `fetch_range`. Costs what decompression and hashing cost, mostly without the GIL.
+    """
+    at = block.offset - wanted.start
+    try:
+        if stored:
+            plain = memoryview(reader.open_block(block.pack, stored[at : at + block.stored_length], block.offset))
+        else:
+            plain = memoryview(reader.read_block(block.pack, block.offset, block.stored_length))
+    except (DamagedObject, ObjectMissing) as error:
+        give_up(block, block.chunks, error)
+        return []
+    good: list[tuple[WantedChunk[Use], memoryview]] = []
+    for chunk in block.chunks:
+        data = plain[chunk.offset : chunk.offset + chunk.length]
+        try:
+            reader.check(chunk.chunk_id, data, block.pack, block.offset)
+        except DamagedObject as error:
+            give_up(block, [chunk], error)
+            continue
+        good.append((chunk, data))
+    return good
+
+
+def give_up(block: WantedBlock[Use], chunks: Iterable[WantedChunk[Use]], error: Exception) -> None:
+    """Note that chunks cannot be had from a block, so that the next plan takes another copy."""
+    for chunk in chunks:
+        chunk.tried += ((block.pack.pack_id, block.offset),)
+        chunk.failures += (str(error),)

@@ -1,0 +1,276 @@
+"""The copies of chunks of one kind, as a check judges them: where the index says they lie, and whether they do.
+
+What is known about packs is collected first (a listing, and with `read_data` their bytes); then each chunk is judged
+once and the verdict marked by its position in the index, one bit each. Belongs to one thread at a time.
+"""
+
+import logging
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from backupfs.codec.keys import keyed_hash
+from backupfs.codec.sealing import HEADER, TRAILER, Kind, OpenedHeader, UnitRole, hash_object
+from backupfs.errors import DamagedObject, ObjectMissing, RepositoryError, StoreError
+from backupfs.ids import ChunkId, ObjectId, short
+from backupfs.repository import layout
+from backupfs.repository.chunks import ChunkReader
+from backupfs.repository.index import Index
+from backupfs.repository.marks import Marks
+from backupfs.repository.pack import PackRef, blocks_of, decode_directory
+from backupfs.repository.repository import TREE_CACHE_SIZE, Repository
+from backupfs.repository.run import Location
+from backupfs.usecases.findings import Findings, Severity
+
+log = logging.getLogger(__name__)
+
+# No writer makes larger packs; one that is larger is not read whole, or it would break the promise of bounded memory.
+MOST_PACK_SIZE = 128 << 20
+
+INDEX_KIND = {Kind.DATA_PACK: Kind.DATA_INDEX, Kind.TREE_PACK: Kind.TREE_INDEX}
+
+
+@dataclass(frozen=True, slots=True)
+class PackRead:
+    """What reading one pack whole brought."""
+
+    pack_id: ObjectId
+    size: int
+    damage: tuple[str, ...]
+    verified: "array[int]"  # positions in the index of the chunks whose bytes have their id
+    has_directory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a check says about a chunk."""
+
+    position: int | None  # None where no index names it
+    good: bool  # a copy of it can be read
+    length: int
+
+
+@dataclass(slots=True)
+class Unnamed:
+    """Packs that lie in the store and in no index."""
+
+    packs: int = 0
+    size: int = 0
+
+
+class Copies:
+    """Judges the copies of chunks of one kind."""
+
+    def __init__(self, repository: Repository, kind: Kind, index: Index, findings: Findings) -> None:
+        self._store = repository.store
+        self._keyring = repository.keyring
+        self._id_key = repository.keyring.chunk_id_key(tree=kind == Kind.TREE_PACK)
+        self._findings = findings
+        self.kind = kind
+        self.index = index
+        self.reader = ChunkReader(repository.store, repository.keyring, index, kind, TREE_CACHE_SIZE)
+        self.done = Marks(index.count)
+        self.bad = Marks(index.count)
+        self.unnamed = Unnamed()
+        self.unnamed_keys: list[tuple[str, int]] = []
+        self.was_read: Callable[[ObjectId], bool] = lambda _pack_id: False
+        self._indexed_rows = index.count  # before packs that no index names were looked into
+        self._rebuilt = False
+        self._needed_unnamed: set[ObjectId] = set()
+        self._missing: set[ObjectId] = set()
+        self._sizes: dict[ObjectId, int] = {}  # of packs that are not as long as the index says
+        self._verified = Marks()
+        self._without_directory: set[ObjectId] = set()
+
+    def key_of(self, pack_id: ObjectId) -> str:
+        """Return the key of a pack."""
+        return layout.key_of(self.kind, pack_id)
+
+    def compare_with_listing(self) -> list[tuple[PackRef, int]]:
+        """List the packs once and compare with the index; return (pack, size in the store) of those that are there."""
+        prefix = layout.prefix_of(self.kind)
+        named = self.index.packs()
+        present: list[tuple[PackRef, int]] = []
+        try:
+            for info in self._store.list(prefix):
+                identity = layout.id_in_key(info.key)
+                ref = named.pop(ObjectId(identity), None) if identity is not None else None
+                if ref is None:
+                    self.unnamed.packs += 1
+                    self.unnamed.size += info.size
+                    if identity is not None:
+                        present.append((PackRef(ObjectId(identity), info.size, b""), info.size))
+                    continue
+                present.append((ref, info.size))
+                if info.size != ref.size:
+                    self._sizes[ref.pack_id] = info.size
+                    self._findings.damage(info.key, f"it has {info.size} bytes instead of {ref.size}")
+        except StoreError as error:
+            self._findings.damage(prefix, f"the packs cannot be listed: {error}")
+            return present
+        for pack_id in named:
+            self._missing.add(pack_id)
+            self._findings.damage(self.key_of(pack_id), "it is missing")
+        return present
+
+    def read_pack(self, ref: PackRef, size: int) -> PackRead:
+        """Read a pack whole and compare everything in it with its names; safe in threads, changes nothing.
+
+        ref: as the index has it; without a header where no index names the pack.
+        """
+        key = self.key_of(ref.pack_id)
+        verified = array("Q")
+        damage: list[str] = []
+        if size > MOST_PACK_SIZE:
+            return PackRead(ref.pack_id, 0, (f"it has {size} bytes, more than any pack",), verified, False)
+        try:
+            data = self._store.get(key)
+            if hash_object(data) != ref.pack_id:
+                damage.append("its bytes are not those it is named by")
+            opened = OpenedHeader(ref.header or data[: HEADER.size], self.kind, self._keyring, "the pack")
+            rows = decode_directory(opened, data)
+        except (RepositoryError, StoreError) as error:
+            return PackRead(ref.pack_id, 0, (*damage, _plainly(error, key)), verified, False)
+        view = memoryview(data)
+        for span in blocks_of(rows):
+            try:
+                stored = view[span.offset : span.offset + span.stored_length]
+                plain = memoryview(opened.unseal(stored, span.offset, UnitRole.BLOCK))
+            except DamagedObject as error:
+                damage.append(_plainly(error, key))
+                continue
+            for chunk_id, offset, length in span.chunks:
+                if keyed_hash(self._id_key, plain[offset : offset + length]) != chunk_id:
+                    damage.append(f"the block at {span.offset} holds a chunk that is not {short(chunk_id)}")
+                    continue
+                place = Location(ref, span.offset, span.stored_length, offset, length)
+                verified.extend(at for at, location in self.index.locate(chunk_id) if location == place)
+        return PackRead(ref.pack_id, len(data), tuple(damage), verified, True)
+
+    def take(self, read: PackRead) -> None:
+        """Note what reading a pack brought."""
+        for what in read.damage:
+            self._findings.damage(self.key_of(read.pack_id), what)
+        for position in read.verified:
+            self._verified.add(position)
+        if not read.has_directory:
+            self._without_directory.add(read.pack_id)
+
+    def judge(self, chunk_id: ChunkId) -> Verdict:
+        """Tell whether a chunk can be read, from what is known about its packs; the first time it is marked."""
+        first: tuple[int, Location] | None = None
+        good = False
+        for position, location in self.index.locate(chunk_id):
+            if first is None:
+                first = position, location
+                if position in self.done:
+                    return Verdict(position, position not in self.bad, location.length)
+            if self._is_good(position, chunk_id, location):
+                good = True
+                self._note_unnamed(first[0], location)
+                break
+        if first is None:
+            return self.judge(chunk_id) if self._rebuild() else self._lost(chunk_id)
+        self.mark(first[0], good)
+        return Verdict(first[0], good, first[1].length)
+
+    def mark(self, position: int, good: bool) -> None:
+        """Note the verdict on a chunk."""
+        self.done.add(position)
+        if not good:
+            self.bad.add(position)
+
+    def position(self, chunk_id: ChunkId) -> int | None:
+        """Return what stands for a chunk in the marks; None where neither an index nor a pack has it."""
+        found = next(self.index.locate(chunk_id), None)
+        if found is None and self._rebuild():
+            found = next(self.index.locate(chunk_id), None)
+        if found is None:
+            self._lost(chunk_id)
+            return None
+        return found[0]
+
+    def load(self, chunk_id: ChunkId) -> memoryview | None:
+        """Return a chunk's bytes, or None, with the damage of its copies noted."""
+        first: int | None = None
+        for position, location in self.index.locate(chunk_id):
+            first = position if first is None else first
+            chunk = self._load_at(chunk_id, location)
+            if chunk is not None:
+                self._note_unnamed(first, location)
+                return chunk
+        return None
+
+    def blamed(self, chunk_id: ChunkId) -> list[str]:
+        """Return the keys of the objects that should hold a chunk."""
+        keys = dict.fromkeys(self.key_of(location.pack.pack_id) for location in self.index.find(chunk_id))
+        return list(keys) or [layout.prefix_of(self.kind)]
+
+    def tell_unnamed(self) -> None:
+        """Note which packs are in no index: those that snapshots need are damage of the index, the others are fine."""
+        for pack_id in self._needed_unnamed:
+            self._findings.damage(
+                self.key_of(pack_id),
+                "no index names it, though snapshots need it: an index object is missing or damaged; "
+                "reading goes by the pack's own directory",
+            )
+        others = self.unnamed.packs - len(self._needed_unnamed)
+        if others > 0:
+            prefix = layout.prefix_of(self.kind)
+            text = f"{others} packs that no index names: of a running or an interrupted backup, or damaged by none"
+            self._findings.add(Severity.INFORMATION, prefix, text)
+
+    def _is_good(self, position: int, chunk_id: ChunkId, location: Location) -> bool:
+        pack = location.pack
+        if pack.pack_id in self._missing:
+            return False
+        size = self._sizes.get(pack.pack_id, pack.size)
+        end = location.block_offset + location.block_stored
+        if location.block_offset < HEADER.size or end > size:
+            if pack.pack_id not in self._sizes:
+                self._findings.damage(self.key_of(pack.pack_id), f"the index says that a block ends at {end} of {size}")
+            return False
+        if pack.pack_id in self._without_directory:
+            return self._load_at(chunk_id, location) is not None
+        if position not in self._verified and self.was_read(pack.pack_id):
+            self._findings.damage(self.key_of(pack.pack_id), f"it does not hold the chunk {short(chunk_id)} where it should")
+            return False
+        return True
+
+    def _load_at(self, chunk_id: ChunkId, location: Location) -> memoryview | None:
+        key = self.key_of(location.pack.pack_id)
+        try:
+            return self.reader.load_at(chunk_id, location)
+        except ObjectMissing:
+            self._findings.damage(key, "it is missing")
+        except (RepositoryError, StoreError) as error:
+            self._findings.damage(key, _plainly(error, key))
+        return None
+
+    def _note_unnamed(self, first: int, location: Location) -> None:
+        if first >= self._indexed_rows:
+            self._needed_unnamed.add(location.pack.pack_id)
+
+    def _rebuild(self) -> bool:
+        """Look into packs that no index names, once; return whether chunks were found."""
+        if self._rebuilt:
+            return False
+        self._rebuilt = True
+        try:
+            return self.index.rebuild_from_packs()
+        except StoreError as error:
+            self._findings.damage(layout.prefix_of(self.kind), f"the packs cannot be read: {error}")
+            return False
+
+    def _lost(self, chunk_id: ChunkId) -> Verdict:
+        prefix = layout.prefix_of(self.kind)
+        self._findings.damage(prefix, f"the chunk {short(chunk_id)} is in no index and in no pack")
+        return Verdict(None, False, 0)
+
+
+def _plainly(error: BaseException, key: str) -> str:
+    """Return an error's text without the name of the object that the finding is about."""
+    text = str(error)
+    for lead in (f"the object {key} ", f"object {key} ", "the pack "):
+        text = text.removeprefix(lead)
+    return text

@@ -1,0 +1,79 @@
+"""Mount the snapshots of a repository, and serve the mount until it ends."""
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from backupfs import workers
+from backupfs.errors import MountError
+from backupfs.fuse import session
+from backupfs.fuse.background import serve_in_background
+from backupfs.fuse.session import SessionOptions, check_mountpoint
+from backupfs.repository.repository import Repository
+from backupfs.snapshots.listing import load_snapshots
+from backupfs.usecases.events import Remark, Report
+from backupfs.view.filesystem import MountFilter, SnapshotView
+from backupfs.view.freshness import MOST_AGE_S, Freshness
+from backupfs.view.loading import Loader
+
+__all__ = ["MountFilter", "MountOptions", "default_log_file", "mount_in_background", "serve_mount"]
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What a user can say about a mount."""
+
+    shown: MountFilter = MountFilter()
+    allow_other: bool = False
+    allow_nonempty: bool = False
+    refresh_s: float = MOST_AGE_S  # how old the list of snapshots may be when it is looked at
+    session: SessionOptions = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive the session's part."""
+        object.__setattr__(self, "session", SessionOptions(self.allow_other, self.allow_nonempty))
+
+
+async def serve_mount(
+    repository: Repository, mountpoint: Path, options: MountOptions, on_ready: Callable[[], None], report: Report
+) -> None:
+    """Mount, call `on_ready` once the mount answers, and return when it has ended.
+
+    Raises: MountError if the mount cannot be made; StoreError.
+    """
+    workers.keep_freed_memory()
+    check_mountpoint(mountpoint, options.session)
+    await workers.io(repository.load_indexes)
+    listed = await workers.io(load_snapshots, repository)
+    for problem in listed.damaged.values():
+        report(Remark(problem))
+    if listed.damaged and not listed.snapshots:
+        raise MountError(f"none of the snapshots can be read: {next(iter(listed.damaged.values()))}")
+    async with trio.open_nursery() as background:
+        loader = Loader(repository, background)
+        view = SnapshotView(repository, listed, options.shown, loader)
+        view.freshness = Freshness(repository, listed, view.rearrange, background, options.refresh_s)
+        # What is here now stays: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        await session.serve(view, loader, mountpoint, options.session, on_ready)
+        background.cancel_scope.cancel()
+
+
+def mount_in_background(serve: Callable[[Callable[[], None]], None], mountpoint: Path, options: MountOptions, log_file: Path) -> int:
+    """Run `serve(on_ready)`, which opens the repository and runs `serve_mount`, as a server; return its pid once it is ready.
+
+    Call it before any thread and event loop. Raises: what `serve` raises before it is ready; MountError.
+    """
+    check_mountpoint(mountpoint, options.session)
+    return serve_in_background(serve, log_file)
+
+
+def default_log_file(cache: Path | None) -> Path:
+    """Return where a server logs unless told otherwise; the name holds the pid of the command that starts it."""
+    folder = cache / "logs" if cache is not None else Path("/tmp")
+    return folder / f"mount-{os.getpid()}.log"
