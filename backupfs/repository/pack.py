@@ -109,6 +109,13 @@ def read_directory(store: Store, key: str, size: int, kind: Kind, keyring: Keyri
     return PackRef(pack_id, size, header), _rows_of_directory(plain, what)
 
 
+def decode_directory(opened: OpenedHeader, data: bytes) -> bytes:
+    """Return the rows that the directory of a whole pack holds. Raises: DamagedObject."""
+    offset, length = read_trailer(data[-TRAILER.size :], len(data), opened.what)
+    plain = opened.unseal(memoryview(data)[offset : offset + length], offset, UnitRole.DIRECTORY)
+    return _rows_of_directory(plain, opened.what)
+
+
 def _rows_of_directory(plain: bytes, what: str) -> bytes:
     match decode_record(plain, what):
         case [bytes(), bytes(rows), *_] if len(rows) % ROW.size == 0:

@@ -127,7 +127,8 @@ class Copies:
             data = self._store.get(key)
             if hash_object(data) != ref.pack_id:
                 damage.append("its bytes are not those it is named by")
-            opened = OpenedHeader(ref.header or data[: HEADER.size], self.kind, self._keyring, "the pack")
+            header = ref.header or data[: HEADER.size]
+            opened = OpenedHeader(header, self.kind, self._keyring, f"the object {key}")
             rows = decode_directory(opened, data)
         except (RepositoryError, StoreError) as error:
             return PackRead(ref.pack_id, 0, (*damage, _plainly(error, key)), verified, False)
@@ -217,7 +218,7 @@ class Copies:
         others = self.unnamed.packs - len(self._needed_unnamed)
         if others > 0:
             prefix = layout.prefix_of(self.kind)
-            text = f"{others} packs that no index names: of a running or an interrupted backup, or damaged by none"
+            text = f"{others} packs are named by no index and needed by no snapshot: an interrupted or a running backup's"
             self._findings.add(Severity.INFORMATION, prefix, text)
 
     def _is_good(self, position: int, chunk_id: ChunkId, location: Location) -> bool:
@@ -232,6 +233,9 @@ class Copies:
             return False
         if pack.pack_id in self._without_directory:
             return self._load_at(chunk_id, location) is not None
+        if position >= self._indexed_rows:
+            # Its pack was read before its directory was asked: nothing is known about its chunks.
+            return not self.was_read(pack.pack_id) or self._load_at(chunk_id, location) is not None
         if position not in self._verified and self.was_read(pack.pack_id):
             self._findings.damage(self.key_of(pack.pack_id), f"it does not hold the chunk {short(chunk_id)} where it should")
             return False
@@ -271,6 +275,6 @@ class Copies:
 def _plainly(error: BaseException, key: str) -> str:
     """Return an error's text without the name of the object that the finding is about."""
     text = str(error)
-    for lead in (f"the object {key} ", f"object {key} ", "the pack "):
+    for lead in (f"the object {key} ", f"object {key} "):
         text = text.removeprefix(lead)
     return text
