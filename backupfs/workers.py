@@ -27,7 +27,7 @@ _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _KEEP_BYTES = 64 << 20
 # Every thread would otherwise keep freed blocks in a heap of its own.
-_ARENAS = 2
+_ARENAS = 1
 
 
 def keep_freed_memory() -> None:

@@ -407,8 +407,8 @@ def main(folder: str, password: str, wanted: str | None = None) -> None:
     repository = Repository(Path(folder), password.encode())
     for snapshot in repository.snapshots():
         if wanted is None:
-            mark = " (forgotten)" if snapshot.is_forgotten else ""
-            print(snapshot.snapshot_id[:8], snapshot.time // 10**9, snapshot.host, snapshot.paths, f"{snapshot.tags}{mark}")
+            mark = "(forgotten)" if snapshot.is_forgotten else ""
+            print(snapshot.snapshot_id[:8], snapshot.time // 10**9, snapshot.host, snapshot.paths, snapshot.tags, mark)
         elif snapshot.snapshot_id.startswith(wanted):
             for path, node in repository.walk(snapshot.root):
                 shown = hashed(repository.read(node)).hex()[:16] if node.type == FILE else ""

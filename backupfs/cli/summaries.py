@@ -15,7 +15,9 @@ from backupfs.snapshots.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from backupfs.usecases.backup import BackupResult
+    from backupfs.usecases.check import CheckResult
     from backupfs.usecases.forget import ForgetResult
+    from backupfs.usecases.restore import RestoreResult
 
 
 def snapshot_value(snapshot: Snapshot) -> dict[str, Value]:
@@ -147,6 +149,65 @@ def tell_forget(settings: Settings, result: "ForgetResult", dry_run: bool) -> No
     click.echo(
         f"{result.kept} snapshot{'s' if result.kept != 1 else ''} kept; the space is kept until the repository is pruned"
     )
+
+
+def tell_restore(settings: Settings, result: "RestoreResult", dry_run: bool) -> None:
+    """Print the report of a restore."""
+    if settings.json:
+        print_json({"event": "summary", "dry_run": dry_run, **asdict(result)})
+        return
+    if settings.quiet:
+        return
+    click.echo("dry run: nothing was written" if dry_run else "restored")
+    click.echo(f"  files    {result.files:,} ({size_text(result.size)}), {result.unchanged:,} left as they were")
+    click.echo(f"  folders  {result.directories:,}")
+    if result.deleted:
+        click.echo(f"  deleted  {result.deleted:,}")
+    if result.verified:
+        click.echo(f"  verified {result.verified:,} read back and found as in the snapshot")
+    if result.errors:
+        damaged = f", {result.damaged:,} of them because the repository is damaged" if result.damaged else ""
+        click.echo(f"  failed   {result.errors:,}{damaged}; each is named above")
+    click.echo(f"  time     {duration_text(result.duration_ns)}")
+
+
+def tell_check(settings: Settings, result: "CheckResult") -> None:
+    """Print what a check found."""
+    if settings.json:
+        findings: list[Value] = [
+            {
+                "severity": str(finding.severity),
+                "object": finding.key,
+                "what": finding.what,
+                "snapshots": list(finding.snapshots),
+                "paths": [path.decode("utf-8", "replace") for path in finding.paths],
+                "paths_total": finding.paths_total,
+            }
+            for finding in result.findings
+        ]
+        print_json({"event": "summary", **asdict(result), "findings": findings})
+        return
+    for finding in result.findings:
+        if settings.quiet and finding.severity != "damage":
+            continue
+        click.echo(f"{finding.severity}: {shown(finding.key)}: {shown(finding.what)}")
+        if finding.snapshots:
+            click.echo(f"  snapshots: {', '.join(finding.snapshots)}")
+        for path in finding.paths:
+            click.echo(f"  path: {shown(path)}")
+        if finding.paths_total > len(finding.paths):
+            click.echo(f"  … and {finding.paths_total - len(finding.paths):,} more paths")
+    if result.findings_omitted:
+        click.echo(f"… and {result.findings_omitted:,} more findings")
+    if settings.quiet:
+        return
+    click.echo(
+        f"checked {result.snapshots:,} snapshots, {result.tree_chunks:,} tree pages, {result.entries:,} entries,"
+        f" {result.packs:,} packs in {duration_text(result.duration_ns)}"
+    )
+    if result.packs_read:
+        click.echo(f"read {result.packs_read:,} packs whole, {size_text(result.bytes_read)}")
+    click.echo("DAMAGED: see above" if result.damaged else "no damage found")
 
 
 _TYPES = {0o040000: "d", 0o120000: "l", 0o100000: "-", 0o010000: "p", 0o140000: "s", 0o020000: "c", 0o060000: "b"}

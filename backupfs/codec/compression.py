@@ -1,7 +1,5 @@
 """Compression of units: zstd, or nothing where it does not pay; bounded when decompressing."""
 
-import threading
-
 import zstandard
 
 from backupfs.errors import DamagedObject
@@ -16,18 +14,22 @@ MAX_LEVEL = 19
 # Below this gain decompressing at each read costs more than the bytes are worth.
 _LEAST_GAIN = 64
 
-_local = threading.local()
+# Contexts are used by one call at a time. They are megabytes each: as many as calls at once, not as many as threads.
+_compressors: dict[int, list[zstandard.ZstdCompressor]] = {}
+_decompressors: list[zstandard.ZstdDecompressor] = []
 
 
 def compress(plain: bytes | bytearray | memoryview, level: int) -> tuple[int, bytes | bytearray | memoryview]:
     """Return (codec, body); the body is `plain` itself where compression saves less than 1/64."""
     if level == OFF or len(plain) < _LEAST_GAIN:
         return RAW, plain
-    compressors: dict[int, zstandard.ZstdCompressor] = _local.__dict__.setdefault("compressors", {})
-    compressor = compressors.get(level)
-    if compressor is None:
-        compressor = compressors[level] = zstandard.ZstdCompressor(level=level, write_checksum=False)
+    idle = _compressors.setdefault(level, [])
+    try:
+        compressor = idle.pop()
+    except IndexError:
+        compressor = zstandard.ZstdCompressor(level=level, write_checksum=False)
     body = compressor.compress(plain)
+    idle.append(compressor)
     if len(body) > len(plain) - len(plain) // _LEAST_GAIN:
         return RAW, plain
     return ZSTD, body
@@ -45,13 +47,15 @@ def decompress(codec: int, body: bytes, plain_length: int, what: str) -> bytes:
         return body
     if codec != ZSTD:
         raise DamagedObject(f"{what} uses the unknown codec {codec}")
-    decompressor = getattr(_local, "decompressor", None)
-    if decompressor is None:
-        decompressor = _local.decompressor = zstandard.ZstdDecompressor()
+    try:
+        decompressor = _decompressors.pop()
+    except IndexError:
+        decompressor = zstandard.ZstdDecompressor()
     try:
         if zstandard.frame_content_size(body) != plain_length:
             raise DamagedObject(f"{what} does not decompress to {plain_length} bytes")
         plain: bytes = decompressor.decompress(body, max_output_size=plain_length)
+        _decompressors.append(decompressor)
     except zstandard.ZstdError as error:
         raise DamagedObject(f"{what} does not decompress: {error}") from error
     if len(plain) != plain_length:

@@ -4,7 +4,7 @@ A `WantedChunk` carries whatever its user wants to remember with it. Damage in o
 what failed again, and the places tried are left out. Threading: a wanted chunk belongs to one thread at a time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Generic, TypeVar
 
 from backupfs.errors import DamagedObject, ObjectMissing
@@ -63,28 +63,27 @@ class PackRange(Generic[Use]):
 
 
 def plan_ranges(
-    reader: ChunkReader, wanted: Iterable[WantedChunk[Use]]
+    reader: ChunkReader, wanted: Collection[WantedChunk[Use]]
 ) -> tuple[list[PackRange[Use]], list[WantedChunk[Use]]]:
     """Return (what to request, in the order in which the packs were wanted first; chunks of which no copy is left)."""
     blocks: dict[Place, WantedBlock[Use]] = {}
     packs: dict[ObjectId, list[WantedBlock[Use]]] = {}
     lost: list[WantedChunk[Use]] = []
-    find = reader.index.find
+    fresh = {chunk.chunk_id: chunk for chunk in wanted if not chunk.tried}
+    places = {row[0]: row for row in reader.index.find_first(fresh)}
     for chunk in wanted:
-        for location in find(chunk.chunk_id):
-            place = (location.pack.pack_id, location.block_offset)
-            if place not in chunk.tried:
-                break
-        else:
+        row = places.get(chunk.chunk_id) if not chunk.tried else _untried(reader, chunk)
+        if row is None:
             if not chunk.failures:
                 chunk.failures = (f"the chunk {short(chunk.chunk_id)} is in no index",)
             lost.append(chunk)
             continue
+        _, pack, block_offset, stored_length, chunk.offset, chunk.length = row
+        place = (pack.pack_id, block_offset)
         block = blocks.get(place)
         if block is None:
-            block = blocks[place] = WantedBlock(location.pack, location.block_offset, location.block_stored)
-            packs.setdefault(place[0], []).append(block)
-        chunk.offset, chunk.length = location.offset, location.length
+            block = blocks[place] = WantedBlock(pack, block_offset, stored_length)
+            packs.setdefault(pack.pack_id, []).append(block)
         block.chunks.append(chunk)
     ranges: list[PackRange[Use]] = []
     for of_pack in packs.values():
@@ -100,6 +99,16 @@ def plan_ranges(
             current = PackRange(block)
             ranges.append(current)
     return ranges, lost
+
+
+def _untried(reader: ChunkReader, chunk: WantedChunk[Use]) -> tuple[ChunkId, PackRef, int, int, int, int] | None:
+    for location in reader.index.find(chunk.chunk_id):
+        if (location.pack.pack_id, location.block_offset) not in chunk.tried:
+            return (
+                chunk.chunk_id, location.pack, location.block_offset, location.block_stored, location.offset,
+                location.length,
+            )  # fmt: skip
+    return None
 
 
 def fetch_range(reader: ChunkReader, wanted: PackRange[Use]) -> memoryview | None:

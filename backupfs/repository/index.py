@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,6 +64,18 @@ class Index:
         """Yield every known copy of a chunk, newest runs first."""
         for run in reversed(self._runs):
             yield from run.find(chunk_id)
+
+    def find_first(self, chunk_ids: Iterable[ChunkId]) -> Iterator[tuple[ChunkId, PackRef, int, int, int, int]]:
+        """Yield (chunk id, pack, block's offset, its stored length, offset, length) of one copy of each known chunk."""
+        left = sorted(set(chunk_ids))
+        for run in reversed(self._runs):
+            packs = run.packs
+            found = set()
+            for chunk_id, pack, block_offset, stored, offset, length in run.find_first(left):
+                found.add(chunk_id)
+                yield chunk_id, packs[pack], block_offset, stored, offset, length
+            if found:
+                left = [chunk_id for chunk_id in left if chunk_id not in found]
 
     def locate(self, chunk_id: ChunkId) -> Iterator[tuple[int, Location]]:
         """Yield (position, copy) for every known copy of a chunk.

@@ -11,7 +11,10 @@ from backupfs.stores.store import Store
 
 
 def load_object(store: Store, key: str) -> bytes:
-    """Return an object's bytes. Raises: DamagedObject if they are not those it is named by; ObjectMissing; StoreError."""
+    """Return an object's bytes.
+
+    Raises: DamagedObject if they are not those it is named by; ObjectMissing; StoreError.
+    """
     data = store.get(key)
     if hash_object(data) != layout.id_in_key(key):
         raise DamagedObject(f"the object {key} is damaged: its bytes are not those it is named by")

@@ -100,7 +100,7 @@ def require_repository(store: Store) -> None:
 
 def require_no_repository(store: Store) -> None:
     """Raise RepositoryExists where there is a repository, or the rest of one. Raises: StoreError."""
-    # A key slot alone is what an init leaves that was killed before its config; it opens nothing and is in nobody's way.
+    # A key slot alone is what an init leaves that was killed before its config: it opens nothing, nobody needs it.
     for key in (layout.CONFIG, layout.SNAPSHOTS, layout.PACKS, layout.INDEX):
         try:
             first = next(iter(store.list(key)), None)

@@ -104,6 +104,34 @@ class Run:
                 return
             start += 2 * _WINDOW
 
+    def find_first(self, chunk_ids: "list[ChunkId]") -> Iterator[tuple[ChunkId, int, int, int, int, int]]:
+        """Yield (chunk id, pack's ordinal, block's offset, its stored length, offset, length) of one copy of each.
+
+        chunk_ids: sorted; those that the run lacks are passed over. Several times faster than `find` for each.
+        """
+        samples, packs, rows_size = self._samples, len(self.packs), self.rows_size
+        read, unpack, size = self._read, ROW.unpack_from, ROW.size
+        window, window_start, at = b"", -1, 0
+        for chunk_id in chunk_ids:
+            start = max(0, bisect_left(samples, int.from_bytes(chunk_id[:8], "big")) - 1) * _WINDOW
+            if start >= rows_size:
+                return
+            if start != window_start:
+                window, window_start, at = read(start, 2 * _WINDOW), start, 0
+            found = window.find(chunk_id, at)
+            while found >= 0 and found % size:
+                found = window.find(chunk_id, found + 1)
+            if found < 0:
+                # Rarely, more copies of one id than two windows hold stand before it.
+                for _, row in self._positions(chunk_id):
+                    yield unpack(row)
+                    break
+                continue
+            at = found
+            fields = unpack(window, found)
+            if fields[1] < packs:
+                yield fields
+
     def windows(self, rows: int) -> Iterator[bytes]:
         """Yield all rows in order, `rows` of them at a time."""
         for start in range(0, self.rows_size, rows * ROW.size):

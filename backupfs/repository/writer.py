@@ -149,17 +149,20 @@ class PackWriter:
         self._open.append(packed)
         self._open_length += packed.unit.stored_length
         if self._open_length >= self._sizes.pack:
-            await self._put_open()
+            await self._put_open(self._sizes.pack)
 
     async def flush(self) -> None:
         """Put what is open and the segment that names it; nothing may be adding any more."""
-        if self._open:
-            await self._put_open()
+        await self._put_open(1)
         await self._checkpoint()
 
-    async def _put_open(self) -> None:
-        blocks, self._open, self._open_length = self._open, [], 0
+    async def _put_open(self, least: int) -> None:
+        """Put the open pack if it has at least that many bytes once there is room for a put."""
         async with self._putting:
+            # Blocks stay in the open pack while all puts are busy: whoever adds waits here, which bounds memory.
+            if self._open_length < least:
+                return
+            blocks, self._open, self._open_length = self._open, [], 0
             pack = await workers.cpu(encode_pack, self._kind, self._keyring, self._host_id, blocks)
             blocks.clear()
             await workers.io(self._put, layout.key_of(self._kind, pack.ref.pack_id), pack.data)

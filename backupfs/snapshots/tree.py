@@ -260,7 +260,7 @@ class TreeBuilder:
         self._contents.append(content)
         self._flags.append(flags)
         if xattrs:
-            self._xattrs.append([position, xattrs])
+            self._xattrs.append([position, xattrs if isinstance(xattrs, bytes) else [list(pair) for pair in xattrs]])
         if filesystem:
             self._filesystems.append([position, filesystem])
         if owner[1]:

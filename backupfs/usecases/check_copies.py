@@ -7,10 +7,10 @@ once and the verdict marked by its position in the index, one bit each. Belongs 
 import logging
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from backupfs.codec.keys import keyed_hash
-from backupfs.codec.sealing import HEADER, TRAILER, Kind, OpenedHeader, UnitRole, hash_object
+from backupfs.codec.sealing import HEADER, Kind, OpenedHeader, UnitRole, hash_object
 from backupfs.errors import DamagedObject, ObjectMissing, RepositoryError, StoreError
 from backupfs.ids import ChunkId, ObjectId, short
 from backupfs.repository import layout
@@ -72,7 +72,7 @@ class Copies:
         self.done = Marks(index.count)
         self.bad = Marks(index.count)
         self.unnamed = Unnamed()
-        self.unnamed_keys: list[tuple[str, int]] = []
+        self.named_packs = 0
         self.was_read: Callable[[ObjectId], bool] = lambda _pack_id: False
         self._indexed_rows = index.count  # before packs that no index names were looked into
         self._rebuilt = False
@@ -90,6 +90,7 @@ class Copies:
         """List the packs once and compare with the index; return (pack, size in the store) of those that are there."""
         prefix = layout.prefix_of(self.kind)
         named = self.index.packs()
+        self.named_packs = len(named)
         present: list[tuple[PackRef, int]] = []
         try:
             for info in self._store.list(prefix):
@@ -218,7 +219,9 @@ class Copies:
         others = self.unnamed.packs - len(self._needed_unnamed)
         if others > 0:
             prefix = layout.prefix_of(self.kind)
-            text = f"{others} packs are named by no index and needed by no snapshot: an interrupted or a running backup's"
+            text = (
+                f"{others} packs are named by no index and needed by no snapshot: an interrupted or a running backup's"
+            )
             self._findings.add(Severity.INFORMATION, prefix, text)
 
     def _is_good(self, position: int, chunk_id: ChunkId, location: Location) -> bool:
@@ -237,7 +240,9 @@ class Copies:
             # Its pack was read before its directory was asked: nothing is known about its chunks.
             return not self.was_read(pack.pack_id) or self._load_at(chunk_id, location) is not None
         if position not in self._verified and self.was_read(pack.pack_id):
-            self._findings.damage(self.key_of(pack.pack_id), f"it does not hold the chunk {short(chunk_id)} where it should")
+            self._findings.damage(
+                self.key_of(pack.pack_id), f"it does not hold the chunk {short(chunk_id)} where it should"
+            )
             return False
         return True
 

@@ -14,7 +14,8 @@ from enum import Enum
 from backupfs.codec.records import Field, decode_record
 from backupfs.errors import DamagedObject, shown
 from backupfs.ids import ID_SIZE, ChunkId, short
-from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, INLINE, INLINE_MARK, LIST, SINGLE_MARK, Content
+from backupfs.snapshots import content as grammar
+from backupfs.snapshots.content import INLINE_MARK, SINGLE_MARK, Content
 from backupfs.snapshots.node import STAT_ROW
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.tree import InnerPage, LeafPage, decode_page, decode_xattrs
@@ -22,6 +23,7 @@ from backupfs.usecases.check_copies import Copies
 from backupfs.usecases.findings import Findings
 
 _TYPE = 0o170000
+_MOST_LEVELS = 8  # of list pages
 
 
 class TreeChunk(Enum):
@@ -55,7 +57,6 @@ class TreeCounts:
     tree_chunks: int = 0
     entries: int = 0
     size: int = 0  # of files, each page once
-    current: bytes = b""
 
 
 @dataclass(slots=True)
@@ -65,8 +66,8 @@ class TreeCheck:
     trees: Copies
     data: Copies
     findings: Findings
-    counts: TreeCounts = field(default_factory=TreeCounts)
     stop: threading.Event = field(default_factory=threading.Event)
+    counts: TreeCounts = field(default_factory=TreeCounts)
 
     def is_tainted(self, root: ChunkId) -> bool:
         """Check a tree and everything below it, as far as that was not done; tell whether anything is damaged."""
@@ -108,7 +109,7 @@ class TreeCheck:
         try:
             match reference.kind:
                 case TreeChunk.PAGE:
-                    self._look_at_page(decode_page(chunk, reference.chunk_id), opened)
+                    self._look_at_page(decode_page(chunk, reference.chunk_id), reference.chunk_id, opened)
                 case TreeChunk.CONTENT:
                     record = decode_record(chunk, f"the list page {short(reference.chunk_id)}")
                     self._look_at_segments(record, reference.length, opened)
@@ -119,23 +120,22 @@ class TreeCheck:
             opened.tainted = True
         return opened
 
-    def _look_at_page(self, page: LeafPage | InnerPage, opened: _Open) -> None:
+    def _look_at_page(self, page: LeafPage | InnerPage, page_id: ChunkId, opened: _Open) -> None:
         if isinstance(page, InnerPage):
             opened.references = [_Reference(TreeChunk.PAGE, branch.page_id) for branch in page.branches]
             return
         self.counts.entries += len(page)
         for name, content, row in zip(page.names, page.contents, STAT_ROW.iter_unpack(page.rows), strict=True):
             kind = row[0] & _TYPE
-            if kind == stat.S_IFREG:
-                self.counts.size += row[5]
-                try:
+            try:
+                if kind == stat.S_IFREG:
+                    self.counts.size += row[5]
                     self._look_at_content(content, row[5], opened)
-                except DamagedObject as error:
-                    raise DamagedObject(f"a tree page's entry {shown(name)} is not valid: {error}") from error
-            elif kind == stat.S_IFDIR:
-                if not isinstance(content, bytes) or len(content) != ID_SIZE:
-                    raise DamagedObject(f"a tree page's entry {shown(name)} is a directory without a tree")
-                opened.references.append(_Reference(TreeChunk.PAGE, ChunkId(content)))
+                elif kind == stat.S_IFDIR:
+                    opened.references.append(_Reference(TreeChunk.PAGE, _tree_in(content)))
+            except DamagedObject as error:
+                self._blame(page_id, f"a tree page in it is not valid at the entry {shown(name)}: {error}")
+                opened.tainted = True
         opened.references += [_Reference(TreeChunk.XATTRS, chunk_id) for chunk_id in _xattr_chunks(page)]
 
     def _look_at_content(self, content: Content, size: int, opened: _Open) -> None:
@@ -155,13 +155,13 @@ class TreeCheck:
                 case _:
                     raise DamagedObject("a segment of its content is malformed")
             match kind, arguments:
-                case (0, []) | (2, [int(), int()]):  # HOLE, EXTENT
+                case (grammar.HOLE, []) | (grammar.EXTENT, [int(), int()]):
                     pass
-                case 1, [bytes(chunk_id)]:  # CHUNK
+                case grammar.CHUNK, [bytes(chunk_id)]:
                     self._judge(ChunkId(chunk_id), length, opened)
-                case 3, [bytes(inline)] if len(inline) == length:  # INLINE
+                case grammar.INLINE, [bytes(inline)] if len(inline) == length:
                     pass
-                case 4, [bytes(page_id)]:  # LIST
+                case grammar.LIST, [bytes(page_id)]:
                     opened.references.append(_Reference(TreeChunk.CONTENT, ChunkId(page_id), length))
                 case _:
                     raise DamagedObject("a segment of its content is of no known kind")
@@ -205,16 +205,17 @@ class TreeCheck:
     ) -> Iterator[tuple[ChunkId, bool, bytes]]:
         below: list[tuple[ChunkId, bytes]] = []
         for position, (name, content) in enumerate(zip(page.names, page.contents, strict=True)):
-            kind = STAT_ROW.unpack(page.row(position))[0] & _TYPE
+            mode, _, _, _, _, size, *_ = STAT_ROW.unpack(page.row(position))
             at = path + b"/" + name
-            if kind == stat.S_IFDIR and isinstance(content, bytes):
-                below.append((ChunkId(content), at))
-            elif kind == stat.S_IFREG:
-                try:
+            try:
+                if mode & _TYPE == stat.S_IFDIR:
+                    below.append((_tree_in(content), at))
+                elif mode & _TYPE == stat.S_IFREG:
+                    self._look_at_content(content, size, _Open(-1, [], False))
                     for chunk_id, is_tree in self._bad_chunks(content, 0):
                         yield chunk_id, is_tree, at
-                except (DamagedObject, ValueError):
-                    yield page_id, True, at  # the page says something impossible about this entry
+            except DamagedObject:
+                yield page_id, True, at  # the page says something impossible about this entry
             xattrs = page.xattrs(position)
             if isinstance(xattrs, bytes) and self._is_bad(ChunkId(xattrs)):
                 yield ChunkId(xattrs), True, at
@@ -228,12 +229,12 @@ class TreeCheck:
             return
         for segment in content:
             match segment:
-                case [int(), 1, bytes(chunk_id)]:
+                case [int(), grammar.CHUNK, bytes(chunk_id)]:
                     if not self.data.judge(ChunkId(chunk_id)).good:
                         yield ChunkId(chunk_id), False
-                case [int(), 4, bytes(page_id)] if self._is_bad(ChunkId(page_id)):
+                case [int(), grammar.LIST, bytes(page_id)] if self._is_bad(ChunkId(page_id)):
                     chunk = self.trees.load(ChunkId(page_id))
-                    if chunk is None:
+                    if chunk is None or level > _MOST_LEVELS:
                         yield ChunkId(page_id), True
                     else:
                         yield from self._bad_chunks(decode_record(chunk, "a list page"), level + 1)
@@ -243,8 +244,11 @@ class TreeCheck:
         return position is None or position in self.trees.bad
 
 
+def _tree_in(content: Content) -> ChunkId:
+    if not isinstance(content, bytes) or len(content) != ID_SIZE:
+        raise DamagedObject("it is a directory without a tree")
+    return ChunkId(content)
+
+
 def _xattr_chunks(page: LeafPage) -> list[ChunkId]:
     return [ChunkId(xattrs) for xattrs in page.sparse_columns[0].values() if isinstance(xattrs, bytes)]
-
-
-assert (HOLE, CHUNK, EXTENT, INLINE, LIST) == (0, 1, 2, 3, 4)

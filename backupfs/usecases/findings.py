@@ -1,4 +1,4 @@
-"""What a check finds: one finding per object, with the snapshots and paths that it hits; bounded, however much it is."""
+"""What a check finds: one finding per object, with the snapshots and paths that it hits; bounded."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum

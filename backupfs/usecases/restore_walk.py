@@ -30,7 +30,7 @@ _UNSAFE = frozenset({b"", b".", b".."})
 class Place:
     """A directory of the snapshot during the walk."""
 
-    __slots__ = ("at", "directory", "included", "metadata", "name", "number", "parent", "seen")
+    __slots__ = ("blocked", "directory", "included", "metadata", "name", "number", "parent", "seen")
 
     def __init__(self, parent: "Place | None", name: bytes, included: bool, number: int) -> None:
         self.parent = parent
@@ -39,6 +39,7 @@ class Place:
         self.number = number
         self.metadata: Metadata | None = None
         self.directory: Directory | None = None  # once it is made or opened
+        self.blocked = False  # it cannot be made, and somebody was told
         self.seen: set[bytes] | None = None  # names that the snapshot has here, where somebody asks
 
     @property
@@ -122,7 +123,8 @@ class Traversal:
             [node.name], row, [node.content], bytes([node.flags]), ((node.uid, node.owner),), ((node.gid, node.group),),
             {0: node.xattrs}, {0: node.filesystem},
         )  # fmt: skip
-        yield from self._page(visitor, start, page)
+        for _ in self._page(visitor, start, page):
+            yield
         visitor.left(start, True)
 
     def _directory(self, visitor: Visitor, place: Place, tree: ChunkId) -> "Iterator[object]":

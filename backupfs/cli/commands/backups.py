@@ -1,19 +1,11 @@
 """backup, snapshots, forget: making snapshots and looking at them."""
 
 import os
-from typing import TYPE_CHECKING
 
 import click
 
 from backupfs.cli.settings import Settings, with_settings
-from backupfs.errors import UsageError, shown
-
-if TYPE_CHECKING:
-    from backupfs.localfs.exclude import Pattern
-    from backupfs.localfs.selection import SelectionRules
-    from backupfs.stores.store import Store
-
-_SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+from backupfs.errors import UsageError
 
 
 @click.command("backup")
@@ -50,7 +42,25 @@ _SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
 @click.option("-n", "--dry-run", is_flag=True, help="Read and count, store nothing.")
 @with_settings
-def backup_command(settings: Settings, paths: tuple[bytes, ...], **options: object) -> int:
+def backup_command(
+    settings: Settings,
+    paths: tuple[bytes, ...],
+    exclude: tuple[str, ...],
+    exclude_file: tuple[str, ...],
+    exclude_caches: bool,
+    exclude_if_present: tuple[str, ...],
+    exclude_larger_than: str | None,
+    one_file_system: bool,
+    files_from: tuple[str, ...],
+    stdin_name: str | None,
+    tag: tuple[str, ...],
+    host: str,
+    when: str | None,
+    parent: str | None,
+    force: bool,
+    compression: str,
+    dry_run: bool,
+) -> int:
     """Back up files and folders into a new snapshot.
 
     Only what changed since the last snapshot of the same paths is read, and only what the repository does not have
@@ -60,15 +70,29 @@ def backup_command(settings: Settings, paths: tuple[bytes, ...], **options: obje
     import sys
     from functools import partial
 
-    level = _level(str(options["compression"]))
-    rules = _rules(options)
-    wanted = _paths(paths, options)
-    time_ns = _time(options["when"]) if isinstance(options["when"], str) else None
-    stdin_name = options["stdin_name"]
-    if bool(wanted) == bool(stdin_name):
-        raise UsageError(
-            "give paths to back up, or --stdin NAME, not both" if wanted else "what to back up? give a PATH"
-        )
+    from backupfs.cli import values
+    from backupfs.localfs.exclude import check_marker
+    from backupfs.localfs.selection import SelectionRules
+    from backupfs.localfs.sources import normalise
+
+    markers = tuple(os.fsencode(marker) for marker in exclude_if_present)
+    for marker in markers:
+        check_marker(marker)
+    rules = SelectionRules(
+        patterns=values.patterns(exclude, exclude_file),
+        caches=exclude_caches,
+        if_present=markers,
+        larger_than=values.size(exclude_larger_than) if exclude_larger_than is not None else None,
+        one_file_system=one_file_system,
+    )
+    level = values.level(compression)
+    time_ns = values.moment_ns(when) if when is not None else None
+    sources = values.absolute_paths(paths, files_from)
+    if stdin_name is not None and sources:
+        raise UsageError("give paths to back up, or --stdin NAME, not both")
+    if stdin_name is None and not sources:
+        raise UsageError("what to back up? give a PATH")
+
     repository = settings.open_repository("backupfs.usecases.backup")
     import trio
 
@@ -76,117 +100,31 @@ def backup_command(settings: Settings, paths: tuple[bytes, ...], **options: obje
     from backupfs.cli.summaries import tell_backup
     from backupfs.usecases.backup import BackupOptions, backup, backup_stream
 
-    chosen = BackupOptions(
-        host=str(options["host"]),
-        tags=tuple(map(str, options["tag"])),  # type: ignore[call-overload]
+    options = BackupOptions(
+        host=host,
+        tags=tag,
         time_ns=time_ns,
-        parent=options["parent"],  # type: ignore[arg-type]
-        force=bool(options["force"]),
+        parent=parent,
+        force=force,
         level=level,
-        dry_run=bool(options["dry_run"]),
+        dry_run=dry_run,
         rules=rules,
-        own_folders=_own_folders(settings, repository.store),
+        own_folders=values.own_folders(settings.folders(), repository.store),
     )
     report = Reporter(settings)
-    if isinstance(stdin_name, str):
-        from backupfs.localfs.sources import normalise
-
+    if stdin_name is not None:
         name = normalise(os.fsencode(stdin_name), b"/")
-        read = partial(_read_some, sys.stdin.buffer.fileno())
-        result = trio.run(backup_stream, repository, name, read, chosen, report)
+        read_into = partial(_read_into, sys.stdin.buffer.fileno())
+        result = trio.run(backup_stream, repository, name, read_into, options, report)
     else:
-        result = trio.run(backup, repository, wanted, chosen, report)
+        result = trio.run(backup, repository, sources, options, report)
     report.clear()
     tell_backup(settings, result, report)
     return 3 if report.skipped else 0
 
 
-def _read_some(descriptor: int, buffer: memoryview) -> int:
+def _read_into(descriptor: int, buffer: memoryview) -> int:
     return os.readv(descriptor, [buffer])
-
-
-def _paths(paths: tuple[bytes, ...], options: dict[str, object]) -> list[bytes]:
-    from backupfs.localfs.sources import normalise, read_list
-
-    found = list(paths)
-    for name in options["files_from"]:  # type: ignore[attr-defined]
-        found += read_list(_read_input(name))
-    here = os.getcwdb()
-    return [normalise(path, here) for path in found]
-
-
-def _read_input(name: str) -> bytes:
-    import sys
-
-    try:
-        if name == "-":
-            return sys.stdin.buffer.read()
-        with open(name, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UsageError(f"{shown(name)} cannot be read: {error.strerror}") from error
-
-
-def _rules(options: dict[str, object]) -> "SelectionRules":
-    from backupfs.localfs.exclude import check_marker, parse_pattern, parse_patterns
-    from backupfs.localfs.selection import SelectionRules
-
-    patterns: list[Pattern] = [parse_pattern(os.fsencode(text)) for text in options["exclude"]]  # type: ignore[attr-defined]
-    for name in options["exclude_file"]:  # type: ignore[attr-defined]
-        patterns += parse_patterns(_read_input(name).split(b"\n"), source=os.fsencode(name))
-    markers = tuple(os.fsencode(marker) for marker in options["exclude_if_present"])  # type: ignore[attr-defined]
-    for marker in markers:
-        check_marker(marker)
-    limit = options["exclude_larger_than"]
-    return SelectionRules(
-        patterns=tuple(patterns),
-        caches=bool(options["exclude_caches"]),
-        if_present=markers,
-        larger_than=_size(limit) if isinstance(limit, str) else None,
-        one_file_system=bool(options["one_file_system"]),
-    )
-
-
-def _size(text: str) -> int:
-    number, unit = text.lower().removesuffix("b").removesuffix("i"), ""
-    if number and number[-1] in _SIZE_UNITS:
-        number, unit = number[:-1], number[-1]
-    try:
-        return int(float(number) * _SIZE_UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise UsageError(f"{shown(text)} is no size: write bytes, or 500K, 20M, 1.5G, 2T") from None
-
-
-def _time(text: str) -> int:
-    from datetime import datetime
-
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(
-            f"{shown(text)} is no time: write 2026-11-22T08:13:11, with Z or +01:00 if not local"
-        ) from None
-    return int(moment.timestamp()) * 10**9 + moment.microsecond * 1000
-
-
-def _level(text: str) -> int:
-    from backupfs.codec import compression
-
-    if text == "off":
-        return compression.OFF
-    if text == "auto":
-        return compression.DEFAULT_LEVEL
-    if text.isdigit() and 1 <= int(text) <= compression.MAX_LEVEL:
-        return int(text)
-    raise UsageError(f"{shown(text)} is no compression: write off, auto, or a level from 1 to {compression.MAX_LEVEL}")
-
-
-def _own_folders(settings: Settings, store: "Store") -> tuple[bytes, ...]:
-    folders = settings.folders()
-    own = [os.fsencode(folder) for folder in (folders.cache,) if folder is not None]
-    if store.folder is not None:
-        own.append(os.fsencode(store.folder))
-    return tuple(own)
 
 
 @click.command("snapshots")

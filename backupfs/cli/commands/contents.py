@@ -83,6 +83,75 @@ def dump_command(settings: Settings, what: bytes) -> int:
 
 
 @click.command("restore")
-def restore_command() -> int:
-    """Put files back."""
-    raise UsageError("not yet")
+@click.argument("what", metavar="SNAP[:PATH]", type=click.Path(path_type=bytes))
+@click.argument("target", type=click.Path(path_type=bytes))
+@click.option(
+    "--overwrite",
+    type=click.Choice(["always", "if-changed", "if-newer", "never"]),
+    default="always",
+    show_default=True,
+    help="What to do with files that are there: if-changed goes by size and time.",
+)
+@click.option("-i", "--include", multiple=True, metavar="PATTERN", help="Restore only what fits.")
+@click.option("-e", "--exclude", multiple=True, metavar="PATTERN", help="Leave out what fits.")
+@click.option("--delete", is_flag=True, help="Delete in TARGET what the snapshot does not have.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--verify", is_flag=True, help="Read everything back afterwards and compare.")
+@click.option("--sparse", is_flag=True, help="Make holes of long runs of zeros, too.")
+@click.option(
+    "--owner",
+    type=click.Choice(["name", "number"]),
+    default="name",
+    show_default=True,
+    help="Give files to the users of the same names where this machine has them, or to the same numbers.",
+)
+@with_settings
+def restore_command(
+    settings: Settings,
+    what: bytes,
+    target: bytes,
+    overwrite: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    delete: bool,
+    dry_run: bool,
+    verify: bool,
+    sparse: bool,
+    owner: str,
+) -> int:
+    """Put the content of a folder, or one file, of a snapshot into the folder TARGET.
+
+    Everything comes back: owners, times, attributes, links, holes. Each file is written under a temporary name and
+    renamed when it is whole. No symlink in TARGET is followed. Patterns go by paths from the restored folder on.
+    """
+    from backupfs.cli import values
+    from backupfs.localfs.sources import normalise
+
+    included, excluded = values.patterns(include), values.patterns(exclude)
+    repository, snapshot, path = _found(settings, what, "backupfs.usecases.restore")
+    import trio
+
+    from backupfs.cli.report import Reporter
+    from backupfs.cli.summaries import tell_restore
+    from backupfs.usecases.restore import restore
+    from backupfs.usecases.restore_files import RestoreOptions
+
+    options = RestoreOptions(
+        overwrite=overwrite,
+        include=included,
+        exclude=excluded,
+        delete=delete,
+        dry_run=dry_run,
+        verify=verify,
+        sparse=sparse,
+        owner=owner,
+        own_folders=values.own_folders(settings.folders(), repository.store),
+    )
+    report = Reporter(settings)
+    place = normalise(target, os.getcwdb())
+    result = trio.run(restore, repository, snapshot, path or b"/", place, options, report)
+    report.clear()
+    tell_restore(settings, result, dry_run)
+    if result.damaged:
+        return 1
+    return 3 if result.errors else 0

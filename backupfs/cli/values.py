@@ -1,0 +1,85 @@
+"""Words of the command line that mean sizes, times, patterns and paths."""
+
+import os
+import sys
+from collections.abc import Iterable
+from datetime import datetime
+
+from backupfs.codec import compression
+from backupfs.errors import UsageError, shown
+from backupfs.localfs.exclude import Pattern, parse_pattern, parse_patterns
+from backupfs.localfs.sources import normalise, read_list
+from backupfs.repository.local import LocalFolders
+from backupfs.stores.store import Store
+
+_SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def read_input(name: str) -> bytes:
+    """Return the bytes of a file, or of standard input for `-`. Raises: UsageError."""
+    try:
+        if name == "-":
+            return sys.stdin.buffer.read()
+        with open(name, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UsageError(f"{shown(name)} cannot be read: {error.strerror}") from error
+
+
+def absolute_paths(given: Iterable[bytes], files_from: Iterable[str]) -> list[bytes]:
+    """Return paths as absolute ones, those listed in files too. Raises: UsageError."""
+    found = list(given)
+    for name in files_from:
+        found += read_list(read_input(name))
+    here = os.getcwdb()
+    return [normalise(path, here) for path in found]
+
+
+def patterns(texts: Iterable[str], files: Iterable[str] = ()) -> tuple[Pattern, ...]:
+    """Return the patterns of options and of files, in their order. Raises: UsageError."""
+    found = [parse_pattern(os.fsencode(text)) for text in texts]
+    for name in files:
+        found += parse_patterns(read_input(name).split(b"\n"), source=os.fsencode(name))
+    return tuple(found)
+
+
+def size(text: str) -> int:
+    """Return the bytes of a size as people write it. Raises: UsageError."""
+    number, unit = text.lower().removesuffix("b").removesuffix("i"), ""
+    if number and number[-1] in _SIZE_UNITS:
+        number, unit = number[:-1], number[-1]
+    try:
+        found = int(float(number) * _SIZE_UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        found = -1
+    if found < 0:
+        raise UsageError(f"{shown(text)} is no size: write bytes, or 500K, 20M, 1.5G, 2T")
+    return found
+
+
+def moment_ns(text: str) -> int:
+    """Return a time in nanoseconds since 1970; without a zone it is local. Raises: UsageError."""
+    try:
+        moment = datetime.fromisoformat(text)
+        return int(moment.replace(microsecond=0).timestamp()) * 10**9 + moment.microsecond * 1000
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"{shown(text)} is no time: write 2026-11-22T08:13:11, with Z or +01:00 if not local"
+        ) from None
+
+
+def level(text: str) -> int:
+    """Return the compression level that a word means. Raises: UsageError."""
+    if text == "off":
+        return compression.OFF
+    if text == "auto":
+        return compression.DEFAULT_LEVEL
+    if text.isdigit() and 1 <= int(text) <= compression.MAX_LEVEL:
+        return int(text)
+    raise UsageError(f"{shown(text)} is no compression: write off, auto, or a level from 1 to {compression.MAX_LEVEL}")
+
+
+def own_folders(folders: LocalFolders, store: Store) -> tuple[bytes, ...]:
+    """Return the folders that are backupfs's own: never backed up, never deleted by a restore."""
+    found = [folder for folder in (folders.cache, folders.state, store.folder) if folder is not None]
+    return tuple(os.fsencode(folder) for folder in found)

@@ -1,0 +1,279 @@
+"""Check a repository: everything that snapshots need is there and is what was written.
+
+Metadata are always read and authenticated: config, key slots, index, snapshots, notes, and every tree page once. Data
+are compared with a listing of the packs; with `read_data` every pack is read whole and every chunk hashed. Nothing
+that is damaged ends the run: what can be checked is checked, and the findings say what is hit.
+Memory: one bit per chunk, the local form of the index on disk, a few packs in flight.
+"""
+
+import math
+import random
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from backupfs import workers
+from backupfs.codec.keys import read_slot_info
+from backupfs.codec.sealing import Kind
+from backupfs.errors import RepositoryError, StoreError, UsageError
+from backupfs.ids import ObjectId, short
+from backupfs.repository import layout, local
+from backupfs.repository.config import check_mac, encode_config, read_config
+from backupfs.repository.index import Index
+from backupfs.repository.objects import load_object
+from backupfs.repository.pack import PackRef
+from backupfs.repository.repository import Repository
+from backupfs.snapshots.listing import SnapshotList
+from backupfs.snapshots.snapshot import Snapshot
+from backupfs.usecases.check_copies import INDEX_KIND, Copies
+from backupfs.usecases.check_trees import TreeCheck
+from backupfs.usecases.events import Progress, Report
+from backupfs.usecases.findings import Finding, Findings, Severity
+
+# Packs in flight: each is read and unsealed by one thread that holds about 20 MiB.
+_PACKS_AT_ONCE = min(8, workers.CPU_THREADS + 2)
+_PROGRESS_SECONDS = 0.2
+_KINDS = (Kind.TREE_PACK, Kind.DATA_PACK)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOptions:
+    """What a user can say about a check."""
+
+    read_data: bool = False  # read every pack whole
+    subset: str | None = None  # read only a part of the packs: "5%" (another part each time) or "2/10"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What a check looked at and found."""
+
+    findings: tuple[Finding, ...]  # the worst first
+    findings_omitted: int  # beyond those that are listed
+    damaged: bool
+    snapshots: int
+    tree_chunks: int  # distinct ones that were read
+    entries: int  # of distinct tree pages
+    packs: int  # that the index names
+    packs_read: int
+    bytes_read: int  # of those
+    unnamed_packs: int  # in no index
+    unnamed_bytes: int
+    duration_ns: int
+
+
+async def check(repository: Repository, options: CheckOptions, report: Report) -> CheckResult:
+    """Check a repository; damage is in the result, never raised.
+
+    Needs no loaded indexes: it trusts no cache and reads the index from the store.
+    Raises: UsageError if the subset cannot be understood.
+    """
+    chosen = _subset(options.subset) if options.subset is not None else _everything
+    run = _Check(repository, chosen if options.read_data or options.subset is not None else None, report)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run.stop_when_cancelled)
+        nursery.start_soon(run.tell_progress)
+        result = await run.through()
+        nursery.cancel_scope.cancel()
+    return result
+
+
+def _everything(_pack_id: ObjectId) -> bool:
+    return True
+
+
+def _subset(text: str) -> Callable[[ObjectId], bool]:
+    """Return the predicate of a part of the packs. Pack ids are hashes, so ranges of them are fair parts."""
+    try:
+        if text.endswith("%"):
+            part = float(text[:-1]) / 100
+            if not 0 < part <= 1 or not math.isfinite(part):
+                raise ValueError
+            start = random.randrange(1 << 64)
+            return lambda pack_id: (int.from_bytes(pack_id[:8], "big") - start) % (1 << 64) < part * (1 << 64)
+        which, of = map(int, text.split("/"))
+        if not 1 <= which <= of:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"{text} is no part of the packs: give a percentage like 5% or a slice like 2/10") from None
+    return lambda pack_id: int.from_bytes(pack_id[:8], "big") * of >> 64 == which - 1
+
+
+class _Check:
+    """The phases of one check. Belongs to the event loop; each phase runs in one thread, packs are read in several."""
+
+    def __init__(self, repository: Repository, chosen: Callable[[ObjectId], bool] | None, report: Report) -> None:
+        self._repository = repository
+        self._chosen = chosen
+        self._report = report
+        self._findings = Findings()
+        self._snapshots: list[Snapshot] = []
+        self._copies: dict[Kind, Copies] = {}
+        self._present: dict[Kind, list[tuple[PackRef, int]]] = {}
+        self._trees: TreeCheck | None = None
+        self._stop = threading.Event()
+        self._packs_read = self._bytes_read = self._bytes_to_read = 0
+
+    async def stop_when_cancelled(self) -> None:
+        """Let the threads end when the check is cancelled."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._stop.set()
+
+    async def tell_progress(self) -> None:
+        """Report how far it has come."""
+        while True:
+            await trio.sleep(_PROGRESS_SECONDS)
+            entries = self._trees.counts.entries if self._trees is not None else 0
+            self._report(Progress("check", entries, self._bytes_read, size_total=self._bytes_to_read))
+
+    async def through(self) -> CheckResult:
+        """Run all phases."""
+        started = time.monotonic_ns()
+        await workers.io(self._check_config_and_slots)
+        # Snapshots before the index, the index before the packs: the reverse of the order in which they are put, so
+        # that a backup which runs meanwhile is no damage.
+        await workers.io(self._load_snapshots)
+        folder = await workers.io(self._new_folder)
+        try:
+            for kind in _KINDS:
+                await workers.io(self._load_index, kind, folder)
+                self._present[kind] = await workers.io(self._copies[kind].compare_with_listing)
+            if self._chosen is not None:
+                await self._read_packs(self._chosen)
+            self._trees = TreeCheck(
+                self._copies[Kind.TREE_PACK], self._copies[Kind.DATA_PACK], self._findings, self._stop
+            )
+            await workers.io(self._check_trees, self._trees)
+        finally:
+            if folder is not None:
+                with trio.CancelScope(shield=True):
+                    await workers.io(_delete_folder, folder)
+        return self._result(self._trees, time.monotonic_ns() - started)
+
+    def _result(self, trees: TreeCheck, duration_ns: int) -> CheckResult:
+        copies = self._copies.values()
+        return CheckResult(
+            findings=self._findings.listed(),
+            findings_omitted=self._findings.omitted,
+            damaged=self._findings.damaged,
+            snapshots=len(self._snapshots),
+            tree_chunks=trees.counts.tree_chunks,
+            entries=trees.counts.entries,
+            packs=sum(item.named_packs for item in copies),
+            packs_read=self._packs_read,
+            bytes_read=self._bytes_read,
+            unnamed_packs=sum(item.unnamed.packs for item in copies),
+            unnamed_bytes=sum(item.unnamed.size for item in copies),
+            duration_ns=duration_ns,
+        )
+
+    # Phases, each in a thread.
+
+    def _check_config_and_slots(self) -> None:
+        repository, store = self._repository, self._repository.store
+        try:
+            data = store.get(layout.CONFIG)
+            config, mac = read_config(data)
+            if not check_mac(config, mac, repository.keyring) or data != encode_config(config, repository.keyring):
+                self._findings.damage(layout.CONFIG, "it was not written with the keys of this repository")
+        except (RepositoryError, StoreError) as error:
+            self._findings.damage(layout.CONFIG, str(error))
+        own_seen = False
+        try:
+            for info in store.list(layout.KEYS):
+                identity = layout.id_in_key(info.key)
+                if identity is None:
+                    self._findings.add(Severity.INFORMATION, info.key, "it is no object of a repository")
+                    continue
+                own_seen |= identity == repository.slot_id
+                try:
+                    read_slot_info(load_object(store, info.key), f"the object {info.key}")
+                except (RepositoryError, StoreError) as error:
+                    self._findings.damage(info.key, str(error))
+            if not own_seen:
+                self._findings.damage(layout.slot_key(repository.slot_id), "the key slot of this password is missing")
+        except StoreError as error:
+            self._findings.damage(layout.KEYS, f"the key slots cannot be listed: {error}")
+
+    def _load_snapshots(self) -> None:
+        repository = self._repository
+        listed = SnapshotList(repository)
+        try:
+            listed.refresh()
+        except StoreError as error:
+            self._findings.damage(layout.SNAPSHOTS, f"the snapshots or their notes cannot be read: {error}")
+        for key, what in listed.damaged.items():
+            self._findings.damage(key, what)
+            identity = layout.id_in_key(key)
+            if identity is not None and key.startswith(layout.SNAPSHOTS):
+                self._findings.hit(key, short(identity))
+        self._snapshots = list(listed.snapshots)
+        identity = repository.config.repository_id
+        back = local.note_sequences(repository.local.state, identity, listed.highest_sequences())
+        for host_id, sequence in back.items():
+            self._findings.add(
+                Severity.WARNING,
+                layout.SNAPSHOTS,
+                f"snapshot {sequence} of the host with the id {short(host_id)} was here and is gone: "
+                "it was forgotten and pruned, or it is lost",
+            )
+
+    def _new_folder(self) -> Path | None:
+        cache = self._repository.local.cache
+        if cache is None:
+            return None
+        try:
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return Path(tempfile.mkdtemp(prefix="check-", dir=cache))
+        except OSError:
+            return None
+
+    def _load_index(self, kind: Kind, folder: Path | None) -> None:
+        repository, index_kind = self._repository, INDEX_KIND[kind]
+        own = folder / index_kind.name if folder is not None else None
+        index = Index(repository.store, index_kind, repository.keyring, own)
+        try:
+            index.refresh()
+        except StoreError as error:
+            self._findings.damage(layout.prefix_of(index_kind), f"the index cannot be read: {error}")
+        for key, what in index.damaged.items():
+            self._findings.damage(key, what)
+        self._copies[kind] = Copies(repository, kind, index, self._findings)
+
+    async def _read_packs(self, chosen: Callable[[ObjectId], bool]) -> None:
+        wanted = {
+            kind: [(ref, size) for ref, size in self._present.pop(kind) if chosen(ref.pack_id)] for kind in _KINDS
+        }
+        self._bytes_to_read = sum(size for packs in wanted.values() for _, size in packs)
+        for kind, packs in wanted.items():
+            pending = iter(packs)
+            async with trio.open_nursery() as nursery:
+                for _ in range(_PACKS_AT_ONCE):
+                    nursery.start_soon(self._read_pending, self._copies[kind], pending)
+            self._copies[kind].was_read = chosen
+
+    async def _read_pending(self, copies: Copies, pending: Iterator[tuple[PackRef, int]]) -> None:
+        for ref, size in pending:
+            read = await workers.io(copies.read_pack, ref, size)
+            copies.take(read)
+            self._packs_read += 1
+            self._bytes_read += read.size
+
+    def _check_trees(self, trees: TreeCheck) -> None:
+        tainted = [snapshot for snapshot in self._snapshots if trees.is_tainted(snapshot.root)]
+        for snapshot in tainted:
+            trees.tell_paths(snapshot)
+        for copies in self._copies.values():
+            copies.tell_unnamed()
+
+
+def _delete_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

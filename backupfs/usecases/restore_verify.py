@@ -1,0 +1,225 @@
+"""Reading back what was restored, and comparing it with the snapshot: bytes by their chunk ids, and the metadata."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from backupfs.errors import DamagedObject
+from backupfs.ids import ChunkId
+from backupfs.localfs.writing import Directory, Metadata, is_fatal
+from backupfs.repository.chunks import ChunkReader
+from backupfs.snapshots.content import CHUNK, HOLE, Content, pieces
+from backupfs.snapshots.node import STAT_ROW, Node
+from backupfs.snapshots.tree import LeafPage
+from backupfs.snapshots.walk import tree_of
+from backupfs.usecases.events import FileSkipped, Report
+from backupfs.usecases.restore_files import Restorer, device_of
+from backupfs.usecases.restore_walk import PAUSE, Load, Place, Traversal
+
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+_HOLE_STEP = 4 << 20
+
+
+class Differs(Exception):
+    """What stands in the target is not what the snapshot says; the message says in what."""
+
+
+class Verifier:
+    """Visits what a restorer marked as done. One thread at a time, the target's."""
+
+    def __init__(
+        self, restorer: Restorer, traversal: Traversal, load: Load, reader: ChunkReader, report: Report
+    ) -> None:
+        self._restorer = restorer
+        self._target = restorer.target
+        self._traversal = traversal
+        self._load = load
+        self._reader = reader
+        self._report = report
+        self._files: dict[tuple[int, int], tuple[int, int]] = {}  # hardlinked: (file system, inode) there → here
+
+    def sync(self) -> None:
+        """Have everything written out: reading back what only memory holds would prove little."""
+        os.sync()
+
+    def start(self, node: Node) -> Iterator[None]:
+        """Return the walk that compares everything below a node, or the node itself."""
+        start = self._traversal.start()
+        start.directory = self._target.root
+        if node.is_directory:
+            return self._traversal.walk(self, start, tree_of(node))
+        return self._traversal.one(self, start, node)
+
+    def directory(self, place: Place) -> bool:
+        """Compare a directory; go in wherever the restore went."""
+        if place.number in self._restorer.blocked:
+            return False
+        if self._restorer.is_done(place.number):
+            directory = self._directory_of(place)
+            self._compared(directory, b"", lambda: self._compare_directory(directory, place.metadata))
+        return True
+
+    def _directory_of(self, place: Place) -> Directory:
+        missing: list[Place] = []
+        above: Place | None = place
+        while above is not None and above.directory is None:
+            missing.append(above)
+            above = above.parent
+        for below in reversed(missing):
+            assert below.parent is not None
+            below.directory = Directory(below.parent.directory, below.name)
+        assert place.directory is not None
+        return place.directory
+
+    def page(self, place: Place, page: LeafPage, positions: list[int], first: int) -> Iterator[None]:
+        """Compare the files of a page."""
+        for number, at in enumerate(positions, first):
+            if number % PAUSE == 0:
+                yield None
+            if self._restorer.is_done(number):
+                yield from self._file(self._directory_of(place), page, at)
+
+    def left(self, place: Place, complete: bool) -> None:  # noqa: ARG002
+        """Let the directory go."""
+        directory = place.directory
+        if directory is not None and directory.parent is not None:
+            directory.metadata = None
+            self._target.finish_directory(directory)
+
+    def damaged(self, place: Place, name: bytes, error: DamagedObject) -> None:
+        """Pass over what the restore has told already."""
+
+    def _file(self, directory: Directory, page: LeafPage, at: int) -> Iterator[None]:
+        name = page.names[at]
+        problem = ""
+        try:
+            metadata = self._traversal.metadata(page, at)
+            _, _, _, nlink, inode, size, *_ = STAT_ROW.unpack(page.row(at))
+            if stat.S_ISREG(metadata.mode):
+                fd = os.open(name, _READ_FLAGS, dir_fd=self._target.fd(directory))
+                try:
+                    status = os.fstat(fd)
+                    self._compare_metadata(status, metadata, fd)
+                    if status.st_size != size:
+                        raise Differs(f"it has {status.st_size} bytes instead of {size}")
+                    # Pages that are written out are dropped, so that the bytes come from the disk.
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                    yield from self._compare_content(fd, page.contents[at], size)
+                finally:
+                    os.close(fd)
+            else:
+                status = self._compare_special(directory, name, metadata, page.contents[at])
+            if nlink > 1 and inode:
+                here = (status.st_dev, status.st_ino)
+                if self._files.setdefault((page.filesystem(at), inode), here) != here:
+                    raise Differs("it is not the same file as its other names")
+        except Differs as error:
+            problem = str(error)
+        except DamagedObject as error:
+            problem = str(error)
+        except OSError as error:
+            if is_fatal(error):
+                raise self._target.full(error) from error
+            problem = f"it cannot be read: {error.strerror}"
+        self._note(directory, name, problem)
+
+    def _compared(self, directory: Directory, name: bytes, compare: Callable[[], None]) -> None:
+        problem = ""
+        try:
+            compare()
+        except Differs as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"it cannot be read: {error.strerror}"
+        self._note(directory, name, problem)
+
+    def _note(self, directory: Directory, name: bytes, problem: str) -> None:
+        counts = self._restorer.counts
+        if not problem:
+            counts.verified += 1
+            return
+        counts.errors += 1
+        self._report(
+            FileSkipped(self._target.path_of(directory, name), f"it does not read back as restored: {problem}")
+        )
+
+    def _compare_directory(self, directory: Directory, metadata: Metadata | None) -> None:
+        assert metadata is not None
+        fd = self._target.fd(directory)
+        self._compare_metadata(os.fstat(fd), metadata, fd)
+
+    def _compare_special(
+        self, directory: Directory, name: bytes, metadata: Metadata, content: Content
+    ) -> os.stat_result:
+        above = self._target.fd(directory)
+        status = os.stat(name, dir_fd=above, follow_symlinks=False)
+        self._compare_metadata(status, metadata, b"/proc/self/fd/%d/%s" % (above, name))
+        if stat.S_ISLNK(metadata.mode) and os.readlink(name, dir_fd=above) != content:
+            raise Differs("the link leads elsewhere")
+        is_device = stat.S_ISCHR(metadata.mode) or stat.S_ISBLK(metadata.mode)
+        if is_device and (os.major(status.st_rdev), os.minor(status.st_rdev)) != device_of(content):
+            raise Differs("its device numbers differ")
+        return status
+
+    def _compare_metadata(self, status: os.stat_result, metadata: Metadata, at: int | bytes) -> None:
+        if stat.S_IFMT(status.st_mode) != stat.S_IFMT(metadata.mode):
+            raise Differs("it is of another type")
+        if self._target.is_root_user and (status.st_uid, status.st_gid) != (metadata.owner, metadata.group):
+            raise Differs("its owner differs")
+        mode = stat.S_IMODE(metadata.mode)
+        if not self._target.is_root_user:
+            mode &= 0o1777  # set-id bits are not given to files of another owner
+        if not stat.S_ISLNK(metadata.mode) and status.st_mode & mode != mode:
+            raise Differs(f"its mode is {stat.S_IMODE(status.st_mode):o} instead of {mode:o}")
+        if metadata.mtime_ns is not None and status.st_mtime_ns != metadata.mtime_ns:
+            raise Differs("its time differs")
+        follow = isinstance(at, int)
+        for name, value in metadata.xattrs:
+            try:
+                found = os.getxattr(at, name, follow_symlinks=follow)
+            except OSError as error:
+                if error.errno not in (errno.ENODATA, errno.ENOTSUP, errno.EPERM, errno.EACCES):
+                    raise
+                raise Differs(f"it lacks the attribute {name.decode('utf-8', 'replace')}") from error
+            if found != value:
+                raise Differs(f"its attribute {name.decode('utf-8', 'replace')} differs")
+
+    def _compare_content(self, fd: int, content: Content, size: int) -> Iterator[None]:
+        at = 0
+        for piece in pieces(content, size, 0, size, self._load):
+            if piece.kind == HOLE:
+                yield from self._compare_hole(fd, at, at + piece.length)
+            else:
+                found = os.pread(fd, piece.length, at)
+                if piece.kind == CHUNK:
+                    if self._reader.chunk_id(found) != piece.source and not self._is_part(
+                        piece.source, piece.offset, found
+                    ):
+                        raise Differs(f"its bytes from {at} on differ")
+                elif found != piece.source[piece.offset : piece.offset + piece.length]:
+                    raise Differs(f"its bytes from {at} on differ")
+            at += piece.length
+            if piece.length > PAUSE << 10:
+                yield None
+
+    def _is_part(self, chunk_id: bytes, offset: int, found: bytes) -> bool:
+        """Tell whether bytes are a part of a chunk; a segment need not use all of it."""
+        chunk = self._reader.load(ChunkId(chunk_id))
+        return len(chunk) != len(found) and chunk[offset : offset + len(found)] == found
+
+    def _compare_hole(self, fd: int, start: int, end: int) -> Iterator[None]:
+        while start < end:
+            try:
+                start = os.lseek(fd, start, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            if start >= end:
+                return
+            length = min(_HOLE_STEP, end - start)
+            if os.pread(fd, length, start).strip(b"\0"):
+                raise Differs(f"its bytes from {start} on should be zeros")
+            start += length
+            yield None
