@@ -8,6 +8,7 @@ have tiny chunks, blocks and packs, so that little data makes many objects.
 
 import hashlib
 import os
+import random
 import socket
 import stat
 from collections.abc import Mapping
@@ -34,9 +35,16 @@ from backupfs.snapshots.walk import tree_of
 from backupfs.stores.memory import MemoryStore
 from backupfs.stores.store import Store
 from backupfs.usecases.backup import BackupOptions, BackupResult, backup
+from backupfs.usecases.check import CheckOptions, CheckResult, check
 from backupfs.usecases.events import ignore
 
 # Trees.
+
+
+def noise(seed: int, size: int) -> bytes:
+    """Return bytes that no codec makes smaller, the same for the same seed."""
+    return random.Random(seed).randbytes(size)
+
 
 OLD_NS = 1_500_000_000_123_456_789  # the time of what is built, so that two builds are equal
 
@@ -281,6 +289,11 @@ def back_up(repository: Repository, *paths: str | bytes | Path, **options: objec
     snapshot = run_backup(repository, *paths, **options).snapshot
     assert snapshot is not None
     return snapshot
+
+
+def run_check(repository: Repository, **options: object) -> CheckResult:
+    """Check a repository."""
+    return trio.run(partial(check, repository, CheckOptions(**options), ignore))  # type: ignore[arg-type]
 
 
 def copy_of(store: Store) -> MemoryStore:

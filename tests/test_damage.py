@@ -4,11 +4,9 @@ names the object, the snapshots and the paths."""
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
-import trio
 
 from backupfs.codec.sealing import FRAME, HEADER, TRAILER, Kind, hash_object
 from backupfs.errors import DamagedObject, NotARepository, RepositoryError, UnknownVersion
@@ -19,8 +17,7 @@ from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.listing import load_snapshot, load_snapshots
 from backupfs.stores.memory import MemoryStore
-from backupfs.usecases.check import CheckOptions, CheckResult, check
-from backupfs.usecases.events import ignore
+from backupfs.usecases.check import CheckResult
 from backupfs.usecases.findings import Finding, Severity
 from tests.builders import (
     CHEAP,
@@ -37,11 +34,14 @@ from tests.builders import (
     folders_in,
     keys_of,
     new_repository,
+    noise,
     reopened,
+    run_check,
 )
 
 pytestmark = pytest.mark.expected_log(
-    r"^(WARNING|ERROR) backupfs\.(repository\.(index|chunks)|snapshots\.listing): .*(damage|cut short|is not in|upgrade)"
+    r"^(WARNING|ERROR) backupfs\.(repository\.(index|chunks)|snapshots\.listing): .*"
+    r"(damage|cut short|is not in|upgrade)"
 )
 
 Contents = dict[bytes, dict[bytes, Kept | None]]
@@ -55,19 +55,15 @@ class Small:
     contents: Contents
 
 
-def noise(seed: int, size: int) -> bytes:
-    import random
-
-    return random.Random(seed).randbytes(size)
-
-
 TREE = {
     "a": File(noise(1, 700)),
-    "big": File(noise(2, 150_000)),
+    "big": File(noise(2, 60_000)),
     "empty": File(),
     "inline": File(b"few bytes"),
-    "many": {f"file-{number:03}": File(noise(number, 900)) for number in range(60)},
-    "deep": {"d": {"e": Directory({"x": File(noise(3, 3000)), "l": Symlink(b"../../a")}, xattrs={"user.k": noise(4, 3000)})}},
+    "many": {f"file-{number:03}": File(noise(number, 1200)) for number in range(30)},
+    "deep": {
+        "d": {"e": Directory({"x": File(noise(3, 3000)), "l": Symlink(b"../../a")}, xattrs={"user.k": noise(4, 3000)})}
+    },
     "hard": Hardlink("a"),
     "sparse": Sparse(1 << 20, {70_000: noise(6, 9000)}),
 }
@@ -80,17 +76,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     repository = new_repository(folders=folders_in(base))
     first = back_up(repository, source, tags=("first",))
     Path(os.fsdecode(source), "many", "file-007").write_bytes(noise(77, 2000))
-    Path(os.fsdecode(source), "new").write_bytes(noise(78, 40_000))
+    Path(os.fsdecode(source), "new").write_bytes(noise(78, 30_000))
     back_up(repository, source)
     doomed = back_up(repository, os.path.join(source, b"deep"))
     notes.put_note(repository, notes.new_note(doomed.snapshot_id, notes.FORGET))
     notes.put_note(repository, notes.Note(first.snapshot_id, "remark", 1, "host", ("hello",)))
     repository.add_slot(b"other", "second", CHEAP)
     return Small(copy_of(repository.store), all_contents(reopened(repository.store)))
-
-
-def run_check(repository: Repository, **options: object) -> CheckResult:
-    return trio.run(partial(check, repository, CheckOptions(**options), ignore))  # type: ignore[arg-type]
 
 
 def finding_of(result: CheckResult, key: str) -> Finding | None:
@@ -104,7 +96,7 @@ def test_an_undamaged_repository_has_no_findings(small: Small) -> None:
         assert result.findings == ()
         assert not result.damaged
         assert result.snapshots == 2
-    assert len(keys_of(small.store, "packs/data/")) > 5
+    assert len(keys_of(small.store, "packs/data/")) >= 4
     assert len(keys_of(small.store, "packs/tree/")) >= 3
 
 
@@ -148,6 +140,16 @@ DAMAGES: dict[str, Damage] = {
     "longer": lambda data, _: data + b"\0",
     "missing": lambda _data, _other: None,
     "swapped": lambda _data, other: other,
+}
+
+
+METADATA_CHECKED = {
+    "magic flipped",
+    "first body flipped",
+    "middle flipped",
+    "directory flipped",
+    "half cut off",
+    "missing",
 }
 
 
@@ -195,12 +197,14 @@ def test_damaged_packs_and_indexes_never_give_wrong_bytes_and_check_names_them(s
         assert contents.keys() == small.contents.keys()
         hits = set(wrong_entries(small, contents))
         assert not (key.startswith("index/") and hits), f"{key}: what an index says can be had from the packs"
-        for read_data in (True, False):
+        for read_data in (True, False) if name in METADATA_CHECKED else (True,):
             result = run_check(open_damaged(store), read_data=read_data)
             compare_with_hits(result, key, name, hits, read_data)
 
 
-def compare_with_hits(result: CheckResult, key: str, name: str, hits: set[tuple[bytes, bytes]], read_data: bool) -> None:
+def compare_with_hits(
+    result: CheckResult, key: str, name: str, hits: set[tuple[bytes, bytes]], read_data: bool
+) -> None:
     found = finding_of(result, key)
     if name == "missing" and key.startswith("index/"):
         # Nobody names an index object; but its packs are named by none now.
@@ -255,15 +259,11 @@ def test_a_damaged_config_or_key_slot_is_said_and_never_opens_something_else(sma
     for key in ["config", *keys_of(small.store, "keys/")]:
         store = damaged_copy(small, key, DAMAGES[name])
         whole = reopened(copy_of(small.store))
-        try:
-            repository = open_damaged(store)
-        except RepositoryError as error:
-            own = key == "config" or key == layout.slot_key(whole.slot_id)
-            assert own, error
-            assert isinstance(error, NotARepository if key == "config" and name == "missing" else RepositoryError)
+        if key in ("config", layout.slot_key(whole.slot_id)):
+            with pytest.raises(NotARepository if (key, name) == ("config", "missing") else RepositoryError):
+                open_damaged(store)
         else:
-            assert key != "config"
-            assert not list(wrong_entries(small, all_contents(repository)))
+            assert not list(wrong_entries(small, all_contents(open_damaged(store))))
         # Whoever has it open already learns of it from check.
         result = run_check(Repository(store, whole.config, whole.keyring, whole.slot_id, whole.local))
         missing_other = name == "missing" and key not in ("config", layout.slot_key(whole.slot_id))
@@ -303,7 +303,7 @@ def test_a_chunk_that_is_nowhere_names_its_paths(small: Small) -> None:
     (found,) = result.findings
     assert found.key == "packs/data/"
     assert "in no index and in no pack" in found.what
-    assert found.paths_total > 60
+    assert found.paths_total > 30
 
 
 def test_damage_in_one_of_two_copies_hits_no_path(small: Small) -> None:
@@ -353,7 +353,9 @@ def test_a_garbled_or_lost_cache_file_is_made_again(small: Small, tmp_path: Path
             case "first":
                 file.write_bytes(bytes([data[0] ^ 255]) + data[1:])
             case "middle":
-                file.write_bytes(data[:middle] + bytes(byte ^ 255 for byte in data[middle : middle + 60]) + data[middle + 60 :])
+                file.write_bytes(
+                    data[:middle] + bytes(byte ^ 255 for byte in data[middle : middle + 60]) + data[middle + 60 :]
+                )
             case "samples":
                 file.write_bytes(data[:-300] + bytes(byte ^ 255 for byte in data[-300:-64]) + data[-64:])
             case "last":

@@ -53,8 +53,7 @@ class Reporting(pyfuse3.Operations):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ticks = self.hops = 0
-        self.longest_s = 0.0
+        self.ticks = self.hops = self.requests = self.longest = 0
         self._gone = trio.Event()
 
     async def getattr(self, inode, ctx=None):
@@ -67,13 +66,14 @@ class Reporting(pyfuse3.Operations):
     async def lookup(self, parent_inode, name, ctx=None):
         if name not in self.NAMES:
             raise pyfuse3.FUSEError(errno.ENOENT)
+        self.requests += 1
         return await self.getattr(pyfuse3.ROOT_INODE + 1 + self.NAMES.index(name))
 
     async def open(self, inode, flags, ctx):
         return pyfuse3.FileInfo(fh=inode, direct_io=True)
 
     async def read(self, fh, off, size):
-        """Answer `slow` once `go` was read, and `report` with ticks, hops and the longest time between ticks since the last."""
+        """Answer `slow` once `go` was read, and `report` with the counts since the last report."""
         if off:
             return b""
         name = self.NAMES[fh - pyfuse3.ROOT_INODE - 1]
@@ -82,19 +82,17 @@ class Reporting(pyfuse3.Operations):
         elif name == b"go":
             self._gone.set()
         else:
-            report = f"{self.ticks} {self.hops} {self.longest_s}"
-            self.ticks = self.hops = 0
-            self.longest_s = 0.0
+            report = f"{self.ticks} {self.hops} {max(self.longest, self.requests)}"
+            self.ticks = self.hops = self.requests = self.longest = 0
             return report.encode()
         return name
 
     async def tick(self) -> None:
-        last = time.perf_counter()
+        """Count turns, and the most lookups between two of them: that does not depend on the machine's load."""
         while True:
             await trio.sleep(0.001)
-            now = time.perf_counter()
-            self.longest_s = max(self.longest_s, now - last)
-            last = now
+            self.longest = max(self.longest, self.requests)
+            self.requests = 0
             self.ticks += 1
 
     async def hop(self) -> None:
@@ -131,8 +129,8 @@ def served(mountpoint: Path, *program: str | Path) -> Iterator[subprocess.Popen[
                 time.sleep(0.01)
             yield server
         finally:
-            if mountpoint.is_mount():
-                subprocess.run(["fusermount3", "-u", "-z", mountpoint], check=True)
+            # The mount of a server that died is one that `is_mount` does not see.
+            subprocess.run(["fusermount3", "-u", "-z", mountpoint], stderr=subprocess.DEVNULL, check=False)
             server.wait(LIFE_S)
 
 
@@ -169,15 +167,13 @@ def test_the_null_file_system_shows_its_tree_and_ends_at_umount(tmp_path: Path, 
 def test_other_tasks_and_threads_go_on_while_a_mount_is_hammered(reporting) -> None:
     mountpoint, _ = reporting
     output(client("cat", mountpoint / "report"))
-    begin = time.perf_counter()
     hammer = client(sys.executable, "-c", HAMMER, mountpoint / "slow", "1000")
     output(hammer)
-    elapsed_s = time.perf_counter() - begin
     assert hammer.returncode == 0
-    ticks, hops, longest_s = map(float, output(client("cat", mountpoint / "report")).split())
-    assert min(ticks, hops) > 50
-    # Starved, the tasks would run while the clients start and not again before they end.
-    assert longest_s < elapsed_s / 8
+    ticks, hops, longest = map(int, output(client("cat", mountpoint / "report")).split())
+    assert min(ticks, hops) > 10
+    # Some 50 are served in a millisecond, a worker that lets nobody run serves thousands of the 8,000.
+    assert longest < 1000
 
 
 @pytest.mark.fuse
@@ -199,7 +195,7 @@ def test_terminate_ends_the_mount(reporting, busy: bool) -> None:
     output(client("cat", mountpoint / "report"))
     server.terminate()
     assert server.wait(LIFE_S) == 0
-    assert not mountpoint.is_mount()
+    assert mountpoint.stat().st_dev == mountpoint.parent.stat().st_dev
     for process in clients:
         output(process)
 

@@ -1,0 +1,303 @@
+"""The command line as users and scripts meet it: a real process, real files, exit codes and messages."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PASSWORD = "correct horse"
+
+
+class Cli:
+    """Runs backupfs on one repository."""
+
+    def __init__(self, folder: Path) -> None:
+        self.repository = folder / "repository"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("BACKUPFS_")},
+            "BACKUPFS_REPOSITORY": str(self.repository),
+            "BACKUPFS_PASSWORD": PASSWORD,
+            "BACKUPFS_CACHE_DIR": str(folder / "cache"),
+            "XDG_STATE_HOME": str(folder / "state"),
+            "LC_ALL": "C.UTF-8",
+        }
+
+    def __call__(self, *words: str | bytes | Path, stdin: bytes = b"", code: int = 0, **environment: str) -> str:
+        """Run a command, compare its exit code, and return what it printed, errors too."""
+        done = self.run(*words, stdin=stdin, **environment)
+        said = (done.stdout + done.stderr).decode("utf-8", "surrogateescape")
+        assert done.returncode == code, said
+        assert "Traceback" not in said, said
+        return said
+
+    def run(self, *words: str | bytes | Path, stdin: bytes = b"", **environment: str) -> "subprocess.CompletedProcess[bytes]":
+        return subprocess.run(
+            [sys.executable, "-m", "backupfs", *words],
+            input=stdin,
+            capture_output=True,
+            env={**self.environment, **environment},
+            timeout=60,
+            check=False,
+        )
+
+    def json(self, *words: str | bytes | Path, code: int = 0) -> list[dict]:
+        done = self.run("--json", *words)
+        assert done.returncode == code, done.stderr
+        values = [json.loads(line) for line in done.stdout.splitlines()]
+        return values[0] if len(values) == 1 and isinstance(values[0], list) else values
+
+    def objects(self) -> set[str]:
+        return {
+            str(path.relative_to(self.repository))
+            for path in self.repository.rglob("*")
+            if path.is_file() and ".tmp" not in path.parts
+        }
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    made = Cli(tmp_path)
+    made("init")
+    return made
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    (folder / "below").mkdir(parents=True)
+    (folder / "one").write_bytes(b"one")
+    (folder / "below" / "two").write_bytes(os.urandom(100_000))
+    (folder / "link").symlink_to("one")
+    # A look at files this young would have to be repeated.
+    settle(folder)
+    return folder
+
+
+def settle(folder: Path) -> None:
+    """Let every file be older than a tick of the clock."""
+    newest = max(path.lstat().st_ctime_ns for path in [folder, *folder.rglob("*")])
+    while time.time_ns() < newest + 30_000_000:
+        time.sleep(0.005)
+
+
+def test_an_unchanged_second_backup_adds_nothing_but_a_snapshot(cli: Cli, source: Path) -> None:
+    cli("backup", source)
+    before = cli.objects()
+    cli("backup", source)
+    assert [key.split("/")[0] for key in cli.objects() - before] == ["snapshots"]
+
+
+def test_the_report_counts_new_changed_and_unchanged_files(cli: Cli, source: Path) -> None:
+    (first,) = [event for event in cli.json("backup", source) if event["event"] == "summary"]
+    assert (first["files"], first["files_new"], first["files_skipped"]) == (3, 3, 0)
+    (source / "one").write_bytes(b"another")
+    (source / "three").write_bytes(b"three")
+    settle(source)
+    (second,) = [event for event in cli.json("backup", source) if event["event"] == "summary"]
+    assert (second["files_new"], second["files_changed"], second["files_unchanged"]) == (1, 1, 2)
+    assert second["parent"] == first["snapshot"]["id"]
+
+
+def test_what_is_left_out_is_reported_with_the_reason(cli: Cli, source: Path) -> None:
+    (source / "junk.tmp").write_bytes(b"")
+    said = cli("backup", source, cli.repository.parent, "--exclude", "*.tmp")
+    assert "the repository or the cache itself" in said
+    assert "excluded by a pattern" in said
+    assert "junk.tmp" not in cli("ls", "-R", "latest")
+
+
+def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_kept(cli: Cli, source: Path) -> None:
+    said = cli("backup", source, source.parent / "missing", code=3)
+    assert "missing: it does not exist" in said
+    assert "below/two" in cli("ls", "-R", "latest")
+
+
+def test_no_source_at_all_makes_no_snapshot(cli: Cli, tmp_path: Path) -> None:
+    said = cli("backup", tmp_path / "missing", code=1)
+    assert "missing" in said
+    assert cli.json("snapshots") == []
+
+
+def test_standard_input_becomes_a_file(cli: Cli) -> None:
+    data = os.urandom(3_000_000)
+    cli("backup", "--stdin", "dumps/database.sql", stdin=data)
+    done = cli.run("dump", "latest:/dumps/database.sql")
+    assert done.stdout == data
+
+
+def test_paths_come_from_files_by_line_and_by_nul(cli: Cli, source: Path) -> None:
+    cli("backup", "--files-from", "-", stdin=f"{source}/one\n\n# no\n".encode())
+    assert "/one" in cli("ls", "-R", "latest")
+    cli("backup", "--files-from", "-", stdin=f"{source}/one\0{source}/below\0".encode())
+    assert "/below/two" in cli("ls", "-R", "latest")
+
+
+def test_a_dry_run_stores_nothing(cli: Cli, source: Path) -> None:
+    before = cli.objects()
+    assert "nothing was stored" in cli("backup", "-n", source)
+    assert cli.objects() == before
+
+
+def test_snapshots_are_found_by_prefix_host_tag_and_latest(cli: Cli, source: Path) -> None:
+    cli("backup", source, "--host", "alpha", "--tag", "a", "--time", "2020-01-02T03:04:05Z")
+    cli("backup", source, "--host", "beta", "--tag", "b")
+    alpha, beta = cli.json("snapshots")
+    assert (alpha["host"], alpha["name"]) == ("alpha", "2020-01-02T03-04-05Z")
+    assert [one["id"] for one in cli.json("snapshots", "--host", "beta")] == [beta["id"]]
+    assert [one["id"] for one in cli.json("snapshots", "--tag", "a")] == [alpha["id"]]
+    assert [one["id"] for one in cli.json("snapshots", alpha["id"][:6])] == [alpha["id"]]
+    assert [one["id"] for one in cli.json("snapshots", "alpha:latest")] == [alpha["id"]]
+    assert [one["id"] for one in cli.json("snapshots", "latest")] == [beta["id"]]
+    assert alpha["doubtful_time"]
+    assert not beta["doubtful_time"]
+
+
+def test_a_forgotten_snapshot_vanishes_and_the_others_stay(cli: Cli, source: Path) -> None:
+    cli("backup", source)
+    cli("backup", source)
+    first, second = cli.json("snapshots")
+    assert "would forget" in cli("forget", "-n", first["id"])
+    assert len(cli.json("snapshots")) == 2
+    cli("forget", first["short_id"])
+    assert [one["id"] for one in cli.json("snapshots")] == [second["id"]]
+    assert "no damage" in cli("check", "--read-data")
+
+
+def test_forget_understands_all_names_before_the_first_is_forgotten(cli: Cli, source: Path) -> None:
+    cli("backup", source)
+    cli("forget", "latest", "ffffffff", code=1)
+    assert len(cli.json("snapshots")) == 1
+
+
+def test_dump_gives_a_folder_as_a_tar(cli: Cli, source: Path, tmp_path: Path) -> None:
+    cli("backup", source)
+    done = cli.run("dump", f"latest:{source}")
+    out = tmp_path / "out"
+    out.mkdir()
+    subprocess.run(["tar", "-C", out, "-xf", "-"], input=done.stdout, check=True)
+    subprocess.run(["diff", "-r", "--no-dereference", source, out], check=True)
+
+
+def test_restore_puts_the_content_back(cli: Cli, source: Path, tmp_path: Path) -> None:
+    cli("backup", source)
+    cli("restore", f"latest:{source}", tmp_path / "out", "--verify")
+    subprocess.run(["diff", "-r", "--no-dereference", source, tmp_path / "out"], check=True)
+
+
+def test_key_slots_open_are_listed_and_are_removed(cli: Cli, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("other password\n")
+    cli("key", "add", "--name", "ann", "--new-password-file", other)
+    assert len(cli.json("key", "list")) == 2
+    cli("snapshots", BACKUPFS_PASSWORD="other password")
+    assert "password in use" in cli("key", "remove", "first", code=1) or len(cli.json("key", "list")) == 1
+    cli("key", "change", "--new-password-file", other, code=0)
+    cli("snapshots", code=12)
+    cli("snapshots", BACKUPFS_PASSWORD="other password")
+
+
+def test_the_last_key_slot_cannot_be_removed(cli: Cli) -> None:
+    assert "last key slot" in cli("key", "remove", "first", code=1)
+    cli("snapshots")
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "code", "says"),
+    [
+        (["snapshots"], {"BACKUPFS_PASSWORD": "wrong"}, 12, "password opens no key slot"),
+        (["snapshots"], {"BACKUPFS_PASSWORD": "", "BACKUPFS_PASSWORD_FILE": "/nowhere"}, 1, "/nowhere"),
+        (["snapshots"], {"BACKUPFS_PASSWORD": ""}, 1, "password is needed"),
+        (["snapshots"], {"BACKUPFS_PASSWORD": "", "BACKUPFS_PASSWORD_COMMAND": "false"}, 1, "failed with exit code 1"),
+        (["snapshots"], {"BACKUPFS_REPOSITORY": "/nowhere/at/all"}, 10, "no repository"),
+        (["snapshots"], {"BACKUPFS_REPOSITORY": "/etc/passwd"}, 1, "/etc/passwd"),
+        (["snapshots"], {"BACKUPFS_REPOSITORY": ""}, 1, "BACKUPFS_REPOSITORY"),
+        (["snapshots"], {"BACKUPFS_REPOSITORY": "ftp://x/y"}, 1, "ftp"),
+        (["init"], {}, 1, "holds a repository"),
+        (["ls", "latest"], {}, 1, "no file snapshot"),
+        (["ls", "abcdef"], {}, 1, "no snapshot abcdef"),
+        (["ls", "latest:etc"], {}, 1, "starts with /"),
+        (["backup"], {}, 1, "give a PATH"),
+        (["backup", "/etc", "--stdin", "x"], {}, 1, "not both"),
+        (["backup", "/etc", "--exclude", "[a"], {}, 1, "[a"),
+        (["backup", "/etc", "--exclude-larger-than", "big"], {}, 1, "no size"),
+        (["backup", "/etc", "--compression", "99"], {}, 1, "no compression"),
+        (["backup", "/etc", "--time", "yesterday"], {}, 1, "no time"),
+        (["backup", "/etc", "--parent", "nothing"], {}, 1, "no snapshot nothing"),
+        (["restore"], {}, 1, "SNAP"),
+        (["bakcup"], {}, 1, "Did you mean backup"),
+        (["umount", "/"], {}, 1, "no backupfs is mounted"),
+    ],
+)
+def test_bad_input_gets_one_message_and_its_exit_code(
+    cli: Cli, words: list[str], environment: dict[str, str], code: int, says: str
+) -> None:
+    said = cli(*words, code=code, **environment)
+    assert says in said
+
+
+def test_names_cannot_drive_the_terminal(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    (folder / "\x1b]0;owned\x07\n").write_bytes(b"x")
+    cli("backup", folder)
+    for said in (cli("ls", "-lR", "latest"), cli("backup", folder, "--force", "-v")):
+        assert "\x1b" not in said
+        assert "\x07" not in said
+    assert "\\x1b" in cli("ls", "-R", "latest")
+
+
+def test_json_names_that_are_no_text_come_as_base64_too(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "names"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe")).write_bytes(b"x")
+    cli("backup", folder)
+    (entry,) = cli.json("ls", b"latest:" + os.fsencode(folder))
+    assert entry["path_base64"]
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from backupfs.cli.main import run\n"
+        "for words in (['--version'], ['--help'], ['backup', '--help'], ['mount', '--help'], ['key', '--help']):\n"
+        "    assert run(words) == 0\n"
+        "heavy = {'trio', 'boto3', 'pyfuse3', 'cryptography', 'zstandard', 'msgpack', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"backupfs \d", done.stdout)
+
+
+def test_everything_but_mount_works_where_pyfuse3_cannot_be_loaded(cli: Cli, source: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "pyfuse3.py").write_text("raise ImportError('libfuse3.so.3: cannot open shared object file')\n")
+    path = {"PYTHONPATH": f"{broken}"}
+    cli("backup", source, **path)
+    cli("restore", f"latest:{source}", tmp_path / "out", **path)
+    cli("check", **path)
+    (tmp_path / "mnt").mkdir()
+    assert "fuse" in cli("mount", tmp_path / "mnt", code=1, **path).lower()
+
+
+def test_an_interrupted_backup_ends_with_130_and_the_next_goes_on(cli: Cli, source: Path) -> None:
+    with open(source / "large", "wb") as file:
+        for _ in range(200):
+            file.write(os.urandom(1 << 20))
+    running = subprocess.Popen([sys.executable, "-m", "backupfs", "backup", source], env=cli.environment, stderr=subprocess.PIPE)
+    while not any(key.startswith("packs/data") for key in cli.objects()):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.terminate()
+    _, said = running.communicate(timeout=30)
+    assert running.returncode == 130, said
+    assert b"Traceback" not in said
+    assert cli.json("snapshots") == []
+    cli("backup", source)
+    assert "no damage" in cli("check", "--read-data")

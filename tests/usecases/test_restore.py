@@ -1,0 +1,1020 @@
+"""Restores over real trees: what comes back, what is left alone, and what never happens."""
+
+import errno
+import os
+import random
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backupfs.codec.sealing import Kind
+from backupfs.errors import PathNotFound, SourceError, StoreUnavailable, UsageError
+from backupfs.ids import ChunkId
+from backupfs.localfs import writing
+from backupfs.localfs.exclude import parse_pattern
+from backupfs.repository import fetch, layout
+from backupfs.repository.repository import Repository
+from backupfs.snapshots.listing import load_snapshots
+from backupfs.snapshots.node import STAT_ROW
+from backupfs.snapshots.snapshot import Snapshot
+from backupfs.stores.memory import MemoryStore
+from backupfs.usecases import archiver, restore_files, restore_verify
+from backupfs.usecases.events import Event, FileSkipped, Progress, Remark
+from backupfs.usecases.restore import RestoreOptions, RestoreResult, restore
+from tests.builders import (
+    OLD_NS,
+    Directory,
+    Entry,
+    File,
+    Hardlink,
+    Sparse,
+    Special,
+    Symlink,
+    Tree,
+    back_up,
+    build,
+    new_repository,
+    reopened,
+    snapshot_of,
+)
+from tests.faults import CountingStore, Fault, FaultyStore
+
+ROOT = os.geteuid() == 0
+as_root = pytest.mark.skipif(not ROOT, reason="only root can make these")
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def run_restore(
+    repository: Repository, snapshot: Snapshot, path: str | bytes | Path, target: str | bytes | Path, **options: object
+) -> tuple[RestoreResult, list[Event]]:
+    events: list[Event] = []
+    result = trio.run(
+        restore,
+        repository,
+        snapshot,
+        os.fsencode(path),
+        os.fsencode(target),
+        RestoreOptions(**options),  # type: ignore[arg-type]
+        events.append,
+    )
+    return result, [event for event in events if not isinstance(event, Progress)]
+
+
+def saved(tmp_path: Path, tree: Tree) -> tuple[Repository, Snapshot, bytes]:
+    source = build(tree, tmp_path / "source")
+    repository = new_repository()
+    return repository, back_up(repository, source), source
+
+
+def below(seen: dict[bytes, object]) -> dict[bytes, object]:
+    """Return what is below the top of a tree."""
+    return {path: entry for path, entry in seen.items() if path}
+
+
+def temporaries(path: str | bytes | Path) -> list[str]:
+    return [
+        os.path.join(top, name)
+        for top, directories, files in os.walk(os.fsdecode(path))
+        for name in directories + files
+        if name.startswith(".backupfs-")
+    ]
+
+
+BIG = noise(300_000)
+
+EVERYWHERE: dict[str, Entry] = {
+    "empty file": {"a": File(b"")},
+    "inline": {"a": File(b"x" * 512)},
+    "one chunk": {"a": File(b"x" * 513)},
+    "many chunks": {"a": File(BIG)},
+    "same bytes at many places": {"a": File(BIG), "b": File(BIG), "c": File(BIG + BIG)},
+    "empty directory": {"d": {"e": {}}},
+    "directory times": {"d": Directory({"e": Directory({"f": File(b"1")}, mtime_ns=5)}, mtime_ns=7)},
+    "names of any bytes": {b"\xff\xfe": File(b"1"), b"a\nb\t\x01": File(b"2"), "ü" * 100: {b"\x80": File(b"3")}},
+    "long names": {"n" * 255: {"m" * 255: File(b"1")}},
+    "names that look like ours": {".backupfs-0": File(b"1"), ".backupfs-d": {}},
+    "symlinks": {"a": Symlink(b"../b"), "b": Symlink(b"/\xff"), "c": Symlink(b"x" * 4000), "d": Symlink(b"d")},
+    "before 1970": {"a": File(b"1", mtime_ns=-1), "b": File(b"1", mtime_ns=-1_500_000_001)},
+    "after 2106": {"a": File(b"1", mtime_ns=5_000_000_000_123_456_789)},
+    "modes": {
+        "a": File(b"1", mode=0o000),
+        "b": File(BIG, mode=0o400),
+        "c": File(b"1", mode=0o777),
+        "d": Directory({"x": File(b"1")}, mode=0o555),
+        "e": Directory({"x": File(b"1")}, mode=0o1777),
+        "f": Directory({"x": File(b"1")}, mode=0o700),
+    },
+    "set-id": {
+        "a": File(b"1", mode=0o4755),
+        "b": File(BIG, mode=0o2755),
+        "c": Directory({"x": File(b"1")}, mode=0o2775),
+        "d": File(b"", mode=0o6711),
+    },
+    "user attributes": {
+        "a": File(b"1", xattrs={"user.a": b"1", "user.b": b"\0\xff"}),
+        "b": File(BIG, mode=0o400, xattrs={"user.large": b"x" * 1000, "user.other": b"y" * 1000}),
+        "d": Directory({}, xattrs={"user.d": b""}),
+    },
+    "fifo and socket": {"p": Special(), "s": Special(stat.S_IFSOCK, mode=0o600)},
+    "hole at the end": {"a": Sparse(1 << 20, {0: b"x"})},
+    "hole at the start": {"a": Sparse((1 << 20) + 1, {1 << 20: b"x"})},
+    "only a hole": {"a": Sparse(1 << 20)},
+    "holes between": {"a": Sparse(3 << 20, {1 << 20: BIG, 2 << 20: noise(5000)})},
+    "hardlinks": {
+        "a": File(b"1"), "b": {"a2": Hardlink("a"), "a3": Hardlink("a")},
+        "c": File(BIG), "d": {"c2": Hardlink("c")}, "z": Hardlink("c"),
+        "e": File(noise(2000)), "e2": Hardlink("e"),
+    },
+    "hardlinked symlink": {"a": Symlink(b"x"), "b": Hardlink("a")},
+}  # fmt: skip
+BY_ROOT: dict[str, Entry] = {
+    "owners": {"a": File(b"1", owner=(12345, 54321)), "b": File(BIG, owner=(1, 2)), "c": File(b"", owner=(0, 7))},
+    "set-id of others": {"a": File(b"1", owner=(12345, 54321), mode=0o6755)},
+    "devices": {"c": Special(stat.S_IFCHR, device=(1, 3)), "b": Special(stat.S_IFBLK, device=(300, 70000))},
+    "capabilities": {
+        "a": File(b"1", owner=(99, 0), xattrs={
+            "security.capability": bytes.fromhex("0100000200040000000000000000000000000000"),
+            "trusted.x": b"1",
+        })
+    },
+}  # fmt: skip
+CASES = EVERYWHERE | (BY_ROOT if ROOT else {})
+
+
+@pytest.mark.parametrize("tree", CASES.values(), ids=CASES.keys())
+def test_what_was_backed_up_comes_back(tree: Tree, tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, tree)
+    result, events = run_restore(repository, snapshot, source, tmp_path / "made" / "target", verify=True)
+    assert snapshot_of(tmp_path / "made" / "target") == snapshot_of(source)
+    assert events == []
+    assert (result.errors, result.damaged) == (0, 0)
+    assert result.verified == len(snapshot_of(source)) - 1
+
+
+@pytest.mark.parametrize("tree", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("overwrite", ["always", "if-changed"])
+def test_a_second_restore_changes_nothing(tree: Tree, overwrite: str, tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, tree)
+    run_restore(repository, snapshot, source, tmp_path / "target")
+    result, events = run_restore(
+        repository, snapshot, source, tmp_path / "target", overwrite=overwrite, delete=True, verify=True
+    )
+    assert snapshot_of(tmp_path / "target") == snapshot_of(source)
+    assert (events, result.errors, result.deleted) == ([], 0, 0)
+    if overwrite == "if-changed":
+        assert (result.files, result.size) == (0, 0)
+
+
+def test_a_large_set_of_attributes_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archiver, "_MOST_XATTRS", 10)
+    xattrs = {"user.a": b"x" * 500, "user.b": b"y"}
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1", xattrs=xattrs), "d": Directory({}, xattrs=xattrs)})
+    result, _ = run_restore(repository, snapshot, source, tmp_path / "target", verify=True)
+    assert snapshot_of(tmp_path / "target") == snapshot_of(source)
+    assert result.verified == 2
+
+
+@as_root
+def test_acls_come_back(tmp_path: Path) -> None:
+    source = build({"a": File(b"1", mode=0o640), "d": {"x": File(BIG)}}, tmp_path / "source")
+    entries = [(1, 6, 0xFFFFFFFF), (2, 4, 1234), (4, 4, 0xFFFFFFFF), (16, 6, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF)]
+    acl = (2).to_bytes(4, "little") + b"".join(
+        tag.to_bytes(2, "little") + permissions.to_bytes(2, "little") + who.to_bytes(4, "little")
+        for tag, permissions, who in entries
+    )
+    os.setxattr(source + b"/a", "system.posix_acl_access", acl)
+    os.setxattr(source + b"/d", "system.posix_acl_default", acl)
+    repository = new_repository()
+    snapshot = back_up(repository, source)
+    # Where the target gives an ACL to what is made in it, the files have theirs and no other.
+    target = build({"d": {}}, tmp_path / "target")
+    os.setxattr(target, "system.posix_acl_default", acl)
+    result, events = run_restore(repository, snapshot, source, target)
+    assert events == []
+    assert below(snapshot_of(target)) == below(snapshot_of(source))
+
+
+@as_root
+def test_a_group_that_the_target_would_give_is_not_taken(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(
+        tmp_path, {"a": File(b"1"), "b": File(BIG), "d": {"x": File(b"2")}, "l": Symlink(b"a"), "p": Special()}
+    )
+    (tmp_path / "target").mkdir()
+    os.chown(tmp_path / "target", 0, 4321)
+    os.chmod(tmp_path / "target", 0o2775)
+    run_restore(repository, snapshot, source, tmp_path / "target")
+    assert below(snapshot_of(tmp_path / "target")) == below(snapshot_of(source))
+
+
+def test_depth_beyond_any_path(tmp_path: Path) -> None:
+    depth = 600
+    source = os.fsencode(tmp_path / "source")
+    os.mkdir(source)
+    fd = os.open(source, os.O_RDONLY)
+    name = b"d" * 20
+    for level in range(depth):
+        with open(os.open(b"file", os.O_WRONLY | os.O_CREAT, dir_fd=fd), "wb") as file:
+            file.write(noise(3000, level))
+        os.mkdir(name, dir_fd=fd)
+        below_fd = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below_fd
+    os.close(fd)
+    repository = new_repository()
+    snapshot = back_up(repository, source)
+    result, events = run_restore(repository, snapshot, source, tmp_path / "target", verify=True)
+    assert (result.files, result.directories, events) == (depth, depth, [])
+    assert result.verified == 2 * depth
+    fds = [os.open(tmp_path / "target", os.O_RDONLY), os.open(source, os.O_RDONLY)]
+    for _ in range(depth):
+        deeper = [os.open(name, os.O_RDONLY, dir_fd=fd) for fd in fds]
+        for fd in fds:
+            os.close(fd)
+        fds = deeper
+        ours, theirs = (os.fstat(fd) for fd in fds)
+        assert (ours.st_mode, ours.st_mtime_ns) == (theirs.st_mode, theirs.st_mtime_ns)
+    # And all of it can be deleted again.
+    build({"empty": {}}, tmp_path / "other")
+    other = back_up(repository, tmp_path / "other")
+    result, events = run_restore(repository, other, tmp_path / "other", tmp_path / "target", delete=True)
+    assert (os.listdir(tmp_path / "target"), events, result.deleted) == (["empty"], [], 2 * depth)
+    for fd in fds:
+        os.close(fd)
+    subprocess.run(["rm", "-rf", source], check=True)
+
+
+def test_an_island_in_8_gib_of_hole_costs_nothing(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": Sparse(8 << 30, {5 << 30: b"island"})})
+    run_restore(repository, snapshot, source, tmp_path / "target")
+    status = os.stat(tmp_path / "target" / "a")
+    assert (status.st_size, status.st_blocks * 512 <= 64 << 10) == (8 << 30, True)
+    with open(tmp_path / "target" / "a", "rb") as file:
+        file.seek(5 << 30)
+        assert file.read(6) == b"island"
+
+
+def test_sparse_makes_holes_of_zeros(tmp_path: Path) -> None:
+    content = BIG[:5000] + bytes(1 << 20) + BIG[:5000] + bytes(1 << 20)
+    repository, snapshot, source = saved(tmp_path, {"a": File(content)})
+    run_restore(repository, snapshot, source, tmp_path / "plain")
+    run_restore(repository, snapshot, source, tmp_path / "sparse", sparse=True, verify=True)
+    assert (tmp_path / "sparse" / "a").read_bytes() == content == (tmp_path / "plain" / "a").read_bytes()
+    assert os.stat(tmp_path / "plain" / "a").st_blocks * 512 >= len(content)
+    assert os.stat(tmp_path / "sparse" / "a").st_blocks * 512 < 300 << 10
+
+
+@given(
+    parts=st.lists(st.tuples(st.sampled_from(["data", "zeros", "hole"]), st.integers(1, 40_000)), max_size=8),
+    sparse=st.booleans(),
+    windows=st.sampled_from([1, 5000, 1 << 20]),
+)
+def test_any_content_comes_back(
+    parts: list[tuple[str, int]], sparse: bool, windows: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("content")
+    (tmp_path / "source").mkdir()
+    with open(tmp_path / "source" / "a", "wb") as file:
+        for number, (kind, length) in enumerate(parts):
+            if kind == "hole":
+                file.seek(length, os.SEEK_CUR)
+            else:
+                file.write(noise(length, number) if kind == "data" else bytes(length))
+        file.truncate()
+    repository = new_repository()
+    snapshot = back_up(repository, tmp_path / "source")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(restore_files, "_WINDOW_BYTES", windows)
+        run_restore(repository, snapshot, tmp_path / "source", tmp_path / "target", sparse=sparse, verify=True)
+    assert (tmp_path / "target" / "a").read_bytes() == (tmp_path / "source" / "a").read_bytes()
+    assert snapshot_of(tmp_path / "target", holes=False) == snapshot_of(tmp_path / "source", holes=False)
+    assert os.stat(tmp_path / "target" / "a").st_blocks <= os.stat(tmp_path / "source" / "a").st_blocks + 8
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        (restore_files, "_WINDOW_FILES", 1),
+        (restore_files, "_WINDOW_BYTES", 1),
+        (restore_files, "_SLICE_S", 0),
+        (restore_files, "_MOST_OPEN_FILES", 0),
+        (restore_files, "_SMALL", 0),
+        (writing, "_MOST_OPEN", 2),
+        (fetch, "MOST_GAP", 0),
+        (fetch, "MOST_RANGE", 1),
+        (restore_files, "PAUSE", 1),
+    ],
+)
+def test_no_bound_changes_what_comes_back(
+    module: ModuleType, name: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, name, value)
+    tree: dict[str, Entry] = {key.replace(" ", "-"): entry for key, entry in CASES.items()}
+    tree.pop("hardlinks")
+    tree.pop("hardlinked-symlink")
+    tree |= {"a": File(BIG), "b": {"c": {"d": {"a": Hardlink("a")}, "e": File(b"1")}, "f": Hardlink("a")}}
+    repository, snapshot, source = saved(tmp_path, tree)
+    open_before = len(os.listdir("/proc/self/fd"))
+    result, events = run_restore(repository, snapshot, source, tmp_path / "target", verify=True)
+    assert snapshot_of(tmp_path / "target") == snapshot_of(source)
+    assert (events, result.errors) == ([], 0)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_one_file_keeps_its_name(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"d": {"a": File(BIG, mode=0o640), "b": File(b"2"), "l": Symlink(b"x")}})
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "mine").touch()
+    for name in (b"a", b"l"):
+        run_restore(repository, snapshot, source + b"/d/" + name, tmp_path / "target", delete=True, verify=True)
+    assert sorted(os.listdir(tmp_path / "target")) == ["a", "l", "mine"]
+    assert snapshot_of(tmp_path / "target" / "a") == snapshot_of(source + b"/d/a")
+
+
+def test_the_root_brings_the_way_to_the_sources(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1")})
+    result, events = run_restore(repository, snapshot, "/", tmp_path / "target", verify=True)
+    assert snapshot_of(os.fsencode(tmp_path / "target") + source) == snapshot_of(source)
+    assert (events, result.errors) == ([], 0)
+
+
+def test_an_existing_target_keeps_its_metadata_and_a_new_one_gets_the_directorys(tmp_path: Path) -> None:
+    source = build({"d": Directory({"a": File(b"1")}, mode=0o711, mtime_ns=77)}, tmp_path / "source")
+    repository = new_repository()
+    snapshot = back_up(repository, source)
+    (tmp_path / "old").mkdir(mode=0o750)
+    run_restore(repository, snapshot, source + b"/d", tmp_path / "old")
+    run_restore(repository, snapshot, source + b"/d", tmp_path / "new")
+    old, new = os.stat(tmp_path / "old"), os.stat(tmp_path / "new")
+    assert stat.S_IMODE(old.st_mode) == 0o750
+    assert (stat.S_IMODE(new.st_mode), new.st_mtime_ns) == (0o711, 77)
+
+
+def test_the_target_itself_may_be_a_symlink(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1")})
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    run_restore(repository, snapshot, source, tmp_path / "link")
+    assert (tmp_path / "real" / "a").read_bytes() == b"1"
+    assert (tmp_path / "link").is_symlink()
+
+
+# What is in the target already.
+
+
+@pytest.mark.parametrize(
+    ("overwrite", "expected"),
+    [
+        ("always", {"new": b"from snapshot", "same": b"from snapshot", "newer": b"from snapshot", "older": b"from snapshot"}),
+        ("if-changed", {"new": b"from snapshot", "same": b"here already!", "newer": b"from snapshot", "older": b"from snapshot"}),
+        ("if-newer", {"new": b"from snapshot", "same": b"here already!", "newer": b"here already!", "older": b"from snapshot"}),
+        ("never", {"new": b"from snapshot", "same": b"here already!", "newer": b"here already!", "older": b"here already!"}),
+    ],
+)  # fmt: skip
+def test_overwrite(overwrite: str, expected: dict[str, bytes], tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {name: File(b"from snapshot") for name in expected})
+    target = build(
+        {
+            "same": File(b"here already!"),
+            "newer": File(b"here already!", mtime_ns=OLD_NS + 1),
+            "older": File(b"here already!", mtime_ns=OLD_NS - 1),
+        },
+        tmp_path / "target",
+    )
+    result, events = run_restore(repository, snapshot, source, target, overwrite=overwrite)
+    assert {name: (tmp_path / "target" / name).read_bytes() for name in expected} == expected
+    kept = list(expected.values()).count(b"here already!")
+    assert (result.unchanged, result.files, events) == (kept, 4 - kept, [])
+
+
+def test_a_wrong_word_for_overwrite_is_refused(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {})
+    with pytest.raises(UsageError, match="if-newer"):
+        run_restore(repository, snapshot, source, tmp_path / "target", overwrite="sometimes")
+
+
+def test_an_unchanged_file_gets_its_metadata_back_without_being_written(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(
+        tmp_path, {"a": File(b"1" * 1000, mode=0o4755), "b": File(BIG, xattrs={"user.a": b"1"}), "p": Special()}
+    )
+    run_restore(repository, snapshot, source, tmp_path / "target")
+    inodes = [os.stat(tmp_path / "target" / name).st_ino for name in "abp"]
+    os.chmod(tmp_path / "target" / "a", 0o600)
+    os.chmod(tmp_path / "target" / "p", 0o600)
+    os.setxattr(tmp_path / "target" / "b", "user.a", b"2")
+    os.setxattr(tmp_path / "target" / "b", "user.b", b"2")
+    result, _ = run_restore(repository, snapshot, source, tmp_path / "target", overwrite="if-changed", verify=True)
+    assert snapshot_of(tmp_path / "target") == snapshot_of(source)
+    assert inodes == [os.stat(tmp_path / "target" / name).st_ino for name in "abp"]
+    assert (result.unchanged, result.verified) == (3, 3)
+
+
+def test_a_lost_link_is_made_again_when_only_changes_are_written(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(BIG), "b": Hardlink("a"), "c": Hardlink("a")})
+    run_restore(repository, snapshot, source, tmp_path / "target")
+    os.unlink(tmp_path / "target" / "b")
+    (tmp_path / "target" / "b").write_bytes(BIG)
+    os.utime(tmp_path / "target" / "b", ns=(OLD_NS, OLD_NS))
+    result, _ = run_restore(repository, snapshot, source, tmp_path / "target", overwrite="if-changed", verify=True)
+    assert snapshot_of(tmp_path / "target") == snapshot_of(source)
+    assert (result.files, result.unchanged) == (1, 2)
+
+
+OBSTACLES: dict[str, tuple[Tree, Tree]] = {
+    "file for an empty directory": ({"x": File(BIG)}, {"x": {}}),
+    "file for a symlink": ({"x": File(b"1")}, {"x": Symlink(b"/etc/passwd")}),
+    "file for a fifo": ({"x": File(b"1")}, {"x": Special()}),
+    "symlink for a file": ({"x": Symlink(b"y")}, {"x": File(b"1")}),
+    "symlink for an empty directory": ({"x": Symlink(b"y")}, {"x": {}}),
+    "directory for a file": ({"x": {"y": File(b"1")}}, {"x": File(b"1")}),
+    "directory for a symlink to a directory": ({"x": {"y": File(b"1")}}, {"x": Symlink(b"z"), "z": {}}),
+    "directory for a directory": ({"x": Directory({"y": File(b"1")}, mode=0o700)}, {"x": {"y": {}}}),
+    "hardlinks over another order": ({"x": File(b"1"), "y": Hardlink("x")}, {"y": File(b"2"), "x": Hardlink("y")}),
+}
+
+
+@pytest.mark.parametrize(("tree", "there"), OBSTACLES.values(), ids=OBSTACLES.keys())
+def test_what_stands_in_the_way_is_replaced(tree: Tree, there: Tree, tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, tree)
+    target = build(there, tmp_path / "target")
+    result, events = run_restore(repository, snapshot, source, target, delete=True, verify=True)
+    assert below(snapshot_of(target)) == below(snapshot_of(source))
+    assert (events, result.errors) == ([], 0)
+
+
+@pytest.mark.parametrize(("tree", "there"), OBSTACLES.values(), ids=OBSTACLES.keys())
+def test_nothing_that_stands_in_the_way_is_touched_with_never(tree: Tree, there: Tree, tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, tree)
+    target = build(there, tmp_path / "target")
+    before = snapshot_of(target)
+    run_restore(repository, snapshot, source, target, overwrite="never", verify=True)
+    after = snapshot_of(target)
+    assert {path: after[path] for path in before if path} == below(before)
+
+
+def test_a_full_directory_in_the_place_of_a_file_goes_only_with_delete(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"x": File(b"1"), "y": File(b"2")})
+    target = build({"x": {"mine": File(b"3")}}, tmp_path / "target")
+    result, events = run_restore(repository, snapshot, source, target)
+    assert events == [FileSkipped(target + b"/x", "a directory that is not empty stands in its place; --delete removes it")]
+    assert (result.errors, result.damaged, result.files) == (1, 0, 1)
+    assert (tmp_path / "target" / "x" / "mine").exists()
+    result, events = run_restore(repository, snapshot, source, target, delete=True)
+    assert (events, result.files) == ([], 2)
+    assert (tmp_path / "target" / "x").read_bytes() == b"1"
+
+
+def test_delete_removes_what_the_snapshot_lacks_and_nothing_else(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"d": {"a": File(b"1")}, "e": {"b": File(b"2")}})
+    outside = build({"precious": File(b"!")}, tmp_path / "outside")
+    target = build(
+        {
+            "d": {"old": File(b"x"), "deep": {"er": {"x": File(b"y")}}, "link": Symlink(outside), "cache": {"k": File(b"1")}},
+            "gone": {"x": File(b"y"), "cache": {"k": File(b"1")}},
+            "kept.log": File(b"z"),
+        },
+        tmp_path / "target",
+    )
+    options = {"delete": True, "exclude": (parse_pattern(b"*.log"), parse_pattern(b"/d/cache"))}
+    planned, _ = run_restore(repository, snapshot, source, target, **options, dry_run=True)
+    assert planned.deleted == 4  # a directory counts once here
+    assert (tmp_path / "target" / "gone" / "x").exists()
+    result, events = run_restore(repository, snapshot, source, target, **options)
+    assert set(below(snapshot_of(target))) == {b"d", b"d/a", b"d/cache", b"d/cache/k", b"e", b"e/b", b"kept.log"}
+    assert (events, result.deleted) == ([], 9)
+    assert (tmp_path / "outside" / "precious").exists()
+
+
+def test_delete_of_one_subdirectory_leaves_the_rest_of_the_target(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"d": {"a": File(b"1")}})
+    build({"x": File(b"1"), "d": {"x": File(b"1")}}, tmp_path / "target")
+    run_restore(repository, snapshot, source + b"/d", tmp_path / "target" / "d", delete=True)
+    assert set(snapshot_of(tmp_path / "target")) == {b"", b"x", b"d", b"d/a"}
+
+
+def test_delete_never_removes_the_repository(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1")})
+    target = build({"srv": {"repo": {"config": File(b"!")}, "x": File(b"1")}}, tmp_path / "target")
+    run_restore(repository, snapshot, source, target, delete=True, own_folders=(target + b"/srv/repo",))
+    assert set(snapshot_of(target)) == {b"", b"a", b"srv", b"srv/repo", b"srv/repo/config"}
+
+
+@as_root
+def test_delete_stops_at_another_file_system(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1")})
+    target = build({"gone": {"disk": {}}}, tmp_path / "target")
+    if subprocess.run(["mount", "-t", "tmpfs", "none", target + b"/gone/disk"], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        (tmp_path / "target" / "gone" / "disk" / "precious").touch()
+        _, events = run_restore(repository, snapshot, source, target, delete=True)
+        assert (tmp_path / "target" / "gone" / "disk" / "precious").exists()
+        assert [type(event) for event in events] == [FileSkipped]
+    finally:
+        subprocess.run(["umount", target + b"/gone/disk"], check=True)
+
+
+def test_exclude_and_include(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(
+        tmp_path, {"a.c": File(b"1"), "d": {"b.c": File(b"2"), "b.o": File(b"3"), "e": {"f": {"c.o": File(b"4")}}}, "n": {"x": {}}}
+    )
+    run_restore(repository, snapshot, source, tmp_path / "no-o", exclude=(parse_pattern(b"*.o"), parse_pattern(b"/n")))
+    assert set(below(snapshot_of(tmp_path / "no-o"))) == {b"a.c", b"d", b"d/b.c", b"d/e", b"d/e/f"}
+    result, _ = run_restore(repository, snapshot, source, tmp_path / "o", include=(parse_pattern(b"*.o"),), verify=True)
+    # No directory is made for nothing.
+    assert set(below(snapshot_of(tmp_path / "o"))) == {b"d", b"d/b.o", b"d/e", b"d/e/f", b"d/e/f/c.o"}
+    assert (result.files, result.verified) == (2, 5)
+    assert os.stat(tmp_path / "o" / "d" / "e" / "f").st_mtime_ns == OLD_NS
+    run_restore(repository, snapshot, source, tmp_path / "e", include=(parse_pattern(b"/d/e"),))
+    assert set(below(snapshot_of(tmp_path / "e"))) == {b"d", b"d/e", b"d/e/f", b"d/e/f/c.o"}
+
+
+def test_delete_touches_only_what_is_included(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"d": {"a.c": File(b"1"), "b": File(b"1")}})
+    target = build({"d": {"old.c": File(b"x"), "mine": File(b"x"), "e": {"z.c": File(b"x")}}}, tmp_path / "target")
+    run_restore(repository, snapshot, source, target, delete=True, include=(parse_pattern(b"*.c"),))
+    assert set(below(snapshot_of(target))) == {b"d", b"d/a.c", b"d/mine", b"d/e", b"d/e/z.c"}
+
+
+def test_a_dry_run_counts_and_touches_nothing(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, CASES)
+    real, _ = run_restore(repository, snapshot, source, tmp_path / "real")
+    result, events = run_restore(repository, snapshot, source, tmp_path / "target", dry_run=True, verify=True)
+    assert not (tmp_path / "target").exists()
+    assert (result.files, result.directories, events) == (real.files, real.directories, [])
+    before = snapshot_of(tmp_path / "real")
+    result, _ = run_restore(
+        repository, snapshot, source, tmp_path / "real", dry_run=True, delete=True, exclude=(parse_pattern(b"nothing"),)
+    )
+    assert snapshot_of(tmp_path / "real") == before
+    assert (result.files, result.directories, result.deleted) == (real.files, 0, 0)
+
+
+# Owners.
+
+
+@as_root
+def test_owners_go_by_name_where_this_machine_has_the_name(tmp_path: Path) -> None:
+    source = build({"a": File(b"1", owner=(65534, 65534)), "b": File(b"1", owner=(4242, 4242))}, tmp_path / "source")
+    repository = new_repository()
+    with pytest.MonkeyPatch.context() as patch:
+        # As if the other machine numbered its users differently.
+        from backupfs.localfs import reading
+
+        names = {4242: b"daemon", 65534: b"nobody elsewhere"}
+        patch.setattr(reading, "owner_name", lambda uid: names.get(uid, b""))
+        patch.setattr(reading, "group_name", lambda gid: names.get(gid, b""))
+        snapshot = back_up(repository, source)
+    run_restore(repository, snapshot, source, tmp_path / "named", verify=True)
+    run_restore(repository, snapshot, source, tmp_path / "numbered", owner="number", verify=True)
+    assert [os.stat(tmp_path / "named" / name).st_uid for name in "ab"] == [65534, 1]
+    assert [os.stat(tmp_path / "numbered" / name).st_uid for name in "ab"] == [65534, 4242]
+
+
+AS_USER = """
+import os, sys
+os.setgroups([]); os.setgid(54321); os.setuid(54321)
+sys.path.insert(0, {checkout!r})
+import trio
+from pathlib import Path
+from backupfs.stores.opening import open_store
+from backupfs.usecases.restore import RestoreOptions, restore
+from backupfs.usecases.events import Progress
+from backupfs.snapshots.listing import load_snapshots
+from tests.builders import reopened, NOWHERE
+repository = reopened(open_store({store!r}), NOWHERE)
+snapshot = load_snapshots(repository).find("latest")
+result = trio.run(restore, repository, snapshot, {source!r}, {target!r}, RestoreOptions(verify=True),
+    lambda event: None if isinstance(event, Progress) else print(repr(event)))
+print(result.files, result.errors, result.verified)
+"""
+
+
+@as_root
+def test_a_user_gets_what_a_user_may_have(tmp_path: Path) -> None:
+    from backupfs.stores.directory import DirectoryStore
+
+    for folder in (tmp_path, *tmp_path.parents):
+        if not os.stat(folder).st_mode & 0o005 and folder.is_relative_to("/tmp"):
+            os.chmod(folder, 0o755)
+    tree = {
+        "a": File(b"1", owner=(1, 1), mode=0o6755),
+        "b": File(BIG, mode=0o400, xattrs={"user.a": b"1"}),
+        "c": Special(stat.S_IFCHR, device=(1, 3)),
+        "d": Directory({"x": File(b"1")}, mode=0o555),
+        "e": Directory({"x": File(b"1"), "y": Hardlink("e/x")}, mode=0o000),
+        "p": Special(),
+        "s": File(b"1", xattrs={"trusted.x": b"1", "user.y": b"2"}),
+    }
+    source = build(tree, tmp_path / "source")
+    store = DirectoryStore(tmp_path / "store")
+    store.create()
+    repository = new_repository(store)
+    back_up(repository, source)
+    subprocess.run(["chmod", "-R", "a+rwX", tmp_path / "store"], check=True)
+    (tmp_path / "target").mkdir()
+    os.chown(tmp_path / "target", 54321, 54321)
+    target = os.fsencode(tmp_path / "target")
+    script = AS_USER.format(
+        checkout=str(Path(__file__).parents[2]), store=str(tmp_path / "store"), source=source, target=target
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert lines[-1].split()[:2] == ["8", "2"]
+    assert repr(FileSkipped(target + b"/c", "only root can make a device file")) in lines
+    assert repr(FileSkipped(target + b"/s", "its attribute trusted.x could not be set: Operation not permitted")) in lines
+    assert sum("Remark(" in line for line in lines) == 1
+    seen = snapshot_of(target)
+    # A program must not run as a user it was not meant for.
+    assert (seen[b"a"].mode, seen[b"a"].owner) == (0o755, (54321, 54321))
+    assert seen[b"b"].xattrs == ((b"user.a", b"1"),)
+    assert seen[b"e/x"].links == (b"e/x", b"e/y")
+    assert [seen[name].mode for name in (b"b", b"d", b"e")] == [0o400, 0o555, 0]
+
+
+# Hostile things.
+
+
+def test_no_symlink_in_the_target_leads_outside(tmp_path: Path) -> None:
+    tree: Tree = {"d": {"e": {"f": File(b"1"), "g": File(BIG)}}, "x": File(b"2"), "y": Symlink(b"z"), "p": Special()}
+    repository, snapshot, source = saved(tmp_path, tree)
+    outside = build({"e": {"f": File(b"precious"), "other": File(b"1")}, "x": File(b"precious")}, tmp_path / "outside")
+    before = snapshot_of(outside)
+    for there in (
+        {"d": Symlink(outside)},
+        {"d": {"e": Symlink(outside + b"/e")}},
+        {"d": {"e": {"f": Symlink(outside + b"/e/f"), "g": Symlink(outside + b"/new")}}},
+        {"x": Symlink(outside + b"/x"), "y": Symlink(outside), "p": Symlink(outside + b"/x")},
+    ):
+        for overwrite in ("never", "if-newer", "if-changed", "always"):
+            target = build(there, tmp_path / "target")
+            run_restore(repository, snapshot, source, target, overwrite=overwrite, delete=True, verify=True)
+            assert snapshot_of(outside) == before
+            assert overwrite != "always" or below(snapshot_of(target)) == below(snapshot_of(source))
+            subprocess.run(["rm", "-rf", target], check=True)
+
+
+@pytest.mark.parametrize("name", [b"../outside", b"..", b".", b"a/b", b"/etc/x", b""])
+def test_no_name_of_a_hostile_snapshot_leads_outside(name: bytes, tmp_path: Path) -> None:
+    repository = new_repository()
+    (tmp_path / "top").mkdir()
+    for mode, content in ((stat.S_IFREG | 0o644, b"\x03evil"), (stat.S_IFDIR | 0o755, None), (stat.S_IFLNK | 0o777, b"/etc")):
+        snapshot = forged(repository, [(name, mode, content)])
+        result, events = run_restore(repository, snapshot, "/", tmp_path / "top" / "target")
+        assert (result.errors, [type(event) for event in events]) == (1, [FileSkipped])
+        assert os.listdir(tmp_path / "top" / "target") == []
+        assert os.listdir(tmp_path / "top") == ["target"]
+
+
+def test_a_name_given_twice_in_a_hostile_snapshot_leads_nowhere(tmp_path: Path) -> None:
+    repository = new_repository()
+    outside = build({}, tmp_path / "outside")
+    inner = forged(repository, [(b"evil", stat.S_IFREG | 0o644, b"\x03evil")]).root
+    snapshot = forged(
+        repository, [(b"d", stat.S_IFLNK | 0o777, outside), (b"d", stat.S_IFDIR | 0o755, inner)]
+    )
+    result, events = run_restore(repository, snapshot, "/", tmp_path / "target")
+    assert (result.errors, os.listdir(outside)) == (1, [])
+
+
+def forged(repository: Repository, entries: list[tuple[bytes, int, bytes | None]]) -> Snapshot:
+    """Return a snapshot that no backup would make."""
+    from backupfs.codec.compression import DEFAULT_LEVEL
+    from backupfs.codec.records import encode_record
+    from backupfs.repository.writer import ChunkSaver, PackWriter
+
+    async def store(data: bytes) -> ChunkId:
+        blocks = []
+        saver = ChunkSaver(repository.tree_index, blocks.append)
+        chunk_id = repository.trees.chunk_id(data)
+        saver.save(chunk_id, data)
+        saver.flush()
+        writer = PackWriter(
+            repository.store, repository.keyring, repository.tree_index, Kind.TREE_PACK, b"h" * 16, DEFAULT_LEVEL
+        )
+        for block in blocks:
+            await writer.add(block)
+        await writer.flush()
+        return chunk_id
+
+    empty = trio.run(store, encode_record([0, b"", b"", [], b"", [], [], [], []]))
+    rows = b"".join(STAT_ROW.pack(mode, 0, 0, 1, 9, len(content or b"") - 1 if content and content[:1] == b"\3" else 0, 1, 0, 1, 0)
+                    for _, mode, content in entries)  # fmt: skip
+    contents = [empty if content is None else content for _, _, content in entries]
+    page = [0, b"\0".join(name for name, _, _ in entries), rows, contents, b"", [], [], [], []]
+    if entries == [(b"", entries[0][1], entries[0][2])]:
+        page[1] = b"\0"  # two empty names
+        page[2], page[3] = rows + STAT_ROW.pack(stat.S_IFREG, 0, 0, 1, 9, 0, 1, 0, 1, 0), [*contents, b""]
+        pytest.skip("a page cannot hold one empty name")
+    root = trio.run(store, encode_record(page))
+    from backupfs.snapshots.snapshot import Statistics
+
+    return Snapshot(0, b"h" * 16, "host", 1, b"", 1, 1, (b"/",), (), b"", root, Statistics())
+
+
+# Damage.
+
+
+def data_packs(repository: Repository) -> list[str]:
+    return [info.key for info in repository.store.list("packs/data/")]
+
+
+@pytest.mark.expected_log
+def test_damage_costs_the_files_it_hits_and_no_other(tmp_path: Path) -> None:
+    tree = {f"f{number:03}": File(noise(3000 + 100 * number, number)) for number in range(60)}
+    tree["links"] = {"f": Hardlink("f010")}
+    repository, snapshot, source = saved(tmp_path, tree)
+    packs = data_packs(repository)
+    assert len(packs) > 3
+    victim = packs[1]
+    for change in ("flip", "cut", "delete"):
+        data = bytearray(repository.store.get(victim))
+        if change == "flip":
+            for at in range(100, len(data) - 3000, 2000):
+                data[at] ^= 1
+            repository.store.put(victim, data)
+        elif change == "cut":
+            repository.store.put(victim, data[: len(data) // 2])
+        else:
+            repository.store.delete(victim)
+        target = tmp_path / change
+        result, events = run_restore(reopened(repository), snapshot, source, target, verify=True)
+        there, wanted = below(snapshot_of(target)), below(snapshot_of(source))
+        lost = {event.path for event in events}
+        assert all(victim in event.reason for event in events)
+        assert result.damaged == result.errors == len(lost) == len(events) > 0
+        assert {os.fsencode(target) + b"/" + path for path in wanted.keys() - there.keys()} == lost
+        assert result.verified == len(there)
+        for path, entry in there.items():
+            assert entry == wanted[path] or wanted[path].links
+        assert temporaries(target) == []
+
+
+@pytest.mark.expected_log
+def test_another_copy_of_a_damaged_chunk_is_used(tmp_path: Path) -> None:
+    source = build({"a": File(noise(100_000)), "b": File(noise(3000, 1))}, tmp_path / "source")
+    repository = new_repository()
+    back_up(repository, source)
+    first = {info.key for info in repository.store.list("")}
+    hidden = {key: repository.store.get(key) for key in first if key.startswith(("index/data", "packs/data"))}
+    for key in hidden:
+        repository.store.delete(key)
+    snapshot = back_up(reopened(repository), source, force=True)
+    for key, data in hidden.items():
+        if key.startswith("packs/data"):
+            mangled = bytearray(data)
+            mangled[len(mangled) // 3] ^= 1
+            data = bytes(mangled)
+        repository.store.put(key, data)
+    result, events = run_restore(reopened(repository), snapshot, source, tmp_path / "one", verify=True)
+    assert (events, result.damaged) == ([], 0)
+    # And the other way round: the newer copies are bad.
+    for key in data_packs(repository):
+        if key in hidden:
+            repository.store.put(key, hidden[key])
+        else:
+            mangled = bytearray(repository.store.get(key))
+            mangled[len(mangled) // 3] ^= 1
+            repository.store.put(key, mangled)
+    result, events = run_restore(reopened(repository), snapshot, source, tmp_path / "two", verify=True)
+    assert (events, result.damaged) == ([], 0)
+    assert snapshot_of(tmp_path / "one") == snapshot_of(tmp_path / "two") == snapshot_of(source)
+
+
+@pytest.mark.expected_log
+def test_a_lost_index_is_made_again(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(BIG), "b": File(b"x" * 1000)})
+    for info in list(repository.store.list("index/data/")):
+        repository.store.delete(info.key)
+    result, events = run_restore(reopened(repository), snapshot, source, tmp_path / "target")
+    assert (events, result.errors) == ([], 0)
+    assert snapshot_of(tmp_path / "target") == snapshot_of(source)
+
+
+@pytest.mark.expected_log
+def test_a_damaged_directory_is_named_and_nothing_in_it_deleted(tmp_path: Path) -> None:
+    source = build({"d": {"a": File(b"1")}, "e": {"b": File(b"2")}}, tmp_path / "source")
+    repository = new_repository()
+    snapshot = back_up(repository, source)
+    target = build({"d": {"mine": File(b"x")}, "e": {"old": File(b"x")}}, tmp_path / "target")
+    from backupfs.snapshots.walk import find_path
+
+    tree = find_path(snapshot, source + b"/d", repository.trees.load).content
+    fresh = reopened(repository)
+    load = fresh.trees.load
+
+    def failing(chunk_id: ChunkId) -> bytes | memoryview:
+        if chunk_id == tree:
+            from backupfs.errors import DamagedObject
+
+            raise DamagedObject("the object packs/tree/… is damaged")
+        return load(chunk_id)
+
+    fresh.trees.load = failing  # type: ignore[method-assign]
+    result, events = run_restore(fresh, snapshot, source, target, delete=True)
+    assert events == [FileSkipped(target + b"/d", "the object packs/tree/… is damaged")]
+    assert set(below(snapshot_of(target))) == {b"d", b"d/mine", b"e", b"e/b"}
+    assert (result.errors, result.damaged) == (1, 1)
+
+
+def test_verify_finds_what_the_target_did_not_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree: Tree = {
+        "a": File(BIG), "b": File(b"1" * 600), "c": File(b"1"), "d": Directory({}, xattrs={"user.a": b"1"}),
+        "h": Sparse(1 << 20, {0: b"1"}), "l": Symlink(b"x"), "m": File(b"2"), "t": File(b"2"), "g": File(b"2"),
+    }  # fmt: skip
+    repository, snapshot, source = saved(tmp_path, tree)
+    target = tmp_path / "target"
+
+    def break_all(_verifier: object) -> None:
+        with open(target / "a", "r+b") as file:
+            file.seek(150_000)
+            file.write(b"\xff" if BIG[150_000] != 255 else b"\0")
+        for name, content in ((("b", b"2" * 600)), ("c", b"2")):
+            (target / name).write_bytes(content)
+        with open(target / "h", "r+b") as file:
+            file.seek(600_000)
+            file.write(b"1")
+        for name in "abch":
+            os.utime(target / name, ns=(OLD_NS, OLD_NS))
+        os.removexattr(target / "d", "user.a")
+        os.unlink(target / "l")
+        os.symlink("y", target / "l")
+        os.utime(target / "l", ns=(OLD_NS, OLD_NS), follow_symlinks=False)
+        os.chmod(target / "m", 0o600)
+        os.utime(target / "t", ns=(1, 1))
+        os.unlink(target / "g")
+
+    monkeypatch.setattr(restore_verify.Verifier, "sync", break_all)
+    result, events = run_restore(repository, snapshot, source, target, verify=True)
+    assert sorted(event.path[-1:] for event in events) == [b"a", b"b", b"c", b"d", b"g", b"h", b"l", b"m", b"t"]
+    assert (result.verified, result.errors, result.damaged) == (0, 9, 0)
+
+
+# The end of a run before its end.
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "below a file"])
+def test_a_target_that_is_no_directory_is_refused(kind: str, tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1")})
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    path = {"file": "file", "dangling link": "link", "below a file": "file/x"}[kind]
+    with pytest.raises(SourceError, match="target"):
+        run_restore(repository, snapshot, source, tmp_path / path)
+    with pytest.raises(SourceError, match="target"):
+        run_restore(repository, snapshot, source, tmp_path / path, dry_run=True)
+
+
+def test_an_unknown_path_is_named(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1")})
+    with pytest.raises(PathNotFound, match="has no b"):
+        run_restore(repository, snapshot, source + b"/b", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+@as_root
+def test_a_full_disk_stops_the_run_with_one_message(tmp_path: Path) -> None:
+    tree: dict[str, Entry] = {"a": File(BIG), "big": File(noise(3 << 20)), "b": {f"{n}": File(noise(3000, n)) for n in range(300)}}
+    repository, snapshot, source = saved(tmp_path, tree)
+    target = tmp_path / "target"
+    target.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", target], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(SourceError, match="is full: make room"):
+            run_restore(repository, snapshot, source, target)
+        assert temporaries(target) == []
+        subprocess.run(["mount", "-o", "remount,ro", target], check=True)
+        with pytest.raises(SourceError, match="read-only"):
+            run_restore(repository, snapshot, source, target)
+    finally:
+        subprocess.run(["umount", "--lazy", target], check=True)
+
+
+def test_a_file_that_cannot_be_written_is_told_and_the_rest_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1" * 600), "b": File(BIG), "c": File(b"2"), "d": File(BIG)})
+    real = os.rename
+
+    def failing(old: bytes, new: bytes, **fds: int) -> None:
+        if new in (b"a", b"b"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(old, new, **fds)
+
+    monkeypatch.setattr(os, "rename", failing)
+    result, events = run_restore(repository, snapshot, source, tmp_path / "target")
+    assert sorted(events, key=repr) == [
+        FileSkipped(os.fsencode(tmp_path) + b"/target/" + name, "Input/output error") for name in (b"a", b"b")
+    ]
+    assert sorted(os.listdir(tmp_path / "target")) == ["c", "d"]
+    assert (result.errors, result.damaged) == (2, 0)
+
+
+def test_where_links_cannot_be_made_copies_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository, snapshot, source = saved(
+        tmp_path, {"a": File(BIG), "b": {"c": Hardlink("a")}, "d": File(b"1"), "e": Hardlink("d"), "f": File(b"2" * 600), "g": Hardlink("f")}
+    )
+
+    def failing(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", failing)
+    result, events = run_restore(repository, snapshot, source, tmp_path / "target")
+    wanted = {path: replace(entry, links=()) for path, entry in snapshot_of(source).items()}
+    assert snapshot_of(tmp_path / "target") == wanted
+    assert (events, result.files) == ([], 6)
+
+
+def test_a_store_that_fails_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {f"{n}": File(noise(20_000, n)) for n in range(20)})
+    for at in (1, 3, 5):
+        store = FaultyStore(repository.store, Fault("get", at, prefix="packs/data/"))
+        with pytest.raises(StoreUnavailable, match="failed by rule"):
+            run_restore(reopened(store), snapshot, source, tmp_path / "target")
+        assert temporaries(tmp_path / "target") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(25))
+def test_an_interrupted_run_leaves_whole_files_and_no_temporaries(seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    tree: dict[str, Entry] = {
+        f"d{n}": {f"f{m}": File(noise(chance.choice([10, 700, 3000, 90_000, 400_000]), n * m)) for m in range(12)}
+        for n in range(6)
+    }
+    repository, snapshot, source = saved(tmp_path, tree)
+    calls = chance.randrange(60)
+
+    class Stopping(CountingStore):
+        def around(self, verb: str, key: str, call: Callable[[], object]) -> object:  # type: ignore[override]
+            if key.startswith("packs/data") and self.calls["get"] >= calls:
+                trio.from_thread.run_sync(scope.cancel)
+            return super().around(verb, key, call)
+
+    scope = trio.CancelScope()
+
+    async def cancelled() -> None:
+        with scope:
+            scope.deadline = trio.current_time() + chance.random() * 0.05 if seed % 2 else float("inf")
+            await restore(
+                fresh, snapshot, source, os.fsencode(tmp_path / "target"), RestoreOptions(), lambda event: None
+            )
+
+    fresh = reopened(repository)
+    fresh.data._store = Stopping(repository.store)
+    open_before = len(os.listdir("/proc/self/fd"))
+    trio.run(cancelled)
+    assert temporaries(tmp_path / "target") == []
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    wanted = snapshot_of(source)
+    for path, entry in snapshot_of(tmp_path / "target").items() if (tmp_path / "target").exists() else ():
+        assert entry.kind == "directory" or entry == wanted[path]
+    result, events = run_restore(repository, snapshot, source, tmp_path / "target", overwrite="if-changed")
+    assert events == []
+    assert below(snapshot_of(tmp_path / "target")) == below(wanted)
+
+
+# Costs.
+
+
+def test_packs_are_read_in_order_in_few_requests(tmp_path: Path) -> None:
+    tree = {f"d{n}": {f"f{m}": File(noise(2000, 100 * n + m)) for m in range(40)} for n in range(10)}
+    repository, snapshot, source = saved(tmp_path, tree)
+    packs = data_packs(repository)
+    store = CountingStore(repository.store)
+    fresh = reopened(repository)
+    fresh.data._store = store
+    run_restore(fresh, snapshot, source, tmp_path / "target")
+    assert store.calls["get"] <= len(packs) + 2
+
+
+def test_progress_has_totals_when_the_whole_snapshot_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backupfs.usecases import restore as module
+
+    monkeypatch.setattr(module, "_PROGRESS_SECONDS", 0)
+    repository, snapshot, source = saved(tmp_path, {f"{n}": File(noise(20_000, n)) for n in range(20)})
+    events: list[Event] = []
+    for path in (source, b"/"):
+        trio.run(
+            restore, repository, snapshot, path, os.fsencode(tmp_path / "target"), RestoreOptions(), events.append
+        )
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert {(event.verb, event.files_total, event.size_total) for event in progress} == {("restore", 20, 400_000)}
+    assert all(event.files <= 20 and event.size <= 400_000 for event in progress)
+
+
