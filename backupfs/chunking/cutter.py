@@ -22,6 +22,12 @@ class CutSizes:
     max_size: int = 4 << 20
 
 
+def can_cut(min_size: int, avg_size: int, max_size: int) -> bool:
+    """Tell whether the cutter takes these sizes."""
+    in_bounds = 64 <= min_size <= 1 << 20 and 256 <= avg_size <= 4 << 20 and 1 << 10 <= max_size <= 16 << 20
+    return in_bounds and min_size <= avg_size <= max_size
+
+
 class Cutter:
     """Cuts streams into chunks. Not safe in threads: one per thread."""
 

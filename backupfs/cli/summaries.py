@@ -70,8 +70,8 @@ def tell_snapshots(settings: Settings, snapshots: list[Snapshot]) -> None:
             statistics = snapshot.statistics
             click.echo(
                 f"{short(snapshot.snapshot_id)}: by {shown(snapshot.user)} with {shown(snapshot.program)},"
-                f" {statistics.files_new:,} new, {statistics.files_changed:,} changed, {statistics.files_skipped:,} skipped,"
-                f" {size_text(statistics.stored_added)} stored, {duration_text(statistics.duration_ns)}"
+                f" {statistics.files_new:,} new, {statistics.files_changed:,} changed,"
+                f" {statistics.files_skipped:,} skipped, {size_text(statistics.stored_added)} stored, {duration_text(statistics.duration_ns)}"
             )
 
 
@@ -147,7 +147,8 @@ def tell_forget(settings: Settings, result: "ForgetResult", dry_run: bool) -> No
             f"{verb} {short(snapshot.snapshot_id)}, {time_text(snapshot.time_ns)}, {shown(snapshot.host)}, {paths}"
         )
     click.echo(
-        f"{result.kept} snapshot{'s' if result.kept != 1 else ''} kept; the space is kept until the repository is pruned"
+        f"{result.kept} snapshot{'s' if result.kept != 1 else ''} kept;"
+        " the space of the forgotten is kept until the repository is pruned"
     )
 
 

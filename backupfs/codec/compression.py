@@ -2,7 +2,7 @@
 
 import zstandard
 
-from backupfs.errors import DamagedObject
+from backupfs.errors import DamagedObject, UnknownVersion
 
 RAW = 0
 ZSTD = 1
@@ -39,14 +39,14 @@ def decompress(codec: int, body: bytes, plain_length: int, what: str) -> bytes:
     """Return the `plain_length` plain bytes of a unit's body.
 
     Never allocates more than `plain_length`, whatever the body claims.
-    Raises: DamagedObject.
+    Raises: DamagedObject; UnknownVersion.
     """
     if codec == RAW:
         if len(body) != plain_length:
             raise DamagedObject(f"{what} has {len(body)} bytes instead of {plain_length}")
         return body
     if codec != ZSTD:
-        raise DamagedObject(f"{what} uses the unknown codec {codec}")
+        raise UnknownVersion(f"{what} uses the codec {codec}, which this backupfs does not know: upgrade backupfs")
     try:
         decompressor = _decompressors.pop()
     except IndexError:

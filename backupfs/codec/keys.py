@@ -14,7 +14,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from backupfs.codec.records import Encodable, decode_record, encode_record
-from backupfs.errors import DamagedObject, WrongPassword
+from backupfs.errors import DamagedObject, UnknownVersion, WrongPassword
 
 KEY_SIZE = 32
 SLOT_MAGIC = b"BKFSKEY1"
@@ -64,18 +64,23 @@ class Keyring:
         """Tell whether the slot gives any key of this role."""
         return any(own_role == role for own_role, _, _ in self.keys)
 
-    def epoch(self) -> int:
-        """Return the newest key epoch, which new objects are sealed under."""
-        return max(epoch for _, epoch, _ in self.keys)
+    def epoch(self, role: str) -> int:
+        """Return the newest epoch of a role, which new objects are sealed under; 0 where the slot lacks the role."""
+        return max((epoch for own_role, epoch, _ in self.keys if own_role == role), default=0)
 
     def chunk_id_key(self, tree: bool) -> bytes:
         """Return the key that names chunks: tree pages and file data have different ones."""
         return self.key(CHUNK_ID_TREE if tree else CHUNK_ID_DATA, 0)
 
-    def cutter_seed(self) -> int:
+    def file_cut_seed(self) -> int:
         """Return the cutter's 63-bit seed; never 0, which would mean unkeyed cuts."""
+        derived = keyed_hash(self.key(CUTTER, 0), b"backupfs 1 file cuts")
         # FastCDC rolls two bytes at once with a table shifted by one bit: a 64th bit would not fit.
-        return int.from_bytes(self.key(CUTTER, 0)[:8], "little") & ((1 << 63) - 1) or 1
+        return int.from_bytes(derived[:8], "little") & ((1 << 63) - 1) or 1
+
+    def page_cut_key(self) -> bytes:
+        """Return the key of the hash of names that cuts tree pages."""
+        return keyed_hash(self.key(CUTTER, 0), b"backupfs 1 page cuts")
 
 
 def new_keyring() -> Keyring:
@@ -124,6 +129,8 @@ def seal_slot(keyring: Keyring, password: bytes, name: str, created_ns: int, cos
 
 def _slot_fields(data: bytes, what: str) -> list:  # type: ignore[type-arg]
     if data[: len(SLOT_MAGIC)] != SLOT_MAGIC:
+        if data[: len(SLOT_MAGIC) - 1] == SLOT_MAGIC[:-1]:
+            raise UnknownVersion(f"{what} is a key slot of a newer format: upgrade backupfs")
         raise DamagedObject(f"{what} is not a key slot")
     fields = decode_record(data[len(SLOT_MAGIC) :], what)
     kinds = [str, int, int, int, int, bytes, bytes, bytes, bytes]

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from backupfs.codec import compression, keys
 from backupfs.codec.keys import Keyring
-from backupfs.errors import DamagedObject, UnknownVersion
+from backupfs.errors import BackupfsError, DamagedObject, UnknownVersion
 from backupfs.ids import ObjectId
 
 MAGIC = b"BKFS"
@@ -95,7 +95,9 @@ class Unit:
 
 
 def make_unit(role: UnitRole, plain: bytes | bytearray | memoryview, level: int) -> Unit:
-    """Compress one unit. Costs what zstd costs, with the GIL released."""
+    """Compress one unit of at most `MAX_PLAIN` bytes. Costs what zstd costs, with the GIL released."""
+    if len(plain) > MAX_PLAIN:
+        raise BackupfsError(f"{len(plain)} bytes are too many for one unit; readers would refuse it")
     codec, body = compression.compress(plain, level)
     return Unit(role, codec, len(plain), body)
 
@@ -111,7 +113,7 @@ def seal_object(kind: Kind, keyring: Keyring, units: list[Unit], directory: Unit
     directory: closes the object, with a trailer that says where it is; its content may name the offsets of the other
     units, which follow from `unit_offsets`.
     """
-    epoch = keyring.epoch()
+    epoch = keyring.epoch(ROLE_OF_KIND[kind])
     suite = _best_suite()
     header = HEADER.pack(MAGIC, FORMAT, kind, suite, KEY_DERIVED, epoch, 0, os.urandom(SALT_SIZE))
     opened = OpenedHeader(header, kind, keyring)

@@ -69,7 +69,9 @@ def note_server(mount: Mount) -> None:
         path = _note_path(_own_folder(), mount)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(f"{os.getpid()} {_status_of(os.getpid())}\n{mount.mountpoint}\n", "utf-8", "surrogateescape")
+        temporary.write_text(
+            f"{os.getpid()} {_status_of(os.getpid())}\n{mount.mountpoint}\n", "utf-8", "surrogateescape"
+        )
         os.rename(temporary, path)
 
 
@@ -109,9 +111,11 @@ def _own_folder() -> Path:
 
 def _folders_of(user_id: int) -> list[Path]:
     folders = [_own_folder()]
-    folders += [Path("/run/backupfs")] if user_id == 0 else [
-        Path(f"/run/user/{user_id}/backupfs"), Path(f"/tmp/backupfs-{user_id}")
-    ]
+    folders += (
+        [Path("/run/backupfs")]
+        if user_id == 0
+        else [Path(f"/run/user/{user_id}/backupfs"), Path(f"/tmp/backupfs-{user_id}")]
+    )
     return folders
 
 

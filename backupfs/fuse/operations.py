@@ -68,7 +68,7 @@ class SnapshotOperations(pyfuse3.Operations):
         self._attributes = EntryAttributes()
         self._attributes.st_blksize = _BLOCK
         self._absent = EntryAttributes()
-        self._absent.st_ino = 0  # type: ignore[assignment]
+        self._absent.st_ino = 0
         self._absent.entry_timeout = LASTING_S
         self._opened = FileInfo(keep_cache=True)
         self._asks_xattrs = not view.never_has_xattrs
@@ -133,8 +133,8 @@ class SnapshotOperations(pyfuse3.Operations):
     def _filled(self, found: Attributes) -> EntryAttributes:
         entry = self._attributes
         (
-            entry.st_ino,  # type: ignore[assignment]
-            entry.st_mode,  # type: ignore[assignment]
+            entry.st_ino,
+            entry.st_mode,
             entry.st_nlink,
             entry.st_uid,
             entry.st_gid,
@@ -192,11 +192,11 @@ class SnapshotOperations(pyfuse3.Operations):
     @_guarded
     def open(self, inode: int, _flags: int, _ctx: object) -> FileInfo:
         """Give the inode as handle; what the kernel has cached of the file is still true."""
-        self._opened.fh = inode  # type: ignore[assignment]
+        self._opened.fh = inode
         return self._opened
 
     @_guarded
-    def read(self, fh: int, off: int, size: int) -> bytes | memoryview:
+    def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
         """Give bytes of a file."""
         return self._view.read(fh, off, size)
 

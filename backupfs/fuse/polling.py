@@ -144,7 +144,7 @@ class SpareLock:
     ) -> None:
         """Leave the lock free and wake who waited longest."""
         self._held = False
-        pass
+        self._lot.unpark()
 
     async def _take_turns(self) -> None:
         # The checkpoint is here and not in the wait for the descriptor: after it pyfuse3 looks whether the session has

@@ -86,8 +86,8 @@ async def serve(
         from backupfs.fuse.polling import polled_event_loop
     except ImportError as error:
         raise MountError(
-            f"mounting needs pyfuse3, which cannot be loaded ({error}): `pip install pyfuse3`, which needs the packages "
-            "libfuse3-dev and pkg-config to be built"
+            f"mounting needs pyfuse3, which cannot be loaded ({error}): `pip install pyfuse3`; to build it takes the "
+            "packages libfuse3-dev, pkg-config and a C compiler"
         ) from error
 
     wanted = {"ro", "nosuid", "nodev", "fsname=backupfs", "subtype=backupfs"}

@@ -97,6 +97,7 @@ class Target:
             if not self.root.existed:
                 if not make and not os.path.lexists(path):
                     self.exists = False
+                    _require_directory_above(path)
                     return
                 _make_path(path)
             # Resolved once, here: a symlink that the user names is meant.
@@ -542,7 +543,7 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
             done += os.pwrite(fd, view[done:] if done else view, offset + done)
 
 
-def write_sparsely(fd: int, data: bytes | memoryview, offset: int, least_hole: int = 32 << 10) -> None:
+def write_sparsely(fd: int, data: bytes | memoryview, offset: int, least_hole: int = 8 << 10) -> None:
     """Write bytes at an offset of a new file, leaving out long runs of zeros.
 
     The caller sets the file's length: a run at the end leaves no trace. Raises: OSError.
@@ -595,6 +596,15 @@ def _remove_xattr(at: int | bytes, name: str) -> None:
         os.removexattr(at, name, follow_symlinks=isinstance(at, int))
     except OSError:
         return  # there is none
+
+
+def _require_directory_above(path: bytes) -> None:
+    """Raise what making a path would raise because of what stands above it."""
+    above = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise NotADirectoryError(errno.ENOTDIR, "not a directory", above)
 
 
 def _make_path(path: bytes) -> None:

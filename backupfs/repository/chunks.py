@@ -57,13 +57,17 @@ class ChunkReader:
         """Return the name of a chunk."""
         return ChunkId(keyed_hash(self._id_key, data))
 
+    def keep_at_most(self, size: int) -> None:
+        """Set how many bytes of decoded blocks are kept."""
+        self._cache_size = size
+
     def cached(self, chunk_id: ChunkId) -> memoryview | None:
         """Return a chunk if no store, codec or hash is needed for it."""
         found = self._chunks.get(chunk_id)
         return None if found is None else found[1]
 
     def resident(self, chunk_id: ChunkId) -> memoryview | None:
-        """Return a chunk whose block is decoded: it takes a look into the local index and a hash, no store, no codec."""
+        """Return a chunk whose block is decoded: a look into the local index and a hash, no store, no codec."""
         found = self._chunks.get(chunk_id)
         if found is not None:
             return found[1]

@@ -5,10 +5,11 @@ Bytes: magic (8), then one record
 Source: docs/format.rst, "Config".
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hmac import compare_digest
 
-from backupfs.chunking.cutter import CutSizes
+from backupfs.chunking.cutter import CutSizes, can_cut
 from backupfs.codec import keys
 from backupfs.codec.keys import Keyring
 from backupfs.codec.records import Field, decode_record, encode_record
@@ -84,7 +85,7 @@ def read_config(data: bytes) -> tuple[Config, bytes]:
             pass
         case _:
             raise DamagedObject("the object config is damaged: its fields are not those of format 1")
-    if len(repository_id) != 16 or not 64 <= low <= mean <= high <= 32 << 20:
+    if len(repository_id) != 16 or not can_cut(low, mean, high):
         raise DamagedObject("the object config is damaged: its values are impossible")
     config = Config(
         repository_id,
@@ -94,12 +95,22 @@ def read_config(data: bytes) -> tuple[Config, bytes]:
         tuple(str(feature) for feature in read_compatible),
         tuple(str(feature) for feature in incompatible),
     )
-    unknown = set(config.incompatible) - KNOWN_INCOMPATIBLE
-    if unknown:
-        raise UnknownVersion(
-            f"this repository needs features this backupfs lacks ({', '.join(sorted(unknown))}): upgrade backupfs"
-        )
     return config, mac
+
+
+def unknown_features(config: Config, added: Iterable[tuple[str, str]]) -> tuple[set[str], set[str]]:
+    """Return the features that this program lacks: (those that forbid reading, those that forbid writing).
+
+    added: (class, name) of the features that were added beside the config. A class that is not known forbids both.
+    """
+    unreadable = set(config.incompatible) - KNOWN_INCOMPATIBLE
+    unwritable = set(config.read_compatible) - KNOWN_READ_COMPATIBLE
+    for kind, name in added:
+        if kind == "read-compatible":
+            unwritable |= {name} - KNOWN_READ_COMPATIBLE
+        elif kind != "compatible":
+            unreadable |= {name} - KNOWN_INCOMPATIBLE
+    return unreadable, unwritable
 
 
 def check_mac(config: Config, mac: bytes, keyring: Keyring) -> bool:

@@ -6,6 +6,7 @@ CONFIG = "config"
 KEYS = "keys/"
 PACKS = "packs/"
 INDEX = "index/"
+FEATURES = "features/"  # features/CLASS/NAME: what was added to the repository after init
 SNAPSHOTS = "snapshots/"
 NOTES = "notes/"
 LEASES = "leases/"

@@ -16,12 +16,14 @@ from backupfs.errors import (
     RepositoryExists,
     RepositoryLocked,
     StoreMissing,
+    UnknownVersion,
     WrongPassword,
+    shown,
 )
 from backupfs.ids import ObjectId
 from backupfs.repository import layout
 from backupfs.repository.chunks import ChunkReader
-from backupfs.repository.config import Config, check_mac, encode_config, read_config
+from backupfs.repository.config import Config, check_mac, encode_config, read_config, unknown_features
 from backupfs.repository.index import Index
 from backupfs.repository.local import LocalFolders
 from backupfs.stores.store import Store
@@ -44,8 +46,20 @@ class KeySlot:
 class Repository:
     """Everything under one store that makes backups readable. Safe in threads."""
 
-    def __init__(self, store: Store, config: Config, keyring: Keyring, slot_id: ObjectId, local: LocalFolders) -> None:
-        """Take the parts; use `open_repository` or `create_repository`."""
+    def __init__(
+        self,
+        store: Store,
+        config: Config,
+        keyring: Keyring,
+        slot_id: ObjectId,
+        local: LocalFolders,
+        unwritable: frozenset[str] = frozenset(),
+    ) -> None:
+        """Take the parts; use `open_repository` or `create_repository`.
+
+        unwritable: features that this program lacks and that it must not write without.
+        """
+        self._unwritable = unwritable
         self.store = store
         self.config = config
         self.keyring = keyring
@@ -56,6 +70,14 @@ class Repository:
         self.data_index = Index(store, Kind.DATA_INDEX, keyring, cache / "index-data" if cache else None)
         self.trees = ChunkReader(store, keyring, self.tree_index, Kind.TREE_PACK, TREE_CACHE_SIZE)
         self.data = ChunkReader(store, keyring, self.data_index, Kind.DATA_PACK, DATA_CACHE_SIZE)
+
+    def require_writable(self) -> None:
+        """Raise UnknownVersion if this program may only read the repository."""
+        if self._unwritable:
+            names = ", ".join(sorted(map(shown, self._unwritable)))
+            raise UnknownVersion(
+                f"writing to this repository needs features this backupfs lacks ({names}): upgrade backupfs"
+            )
 
     def load_indexes(self) -> None:
         """Bring both indexes up to date with the store. Raises: StoreError."""
@@ -76,6 +98,7 @@ class Repository:
 
     def add_slot(self, password: bytes, name: str, cost: KdfCost) -> ObjectId:
         """Put a key slot that gives this keyring to another password."""
+        self.require_writable()
         data = keys.seal_slot(self.keyring, password, name, time.time_ns(), cost)
         slot_id = hash_object(data)
         self.store.put(layout.slot_key(slot_id), data)
@@ -85,6 +108,7 @@ class Repository:
 
     def remove_slot(self, slot_id: ObjectId) -> None:
         """Delete a key slot; the caller makes sure that another one opens."""
+        self.require_writable()
         self.store.delete(layout.slot_key(slot_id))
 
 
@@ -146,6 +170,10 @@ def open_repository(store: Store, password: bytes, local: LocalFolders) -> Repos
     """
     require_repository(store)
     config, mac = read_config(store.get(layout.CONFIG))
+    unreadable, unwritable = unknown_features(config, _added_features(store))
+    if unreadable:
+        names = ", ".join(sorted(map(shown, unreadable)))
+        raise UnknownVersion(f"this repository needs features this backupfs lacks ({names}): upgrade backupfs")
     slots = list(_read_slots(store))
     if not slots:
         raise DamagedObject(
@@ -160,15 +188,23 @@ def open_repository(store: Store, password: bytes, local: LocalFolders) -> Repos
             keyring = keys.open_slot(data, password, what)
         except WrongPassword:
             continue
-        except DamagedObject as error:
+        except (DamagedObject, UnknownVersion) as error:
             damage.append(str(error))
             continue
         if check_mac(config, mac, keyring):
-            return Repository(store, config, keyring, slot_id, local)
+            return Repository(store, config, keyring, slot_id, local, frozenset(unwritable))
         damage.append(f"{what} opens, but the object config was not written with its keys")
     if damage:
         raise DamagedObject("the password opens no key slot, and some are damaged: " + "; ".join(damage))
     raise WrongPassword(f"the password opens no key slot of {store.url}")
+
+
+def _added_features(store: Store) -> list[tuple[str, str]]:
+    added = []
+    for info in store.list(layout.FEATURES):
+        kind, _, name = info.key.removeprefix(layout.FEATURES).partition("/")
+        added.append((kind, name))
+    return added
 
 
 def _read_slots(store: Store) -> list[tuple[ObjectId, bytes]]:

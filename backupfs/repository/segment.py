@@ -10,6 +10,7 @@ Source: docs/format.rst, "Index".
 
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 
 from backupfs.codec import compression
 from backupfs.codec.keys import Keyring
@@ -64,8 +65,9 @@ def encode_segment(kind: Kind, keyring: Keyring, segment: Segment) -> bytearray:
     """Return the bytes of a segment object."""
     step = PAGE_ROWS * ROW.size
     starts = range(0, len(segment.rows), step)
-    # Ids, offsets and lengths are noise to zstd: pages gain nothing from it, the directory little.
-    pages = [make_unit(UnitRole.PAGE, segment.rows[start : start + step], compression.OFF) for start in starts]
+    pages = [
+        make_unit(UnitRole.PAGE, segment.rows[start : start + step], compression.DEFAULT_LEVEL) for start in starts
+    ]
     fan_out = b"".join(
         _FAN_OUT_ROW.pack(segment.rows[start : start + 32], offset)
         for start, offset in zip(starts, unit_offsets(pages), strict=True)
@@ -91,7 +93,7 @@ def decode_segment(data: bytes, kind: Kind, keyring: Keyring, what: str) -> Segm
     view = memoryview(data)
     pages = [
         opened.unseal(view[start:stop], start, UnitRole.PAGE)
-        for start, stop in zip(offsets, offsets[1:], strict=False)
+        for start, stop in pairwise(offsets)
         if HEADER.size <= start < stop <= end
     ]
     rows = b"".join(pages)

@@ -69,7 +69,8 @@ class SnapshotList:
             return None
 
     def _forgotten(self) -> set[SnapshotId]:
-        newest: dict[SnapshotId, notes.Note] = {}
+        forgets: dict[SnapshotId, set[bytes]] = {}
+        undone: set[bytes] = set()
         for info in self.repository.store.list(layout.NOTES):
             if info.key not in self._notes:
                 try:
@@ -85,10 +86,12 @@ class SnapshotList:
             note = self._notes[info.key]
             if note is None or note.kind not in (notes.FORGET, notes.UNDELETE):
                 continue
-            known = newest.get(note.snapshot_id)
-            if known is None or note.time_ns > known.time_ns:
-                newest[note.snapshot_id] = note
-        return {snapshot_id for snapshot_id, note in newest.items() if note.kind == notes.FORGET}
+            # No clock decides: an undelete names the notes that it takes back.
+            if note.kind == notes.FORGET:
+                forgets.setdefault(note.snapshot_id, set()).add(layout.id_in_key(info.key) or b"")
+            else:
+                undone |= {argument for argument in note.arguments if isinstance(argument, bytes)}
+        return {snapshot_id for snapshot_id, note_ids in forgets.items() if note_ids - undone}
 
     def find(self, name: str) -> Snapshot:
         """Return the snapshot that a user's name means: an id, its prefix, `latest` or `HOST:latest`.

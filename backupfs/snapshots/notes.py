@@ -36,6 +36,7 @@ class Note:
 
 def put_note(repository: Repository, note: Note) -> None:
     """Store a note. Raises: WrongPassword if it needs a key that this slot does not give; StoreError."""
+    repository.require_writable()
     kind = Kind.MAINTENANCE_NOTE if note.kind in _MAINTENANCE else Kind.NOTE
     data = seal_record(
         kind,

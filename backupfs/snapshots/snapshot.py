@@ -1,7 +1,8 @@
 """Snapshots: one sealed record each, never rewritten.
 
 Record: [1, kind, host id, host name, sequence, hash of the host's previous snapshot, claimed time_ns, store's time_ns,
-paths, tags, parent, root tree, statistics, user name, program, traits, disks, volumes, signature].
+paths, tags, parent, root, statistics, user name, program, traits, disks, volumes, signature], where root is
+[tree, stat row, owner, group, xattrs] of `/`, which is in no directory.
 Source: docs/format.rst, "Snapshots".
 """
 
@@ -11,6 +12,8 @@ from datetime import UTC, datetime
 from backupfs.codec.records import Field, decode_record, encode_record
 from backupfs.errors import DamagedObject, UnknownVersion
 from backupfs.ids import ChunkId, SnapshotId, short
+from backupfs.snapshots.node import STAT_ROW, Xattrs
+from backupfs.snapshots.tree import decode_xattrs
 
 FILES = 0
 IMAGE = 1
@@ -56,6 +59,10 @@ class Snapshot:
     user: str = ""
     program: str = ""
     traits: int = 0
+    root_row: bytes = b""  # stat row of `/`; empty: unknown
+    root_owner: bytes = b""
+    root_group: bytes = b""
+    root_xattrs: Xattrs | bytes = ()  # pairs, or the id of a tree chunk of pairs
     snapshot_id: SnapshotId = _NO_ID
 
     @property
@@ -85,7 +92,13 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
             list(snapshot.paths),
             list(snapshot.tags),
             snapshot.parent,
-            snapshot.root,
+            [
+                snapshot.root,
+                snapshot.root_row,
+                snapshot.root_owner,
+                snapshot.root_group,
+                snapshot.root_xattrs,
+            ],
             statistics,
             snapshot.user,
             snapshot.program,
@@ -116,7 +129,7 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
             list(paths),
             list(tags),
             bytes(parent),
-            bytes(root),
+            [bytes(root), bytes(root_row), bytes(root_owner), bytes(root_group), root_xattrs, *_],
             list(numbers),
             str(user),
             str(program),
@@ -125,7 +138,7 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
             list(),
             bytes(),
             *_,
-        ] if len(root) == 32:
+        ] if len(root) == 32 and len(root_row) in (0, STAT_ROW.size):
             return Snapshot(
                 kind,
                 host_id,
@@ -142,6 +155,10 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
                 user,
                 program,
                 traits,
+                root_row,
+                root_owner,
+                root_group,
+                decode_xattrs(root_xattrs),
                 snapshot_id,
             )
     raise DamagedObject(f"{what} is damaged: its fields are not those of format 1")

@@ -103,7 +103,7 @@ class LeafPage:
         row = STAT_ROW.unpack_from(self.rows, position * STAT_ROW.size)
         xattrs = self._xattrs.get(position, ())
         if isinstance(xattrs, bytes):
-            xattrs = decode_xattrs(decode_record(load(ChunkId(xattrs)), "a chunk of xattrs"))
+            xattrs = load_xattrs(xattrs, load)
         return Node(  # type: ignore[call-arg]
             self.names[position],
             *row,
@@ -145,8 +145,18 @@ def decode_page(data: bytes | memoryview, chunk_id: ChunkId) -> LeafPage | Inner
     record = decode_record(data, f"the tree page {short(chunk_id)}")
     try:
         match record:
-            case [0, bytes(names), bytes(rows), list(contents), bytes(flags), list(owners), list(groups),
-                  list(xattrs), list(filesystems), *_]:
+            case [
+                0,
+                bytes(names),
+                bytes(rows),
+                list(contents),
+                bytes(flags),
+                list(owners),
+                list(groups),
+                list(xattrs),
+                list(filesystems),
+                *_,
+            ]:
                 split = names.split(b"\0") if names else []
                 count = len(split)
                 fits = len(rows) == count * STAT_ROW.size and len(contents) == count and len(flags) in (0, count)
@@ -220,6 +230,14 @@ def decode_xattrs(field: Field) -> "Xattrs | bytes":
     raise DamagedObject("a set of xattrs is damaged")
 
 
+def load_xattrs(chunk_id: bytes, load: Callable[[ChunkId], bytes | memoryview]) -> Xattrs:
+    """Return a large set of xattrs, which has a tree chunk of its own. Raises: DamagedObject."""
+    found = decode_xattrs(decode_record(load(ChunkId(chunk_id)), "a chunk of xattrs"))
+    if isinstance(found, bytes):
+        raise DamagedObject("a chunk of xattrs is damaged: it holds another one's id")
+    return found
+
+
 class TreeBuilder:
     """Builds one directory's tree from nodes that come in order of names."""
 
@@ -267,7 +285,7 @@ class TreeBuilder:
             self._owners[owner[0]] = owner[1]
         if group[1]:
             self._groups[group[0]] = group[1]
-        self._weight += _weight(name, content)
+        self._weight += _weight(name, content, xattrs)
         if self._weight >= LEAST_PAGE and (self._weight >= MOST_PAGE or self._cuts_after(name, 0)):
             self._close_leaf()
 
@@ -323,8 +341,11 @@ class TreeBuilder:
         return keyed_hash(self._cut_key, name)[level] & _CUT_MASK == 0
 
 
-def _weight(name: bytes, content: Content) -> int:
-    return _ROW_WEIGHT + len(name) + (len(content) if isinstance(content, bytes) else 40 * len(content))
+def _weight(name: bytes, content: Content, xattrs: "Xattrs | bytes") -> int:
+    weight = _ROW_WEIGHT + len(name) + (len(content) if isinstance(content, bytes) else 40 * len(content))
+    if xattrs:
+        weight += len(xattrs) if isinstance(xattrs, bytes) else sum(len(key) + len(value) for key, value in xattrs)
+    return weight
 
 
 def leaf_pages(root: ChunkId, load: Callable[[ChunkId], bytes | memoryview], first: bytes = b"") -> Iterator[LeafPage]:

@@ -5,17 +5,23 @@ from collections.abc import Callable, Iterator
 
 from backupfs.errors import PathNotFound, shown
 from backupfs.ids import ChunkId
-from backupfs.snapshots.node import Node
+from backupfs.snapshots.node import STAT_ROW, Node
 from backupfs.snapshots.snapshot import Snapshot
-from backupfs.snapshots.tree import find_node, nodes
+from backupfs.snapshots.tree import find_node, load_xattrs, nodes
 
 Load = Callable[[ChunkId], bytes | memoryview]
 
 
-def root_node(snapshot: Snapshot) -> Node:
+def root_node(snapshot: Snapshot, load: Load) -> Node:
     """Return the node of `/`, which no tree holds."""
+    xattrs = snapshot.root_xattrs
+    if isinstance(xattrs, bytes):
+        xattrs = load_xattrs(xattrs, load)
     seconds, part = divmod(snapshot.time_ns, 10**9)
-    return Node(b"", stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0, seconds, part, seconds, part, snapshot.root)
+    row = (stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0, seconds, part, seconds, part)
+    if snapshot.root_row:
+        row = STAT_ROW.unpack(snapshot.root_row)
+    return Node(b"", *row, snapshot.root, 0, snapshot.root_owner, snapshot.root_group, xattrs)  # type: ignore[call-arg]
 
 
 def find_path(snapshot: Snapshot, path: bytes, load: Load) -> Node:
@@ -23,7 +29,7 @@ def find_path(snapshot: Snapshot, path: bytes, load: Load) -> Node:
 
     Raises: PathNotFound, which says how far the path goes; DamagedObject.
     """
-    node = root_node(snapshot)
+    node = root_node(snapshot, load)
     done = b""
     for name in path.split(b"/"):
         if name in (b"", b"."):

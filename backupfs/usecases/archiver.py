@@ -71,8 +71,8 @@ class ArchiverKeys:
 
     data_id: bytes
     tree_id: bytes
-    cutter: bytes
-    cutter_seed: int
+    page_cuts: bytes
+    file_cut_seed: int
 
 
 class Archiver:
@@ -94,7 +94,7 @@ class Archiver:
         report: takes events, in the walk's thread.
         """
         self._keys = keys
-        self._cutter = Cutter(sizes, keys.cutter_seed)
+        self._cutter = Cutter(sizes, keys.file_cut_seed)
         self._most_single = sizes.avg_size
         self._data = data
         self._trees = trees
@@ -108,19 +108,22 @@ class Archiver:
         self.counts = Counts()
         self.stop = threading.Event()
 
-    def archive(self, sources: list[bytes], parent: ChunkId | None) -> ChunkId:
-        """Store everything below the sources and return the root tree, that of `/`.
+    def archive(self, sources: list[bytes], parent: ChunkId | None) -> "Root":
+        """Store everything below the sources and return `/`.
 
         sources: absolute, normalised, none below another.
         parent: root tree to compare with.
         """
-        root = _run(self._from_root(b"/", sources, parent))
+        status = os.stat(b"/")
+        row = _row_of(status, status.st_size) if sources == [b"/"] else _row_on_the_way(status)
+        tree, xattrs, _ = _run(self._from_root(b"/", sources, parent))
+        saved = self.save_xattrs(xattrs)
         self._data.flush()
         self._trees.flush()
-        return root[0]
+        return Root(tree, row, reading.owner_name(status.st_uid), reading.group_name(status.st_gid), saved)
 
-    def archive_stream(self, path: bytes, read_into: Callable[[memoryview], int], time_ns: int) -> ChunkId:
-        """Store one file whose bytes come from a stream and return the root tree.
+    def archive_stream(self, path: bytes, read_into: Callable[[memoryview], int], time_ns: int) -> "Root":
+        """Store one file whose bytes come from a stream and return `/`.
 
         path: where it stands in the snapshot. time_ns: its modification time.
         """
@@ -138,7 +141,8 @@ class Archiver:
         self.counts.size = size
         self._data.flush()
         self._trees.flush()
-        return ChunkId(content) if isinstance(content, bytes) else self._builder().finish()
+        assert isinstance(content, bytes)
+        return Root(ChunkId(content), row, reading.owner_name(os.getuid()), reading.group_name(os.getgid()), ())
 
     # Above the sources: directories that are only on the way.
 
@@ -163,10 +167,7 @@ class Archiver:
                 else None
             )
             tree, _, _ = yield self._from_root(child, inner, parent_tree)
-            status = os.stat(child)
-            # A directory on the way is no source: what changes in it by itself is not recorded.
-            row = STAT_ROW.pack(status.st_mode, status.st_uid, status.st_gid, 1, 0, 0, 0, 0, 0, 0)
-            self._add(builder, name, row, tree)
+            self._add(builder, name, _row_on_the_way(os.stat(child)), tree)
         return builder.finish(), (), None
 
     def _source(self, builder: TreeBuilder, path: bytes, name: bytes, parent: ChunkId | None) -> "Steps":
@@ -278,7 +279,7 @@ class Archiver:
         return self._builder().finish()
 
     def _builder(self) -> TreeBuilder:
-        return TreeBuilder(self._keys.cutter, self.save_tree)
+        return TreeBuilder(self._keys.page_cuts, self.save_tree)
 
     def _add(self, builder: TreeBuilder, name: bytes, row: bytes, content: Content) -> None:
         _, uid, gid, *_ = STAT_ROW.unpack(row)
@@ -424,6 +425,17 @@ class FileRead:
     size: int  # of the content
     flags: int
     xattrs: Xattrs
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """`/` as it was stored: the one directory that is in none."""
+
+    tree: ChunkId
+    row: bytes
+    owner: bytes
+    group: bytes
+    xattrs: Xattrs | bytes
 
 
 class _OpenDirectory:
@@ -785,6 +797,11 @@ def _row_of(status: os.stat_result, size: int) -> bytes:
         status.st_ctime_ns // NANOSECONDS,
         status.st_ctime_ns % NANOSECONDS,
     )
+
+
+def _row_on_the_way(status: os.stat_result) -> bytes:
+    # A directory above the sources is none: what changes in it by itself is not recorded.
+    return STAT_ROW.pack(status.st_mode, status.st_uid, status.st_gid, 1, 0, 0, 0, 0, 0, 0)
 
 
 def _mode_of(row: bytes) -> int:

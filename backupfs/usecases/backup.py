@@ -9,9 +9,9 @@ from functools import partial
 import trio
 
 from backupfs import __version__, workers
-from backupfs.codec import compression, keys
+from backupfs.codec import compression
 from backupfs.codec.sealing import Kind
-from backupfs.ids import ChunkId, short
+from backupfs.ids import short
 from backupfs.localfs import reading, sources
 from backupfs.localfs.selection import Selection, SelectionRules
 from backupfs.repository import local
@@ -20,7 +20,7 @@ from backupfs.repository.repository import Repository
 from backupfs.repository.writer import DEFAULT_SIZES, ChunkSaver, PackWriter, WriteSizes, WriteTotals
 from backupfs.snapshots.listing import SnapshotList, load_snapshots, put_snapshot
 from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, Snapshot, Statistics
-from backupfs.usecases.archiver import Archiver, ArchiverKeys, Counts
+from backupfs.usecases.archiver import Archiver, ArchiverKeys, Counts, Root
 from backupfs.usecases.events import FileSkipped, Progress, Remark, Report
 
 # Blocks between the walk and compression; with those being compressed they bound the bytes in flight.
@@ -80,7 +80,7 @@ async def backup(repository: Repository, paths: list[bytes], options: BackupOpti
     host = options.host or os.uname().nodename
     parent = _parent_of(listed, options, host, paths)
 
-    def scan(run: "_Run") -> ChunkId:
+    def scan(run: "_Run") -> Root:
         selection = Selection(options.rules, _identities(options.own_folders), frozenset(paths))
         archiver = run.archiver(selection, report)
         return archiver.archive(sources.minimal_roots(paths), None if parent is None or options.force else parent.root)
@@ -106,7 +106,7 @@ async def backup_stream(
     listed = await workers.io(load_snapshots, repository)
     host = options.host or os.uname().nodename
 
-    def scan(run: "_Run") -> ChunkId:
+    def scan(run: "_Run") -> Root:
         archiver = run.archiver(Selection(SelectionRules(), frozenset(), frozenset()), report)
         return archiver.archive_stream(name, read_into, taken_ns)
 
@@ -123,6 +123,7 @@ class _Run:
 
     def __init__(self, repository: Repository, options: BackupOptions, report: Report) -> None:
         level, sizes = options.level, options.sizes
+        repository.require_writable()
         self._repository = repository
         self._dry_run = options.dry_run
         self._report = report
@@ -151,8 +152,8 @@ class _Run:
             ArchiverKeys(
                 keyring.chunk_id_key(tree=False),
                 keyring.chunk_id_key(tree=True),
-                keyring.key(keys.CUTTER, 0),
-                keyring.cutter_seed(),
+                keyring.page_cut_key(),
+                keyring.file_cut_seed(),
             ),
             self._repository.config.cut_sizes,
             self._savers[Kind.DATA_PACK],
@@ -166,8 +167,8 @@ class _Run:
     def _emit(self, kind: Kind, block: Block) -> None:
         trio.from_thread.run(self._send.send, (kind, block))
 
-    async def through(self, scan: "Callable[[_Run], ChunkId]") -> ChunkId:
-        """Run all stages to the end and return the root tree; everything it needs is then in the store and indexed."""
+    async def through(self, scan: "Callable[[_Run], Root]") -> Root:
+        """Run all stages to the end and return `/`; everything it needs is then in the store and indexed."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._stop_when_cancelled)
             nursery.start_soon(self._tell_progress)
@@ -225,7 +226,7 @@ async def _commit(
     options: BackupOptions,
     host: str,
     paths: list[bytes],
-    root: ChunkId,
+    root: Root,
     taken_ns: int,
     result: BackupResult,
     report: Report,
@@ -245,7 +246,11 @@ async def _commit(
         paths=tuple(sorted(set(paths))),
         tags=tuple(sorted(set(options.tags))),
         parent=result.parent,
-        root=root,
+        root=root.tree,
+        root_row=root.row,
+        root_owner=root.owner,
+        root_group=root.group,
+        root_xattrs=root.xattrs,
         statistics=Statistics(
             files=counts.files,
             directories=counts.directories,

@@ -268,7 +268,7 @@ class _Check:
             self._bytes_read += read.size
 
     def _check_trees(self, trees: TreeCheck) -> None:
-        tainted = [snapshot for snapshot in self._snapshots if trees.is_tainted(snapshot.root)]
+        tainted = [snapshot for snapshot in self._snapshots if trees.is_tainted(snapshot)]
         for snapshot in tainted:
             trees.tell_paths(snapshot)
         for copies in self._copies.values():

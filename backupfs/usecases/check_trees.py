@@ -69,9 +69,11 @@ class TreeCheck:
     stop: threading.Event = field(default_factory=threading.Event)
     counts: TreeCounts = field(default_factory=TreeCounts)
 
-    def is_tainted(self, root: ChunkId) -> bool:
-        """Check a tree and everything below it, as far as that was not done; tell whether anything is damaged."""
-        top = _Open(-1, [_Reference(TreeChunk.PAGE, root)], False)
+    def is_tainted(self, snapshot: Snapshot) -> bool:
+        """Check everything that a snapshot needs, as far as that was not done; tell whether anything is damaged."""
+        top = _Open(-1, [_Reference(TreeChunk.PAGE, snapshot.root)], False)
+        if isinstance(snapshot.root_xattrs, bytes):
+            top.references.append(_Reference(TreeChunk.XATTRS, ChunkId(snapshot.root_xattrs)))
         stack = [top]
         while stack and not self.stop.is_set():
             opened = stack[-1]
@@ -94,7 +96,7 @@ class TreeCheck:
     def tell_paths(self, snapshot: Snapshot) -> None:
         """Note which paths of a snapshot the damage hits, object by object."""
         name = short(snapshot.snapshot_id)
-        for chunk_id, is_tree, path in self._hits(snapshot.root):
+        for chunk_id, is_tree, path in self._hits(snapshot):
             for key in (self.trees if is_tree else self.data).blamed(chunk_id):
                 self.findings.hit(key, name, path)
 
@@ -181,9 +183,11 @@ class TreeCheck:
 
     # The second pass: paths.
 
-    def _hits(self, root: ChunkId) -> Iterator[tuple[ChunkId, bool, bytes]]:
+    def _hits(self, snapshot: Snapshot) -> Iterator[tuple[ChunkId, bool, bytes]]:
         """Yield (bad chunk, whether it is a tree chunk, path it hits), following tainted pages only."""
-        pending = [(root, b"")]
+        if isinstance(snapshot.root_xattrs, bytes) and self._is_bad(ChunkId(snapshot.root_xattrs)):
+            yield ChunkId(snapshot.root_xattrs), True, b"/"
+        pending = [(snapshot.root, b"")]
         while pending and not self.stop.is_set():
             page_id, path = pending.pop()
             if not self._is_bad(page_id):

@@ -22,12 +22,16 @@ from backupfs.view.loading import Loader
 
 __all__ = ["MountFilter", "MountOptions", "default_log_file", "mount_in_background", "serve_mount"]
 
+# Decoded blocks. Of trees, what is looked at is kept as decoded pages (view/pages.py), so a few will do.
+TREE_CACHE_SIZE = 8 << 20
+DATA_CACHE_SIZE = 44 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
     """What a user can say about a mount."""
 
-    shown: MountFilter = MountFilter()
+    shown: MountFilter = field(default_factory=MountFilter)
     allow_other: bool = False
     allow_nonempty: bool = False
     refresh_s: float = MOST_AGE_S  # how old the list of snapshots may be when it is looked at
@@ -45,7 +49,9 @@ async def serve_mount(
 
     Raises: MountError if the mount cannot be made; StoreError.
     """
-    workers.keep_freed_memory()
+    workers.return_freed_memory()
+    repository.trees.keep_at_most(TREE_CACHE_SIZE)
+    repository.data.keep_at_most(DATA_CACHE_SIZE)
     check_mountpoint(mountpoint, options.session)
     await workers.io(repository.load_indexes)
     listed = await workers.io(load_snapshots, repository)
@@ -64,9 +70,12 @@ async def serve_mount(
         background.cancel_scope.cancel()
 
 
-def mount_in_background(serve: Callable[[Callable[[], None]], None], mountpoint: Path, options: MountOptions, log_file: Path) -> int:
-    """Run `serve(on_ready)`, which opens the repository and runs `serve_mount`, as a server; return its pid once it is ready.
+def mount_in_background(
+    serve: Callable[[Callable[[], None]], None], mountpoint: Path, options: MountOptions, log_file: Path
+) -> int:
+    """Run `serve(on_ready)` as a server; return its pid once the mount is ready.
 
+    serve: opens the repository and runs `serve_mount`.
     Call it before any thread and event loop. Raises: what `serve` raises before it is ready; MountError.
     """
     check_mountpoint(mountpoint, options.session)

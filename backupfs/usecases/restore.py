@@ -197,6 +197,7 @@ class _Run:
         walk = verifier.start(self._node)
         while await self._at_target(self.restorer.advance, walk):
             pass
+        verifier.finish()
 
     async def _stop_when_cancelled(self) -> None:
         try:

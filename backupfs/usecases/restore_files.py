@@ -163,6 +163,7 @@ class Restorer:
         self._own_folders = _paths_below(target.path, options.own_folders) if options.delete else ()
         self._done = bytearray()  # a bit for each number of the walk
         self.blocked: set[int] = set()  # numbers of directories that were not entered
+        self.told: set[bytes] = set()  # paths that are there, but not with everything
         self.counts = Counts()
         self.stop = threading.Event()
 
@@ -736,6 +737,7 @@ class Restorer:
 
     def problem(self, path: bytes, reason: str) -> None:
         """Take what could not be set on a file that is otherwise there."""
+        self.told.add(path)
         self._skip(path, reason)
 
     def _failed(self, path: bytes, error: OSError, prefix: str = "") -> None:

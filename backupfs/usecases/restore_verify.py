@@ -37,6 +37,7 @@ class Verifier:
         self._load = load
         self._reader = reader
         self._report = report
+        self.unreadable = 0
         self._files: dict[tuple[int, int], tuple[int, int]] = {}  # hardlinked: (file system, inode) there → here
 
     def sync(self) -> None:
@@ -92,7 +93,7 @@ class Verifier:
 
     def _file(self, directory: Directory, page: LeafPage, at: int) -> Iterator[None]:
         name = page.names[at]
-        problem = ""
+        problem: str | None = ""
         try:
             metadata = self._traversal.metadata(page, at)
             _, _, _, nlink, inode, size, *_ = STAT_ROW.unpack(page.row(at))
@@ -121,11 +122,11 @@ class Verifier:
         except OSError as error:
             if is_fatal(error):
                 raise self._target.full(error) from error
-            problem = f"it cannot be read: {error.strerror}"
+            problem = self._unread(error)
         self._note(directory, name, problem)
 
     def _compared(self, directory: Directory, name: bytes, compare: Callable[[], None]) -> None:
-        problem = ""
+        problem: str | None = ""
         try:
             compare()
         except Differs as error:
@@ -167,11 +168,11 @@ class Verifier:
             raise Differs("it is of another type")
         if self._target.is_root_user and (status.st_uid, status.st_gid) != (metadata.owner, metadata.group):
             raise Differs("its owner differs")
-        mode = stat.S_IMODE(metadata.mode)
-        if not self._target.is_root_user:
-            mode &= 0o1777  # set-id bits are not given to files of another owner
-        if not stat.S_ISLNK(metadata.mode) and status.st_mode & mode != mode:
-            raise Differs(f"its mode is {stat.S_IMODE(status.st_mode):o} instead of {mode:o}")
+        # Set-id bits are not given to files of another owner.
+        compared = 0o7777 if self._target.is_root_user else 0o1777
+        found_mode, mode = status.st_mode & compared, metadata.mode & compared
+        if not stat.S_ISLNK(metadata.mode) and found_mode != mode:
+            raise Differs(f"its mode is {found_mode:o} instead of {mode:o}")
         if metadata.mtime_ns is not None and status.st_mtime_ns != metadata.mtime_ns:
             raise Differs("its time differs")
         follow = isinstance(at, int)

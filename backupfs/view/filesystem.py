@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from backupfs.codec.records import decode_record
 from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId, SnapshotId
 from backupfs.repository.repository import Repository
@@ -24,7 +23,7 @@ from backupfs.snapshots.content import Content
 from backupfs.snapshots.listing import SnapshotList
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW, Xattrs
 from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, Snapshot
-from backupfs.snapshots.tree import LeafPage, decode_xattrs
+from backupfs.snapshots.tree import LeafPage, load_xattrs
 from backupfs.view.content import FileReader, stored_blocks
 from backupfs.view.folders import Entry, Folder, Link, Root, arrange, name_snapshots
 from backupfs.view.freshness import Freshness
@@ -73,9 +72,7 @@ class MountFilter:
 class SnapshotView:
     """The tree of names over a repository's snapshots."""
 
-    def __init__(
-        self, repository: Repository, listed: SnapshotList, shown: MountFilter, loader: Loader
-    ) -> None:
+    def __init__(self, repository: Repository, listed: SnapshotList, shown: MountFilter, loader: Loader) -> None:
         """Take the parts.
 
         listed: read already; `rearrange` takes over what it holds later.
@@ -168,9 +165,7 @@ class SnapshotView:
         uid, gid = self._owner
         if isinstance(entry, Link):
             size = len(entry.target)
-            return Attributes(
-                inode, stat.S_IFLNK | 0o777, 1, uid, gid, 0, size, 0, entry.time_ns, entry.time_ns, False
-            )
+            return Attributes(inode, stat.S_IFLNK | 0o777, 1, uid, gid, 0, size, 0, entry.time_ns, entry.time_ns, False)
         if isinstance(entry, Root):
             time_ns, nlink = entry.snapshot.time_ns, 2
         else:
@@ -376,9 +371,7 @@ class SnapshotView:
         page, position = self._place(inode)
         found = page.xattrs(position)
         if isinstance(found, bytes):
-            found = decode_xattrs(decode_record(self._loader.tree(ChunkId(found)), "a chunk of xattrs"))
-            if isinstance(found, bytes):
-                raise DamagedObject("a chunk of xattrs is damaged: it holds another one's id")
+            return load_xattrs(found, self._loader.tree)
         return found
 
     def open_file(self, inode: int) -> None:

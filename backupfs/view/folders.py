@@ -1,10 +1,10 @@
 """The directories above the snapshots: which names lead to which snapshot. Pure.
 
-    snapshots/TIME        a snapshot's root; a second snapshot in the same second gets -2
-    latest                → snapshots/TIME
-    hosts/HOST/TIME       → ../../snapshots/TIME       hosts/HOST/latest
-    tags/TAG/TIME         → ../../snapshots/TIME
-    ids/ID                → ../snapshots/TIME
+snapshots/TIME        a snapshot's root; a second snapshot in the same second gets -2
+latest                → snapshots/TIME
+hosts/HOST/TIME       → ../../snapshots/TIME       hosts/HOST/latest
+tags/TAG/TIME         → ../../snapshots/TIME
+ids/ID                → ../snapshots/TIME
 """
 
 from collections.abc import Iterable

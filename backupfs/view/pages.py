@@ -19,7 +19,7 @@ POSITION_MASK = (1 << POSITION_BITS) - 1
 FIRST_ENTRY = 1 << POSITION_BITS  # smaller numbers are no entries of pages
 
 # What decoded pages may take; a page of 4000 entries takes about 1 MB.
-PAGES_SIZE = 24 << 20
+PAGES_SIZE = 16 << 20
 # Python objects of one entry: a name, an id and two list slots; measured 190 to 230 bytes beside the row.
 _ENTRY_SIZE = 200
 
