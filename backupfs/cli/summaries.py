@@ -71,7 +71,8 @@ def tell_snapshots(settings: Settings, snapshots: list[Snapshot]) -> None:
             click.echo(
                 f"{short(snapshot.snapshot_id)}: by {shown(snapshot.user)} with {shown(snapshot.program)},"
                 f" {statistics.files_new:,} new, {statistics.files_changed:,} changed,"
-                f" {statistics.files_skipped:,} skipped, {size_text(statistics.stored_added)} stored, {duration_text(statistics.duration_ns)}"
+                f" {statistics.files_skipped:,} skipped, {size_text(statistics.stored_added)} stored,"
+                f" {duration_text(statistics.duration_ns)}"
             )
 
 

@@ -207,7 +207,10 @@ class Target:
 
     def _open_above(self, directory: Directory, parent: Directory) -> None:
         # The way from the target down would cost as many calls as the directory is deep, at each level.
-        fd = os.open(b"..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.fd)
+        try:
+            fd = os.open(b"..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.fd)
+        except OSError:
+            return
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) == parent.identity:
             self._keep(parent, fd)

@@ -132,18 +132,33 @@ class Verifier:
         except Differs as error:
             problem = str(error)
         except OSError as error:
-            problem = f"it cannot be read: {error.strerror}"
+            problem = self._unread(error)
         self._note(directory, name, problem)
 
-    def _note(self, directory: Directory, name: bytes, problem: str) -> None:
+    def _unread(self, error: OSError) -> str | None:
+        """Return the problem that an error is; None for what only root may read, being restored as it was."""
+        if error.errno == errno.EACCES and not self._target.is_root_user:
+            self.unreadable += 1
+            return None
+        return f"it cannot be read: {error.strerror}"
+
+    def _note(self, directory: Directory, name: bytes, problem: str | None) -> None:
         counts = self._restorer.counts
+        if problem is None:
+            return
         if not problem:
             counts.verified += 1
             return
-        counts.errors += 1
-        self._report(
-            FileSkipped(self._target.path_of(directory, name), f"it does not read back as restored: {problem}")
-        )
+        path = self._target.path_of(directory, name)
+        if path not in self._restorer.told:
+            counts.errors += 1
+            self._report(FileSkipped(path, f"it does not read back as restored: {problem}"))
+
+    def finish(self) -> None:
+        """Tell what could not be compared."""
+        if self.unreadable:
+            modes = "their modes keep this user from reading them"
+            self._report(Remark(f"{self.unreadable} entries were not verified: {modes}"))
 
     def _compare_directory(self, directory: Directory, metadata: Metadata | None) -> None:
         assert metadata is not None

@@ -203,7 +203,7 @@ def test_acls_come_back(tmp_path: Path) -> None:
     # Where the target gives an ACL to what is made in it, the files have theirs and no other.
     target = build({"d": {}}, tmp_path / "target")
     os.setxattr(target, "system.posix_acl_default", acl)
-    result, events = run_restore(repository, snapshot, source, target)
+    _result, events = run_restore(repository, snapshot, source, target)
     assert events == []
     assert below(snapshot_of(target)) == below(snapshot_of(source))
 
@@ -684,7 +684,7 @@ def test_no_symlink_in_the_target_leads_outside(tmp_path: Path) -> None:
             subprocess.run(["rm", "-rf", target], check=True)
 
 
-@pytest.mark.parametrize("name", [b"../outside", b"..", b".", b"a/b", b"/etc/x", b""])
+@pytest.mark.parametrize("name", [b"../outside", b"..", b".", b"a/b", b"/etc/x"])
 def test_no_name_of_a_hostile_snapshot_leads_outside(name: bytes, tmp_path: Path) -> None:
     repository = new_repository()
     (tmp_path / "top").mkdir()
@@ -705,7 +705,7 @@ def test_a_name_given_twice_in_a_hostile_snapshot_leads_nowhere(tmp_path: Path) 
     outside = build({}, tmp_path / "outside")
     inner = forged(repository, [(b"evil", stat.S_IFREG | 0o644, b"\x03evil")]).root
     snapshot = forged(repository, [(b"d", stat.S_IFLNK | 0o777, outside), (b"d", stat.S_IFDIR | 0o755, inner)])
-    result, events = run_restore(repository, snapshot, "/", tmp_path / "target")
+    result, _events = run_restore(repository, snapshot, "/", tmp_path / "target")
     assert (result.errors, os.listdir(outside)) == (1, [])
 
 
@@ -730,14 +730,12 @@ def forged(repository: Repository, entries: list[tuple[bytes, int, bytes | None]
         return chunk_id
 
     empty = trio.run(store, encode_record([0, b"", b"", [], b"", [], [], [], []]))
-    rows = b"".join(STAT_ROW.pack(mode, 0, 0, 1, 9, len(content or b"") - 1 if content and content[:1] == b"\3" else 0, 1, 0, 1, 0)
-                    for _, mode, content in entries)  # fmt: skip
+    rows = b"".join(
+        STAT_ROW.pack(mode, 0, 0, 1, 9, len(content) - 1 if content and content[:1] == b"\3" else 0, 1, 0, 1, 0)
+        for _, mode, content in entries
+    )
     contents = [empty if content is None else content for _, _, content in entries]
     page = [0, b"\0".join(name for name, _, _ in entries), rows, contents, b"", [], [], [], []]
-    if entries == [(b"", entries[0][1], entries[0][2])]:
-        page[1] = b"\0"  # two empty names
-        page[2], page[3] = rows + STAT_ROW.pack(stat.S_IFREG, 0, 0, 1, 9, 0, 1, 0, 1, 0), [*contents, b""]
-        pytest.skip("a page cannot hold one empty name")
     root = trio.run(store, encode_record(page))
     from backupfs.snapshots.snapshot import Statistics
 
@@ -1016,7 +1014,7 @@ def test_an_interrupted_run_leaves_whole_files_and_no_temporaries(seed: int, tmp
     wanted = snapshot_of(source)
     for path, entry in snapshot_of(tmp_path / "target").items() if (tmp_path / "target").exists() else ():
         assert entry.kind == "directory" or entry == wanted[path]
-    result, events = run_restore(repository, snapshot, source, tmp_path / "target", overwrite="if-changed")
+    _result, events = run_restore(repository, snapshot, source, tmp_path / "target", overwrite="if-changed")
     assert events == []
     assert below(snapshot_of(tmp_path / "target")) == below(wanted)
 
