@@ -25,6 +25,7 @@ _limiters: dict[str, trio.CapacityLimiter] = {}
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
+_M_ARENA_MAX = -8
 _KEEP_BYTES = 64 << 20
 # Every thread would otherwise keep freed blocks in a heap of its own.
 _ARENAS = 1
@@ -55,7 +56,9 @@ def return_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, 8 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+    # Each arena keeps freed memory of its own; a server's threads mostly wait or work without the allocator.
+    mallopt(_M_ARENA_MAX, 1)
 
 
 def _limiter(name: str, threads: int) -> trio.CapacityLimiter:

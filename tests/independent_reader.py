@@ -77,12 +77,17 @@ class Snapshot:
     paths: list[bytes]
     tags: list[str]
     parent: bytes
-    root: bytes
+    root: list
     statistics: list[int]
     user: str
     program: str
     traits: int
     is_forgotten: bool = False
+
+    @property
+    def tree(self) -> bytes:
+        """The root page of the tree of `/`."""
+        return self.root[0]
 
 
 @dataclass
@@ -191,7 +196,11 @@ class Repository:
         require(config[:8] == b"BKFSCFG1", "no config of format 1")
         self.config = read_record(config[8:])
         require(len(self.config) == 8 and self.config[0] == 1, "no config of format 1")
+        least, average, most = self.config[3]
+        require(64 <= least <= 1 << 20 and 256 <= average <= 4 << 20 and 1024 <= most <= 16 << 20, "impossible cuts")
+        require(least <= average <= most, "impossible cuts")
         require(self.config[6] == [], "features that this reader does not know")
+        self._refuse_unknown_features()
         self._open_a_slot()
         mac = hashed(config[:8] + msgpack.packb(self.config[:7]), self.keys["config", 0])
         require(hmac.compare_digest(mac, self.config[7]), "the config is another repository's")
@@ -211,10 +220,18 @@ class Repository:
             self._objects[key] = data
         return self._objects[key]
 
+    def _refuse_unknown_features(self) -> None:
+        folder = self.folder / "features"
+        for path in folder.rglob("*") if folder.exists() else ():
+            readable = path.relative_to(folder).parts[0] in ("compatible", "read-compatible") and path.parent != folder
+            require(path.is_dir() or readable, f"the feature {path.name}, which this reader does not know")
+
     def _open_a_slot(self) -> None:
         for slot_id in self.ids("keys/"):
             slot = self.load(f"keys/{slot_id}")
-            require(slot[:8] == b"BKFSKEY1", "no key slot of format 1")
+            require(slot[:7] == b"BKFSKEY", "no key slot")
+            if slot[7:8] != b"1":
+                continue  # of another version
             fields = read_record(slot[8:])
             require(len(fields) == 9, "no key slot of format 1")
             _, _, memory, passes, lanes, salt, check, nonce, wrapped = fields
@@ -301,22 +318,35 @@ class Repository:
         for snapshot_id in self.ids("snapshots/"):
             record = SealedObject(self.load(f"snapshots/{snapshot_id}"), 5, self.keys).record()
             require(record[0] == 1 and len(record) >= 19 and record[16:19] == [[], [], b""], "no snapshot of format 1")
+            require(len(record[11]) >= 5 and len(record[11][0]) == 32, "no root")
             snapshot = Snapshot(snapshot_id, *record[1:16])
             snapshot.is_forgotten = self._is_forgotten(snapshot_id)
             found.append(snapshot)
         return sorted(found, key=lambda snapshot: snapshot.time)
 
     def _is_forgotten(self, snapshot_id: str) -> bool:
-        held = []
+        forgets, taken_back = set(), set()
         for note_id in self.ids(f"notes/{snapshot_id}"):
             data = self.load(f"notes/{snapshot_id}/{note_id}")
             kind = data[5]
             require(kind in (6, 7), "no note")
-            version, about, note_type, time, *_ = SealedObject(data, kind, self.keys).record()
+            version, about, note_type, _, _, arguments, *_ = SealedObject(data, kind, self.keys).record()
             require(version == 1 and about.hex() == snapshot_id, "a note about another snapshot")
-            if note_type in ("forget", "undelete") and kind == 7:
-                held.append((-time, note_id, note_type))
-        return bool(held) and min(held)[2] == "forget"
+            if note_type == "forget" and kind == 7:
+                forgets.add(bytes.fromhex(note_id))
+            elif note_type == "undelete" and kind == 7:
+                taken_back.update(argument for argument in arguments if isinstance(argument, bytes))
+        return bool(forgets - taken_back)
+
+    def root(self, snapshot: Snapshot) -> Node | None:
+        """Return the node of `/`, or None where the snapshot does not know it."""
+        tree, row, owner, group, xattrs, *_ = snapshot.root
+        if row == b"":
+            return None
+        require(len(row) == 56, "a stat row of another length")
+        node = self._node(b"", STAT_ROW.unpack(row), tree, 0, owner, group, xattrs, 0)
+        require(node.type == TREE, "a root that is no directory")
+        return node
 
     def nodes(self, page_id: bytes, level: int | None = None) -> Iterator[Node]:
         """Yield the nodes below a page in order of names."""
@@ -325,7 +355,7 @@ class Repository:
         if page[0] == 0:
             yield from self._leaf_nodes(page)
             return
-        for first_name, below, count in page[1]:
+        for first_name, below, count, *_ in page[1]:
             found = list(self.nodes(below, page[0] - 1))
             require(found[0].name == first_name and len(found) == count, "a branch says other things than its page")
             yield from found
@@ -338,15 +368,31 @@ class Repository:
         require(flags == b"" or (len(flags) == len(names) and any(flags)), "flags of another length")
         owner_names, group_names, sets, ordinals = dict(owners), dict(groups), dict(xattrs), dict(filesystems)
         for at, (name, row) in enumerate(zip(names, STAT_ROW.iter_unpack(rows), strict=True)):
-            mode, uid, gid, nlink, inode, size, mtime, mtime_part, ctime, ctime_part = row
-            found = sets.get(at, [])
-            pairs = read_record(self.chunk(found, 2)) if isinstance(found, bytes) else found
-            require(max(mtime_part, ctime_part) < 10**9, "too many nanoseconds")
-            yield Node(
-                name, mode, uid, gid, nlink, inode, size, mtime * 10**9 + mtime_part, ctime * 10**9 + ctime_part,
-                contents[at], flags[at] if flags else 0, owner_names.get(uid, b""), group_names.get(gid, b""),
-                [(key, value) for key, value in pairs], ordinals.get(at, 0),
-            )  # fmt: skip
+            owner, group = owner_names.get(row[1], b""), group_names.get(row[2], b"")
+            flag = flags[at] if flags else 0
+            yield self._node(name, row, contents[at], flag, owner, group, sets.get(at, []), ordinals.get(at, 0))
+
+    def _node(
+        self,
+        name: bytes,
+        row: tuple,
+        content: bytes | list,
+        flags: int,
+        owner: bytes,
+        group: bytes,
+        found: bytes | list,
+        filesystem: int,
+    ) -> Node:
+        mode, uid, gid, nlink, inode, size, mtime, mtime_part, ctime, ctime_part = row
+        require(max(mtime_part, ctime_part) < 10**9, "too many nanoseconds")
+        pairs = read_record(self.chunk(found, 2)) if isinstance(found, bytes) else found
+        xattrs = [(key, value) for key, value in pairs]
+        require(xattrs == sorted(dict(xattrs).items()), "xattrs are not in order")
+        mtime_ns, ctime_ns = mtime * 10**9 + mtime_part, ctime * 10**9 + ctime_part
+        return Node(
+            name, mode, uid, gid, nlink, inode, size, mtime_ns, ctime_ns, content, flags, owner, group, xattrs,
+            filesystem,
+        )  # fmt: skip
 
     def walk(self, root: bytes, above: bytes = b"") -> Iterator[tuple[bytes, Node]]:
         """Yield (path, node) of everything below a tree."""
@@ -410,7 +456,7 @@ def main(folder: str, password: str, wanted: str | None = None) -> None:
             mark = "(forgotten)" if snapshot.is_forgotten else ""
             print(snapshot.snapshot_id[:8], snapshot.time // 10**9, snapshot.host, snapshot.paths, snapshot.tags, mark)
         elif snapshot.snapshot_id.startswith(wanted):
-            for path, node in repository.walk(snapshot.root):
+            for path, node in repository.walk(snapshot.tree):
                 shown = hashed(repository.read(node)).hex()[:16] if node.type == FILE else ""
                 print(f"{node.mode:6o} {node.size:9} {path.decode('utf-8', 'replace')} {shown}")
 

@@ -67,7 +67,7 @@ def test_snapshots_are_listed_without_the_forgotten_one() -> None:
 def test_notes_are_read() -> None:
     repository = open_golden()
     found = sorted(notes.load_note(repository, info.key).kind for info in repository.store.list(layout.NOTES))
-    assert found == [notes.FORGET, notes.FORGET, notes.UNDELETE]
+    assert found == 4 * [notes.FORGET] + 2 * [notes.UNDELETE]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -92,7 +92,10 @@ def test_every_entry_of_a_snapshot_is_read_back(run: int) -> None:
     repository = open_golden()
     above = [b"/tmp", b"/tmp/backupfs-golden"]
     found = []
-    for path, node in walk(root_node(snapshot_of(repository, run)), b"/", repository.trees.load):
+    top = root_node(snapshot_of(repository, run), repository.trees.load)
+    if MANIFEST["snapshots"][run]["paths"] == ["/"]:
+        found.append(entry_of(b"/", top, b"", top.xattrs, None))
+    for path, node in walk(top, b"/", repository.trees.load):
         assert node.flags & CHANGED_WHILE_READ == 0
         if path not in above:
             data = b"".join(read_file(repository, node)) if node.is_file else b""
@@ -109,7 +112,11 @@ def test_the_independent_reader_reads_the_same(run: int) -> None:
     (snapshot,) = (snapshot for snapshot in repository.snapshots() if snapshot.snapshot_id == expected["id"])
     assert snapshot.is_forgotten == expected["forgotten"]
     found = []
-    for path, node in repository.walk(snapshot.root):
+    if expected["paths"] == ["/"]:
+        top = repository.root(snapshot)
+        assert top is not None
+        found.append(entry_of(b"/", top, b"", top.xattrs, None))
+    for path, node in repository.walk(snapshot.tree):
         if path.startswith(os.fsencode(expected["paths"][0])):
             data = repository.read(node) if node.type == independent_reader.FILE else b""
             device = independent_reader.device_of(node) if node.type in independent_reader.DEVICES else None
@@ -120,17 +127,23 @@ def test_the_independent_reader_reads_the_same(run: int) -> None:
 def test_the_golden_repository_has_every_form() -> None:
     """It guards little if a careless change of the maker left a form out."""
     repository = open_golden()
-    suites, kinds = set(), set()
+    suites, kinds, epochs = set(), set(), set()
     for key in objects():
         header = (FOLDER / key).read_bytes()[:48]
         if header[:4] == b"BKFS" and not key.startswith("keys/") and key != "config":
             kinds.add(header[5])
             suites.add(header[6])
+            epochs.add((header[5], int.from_bytes(header[8:12], "little")))
     assert kinds == {*Kind} - {Kind.NOTE, Kind.LEASE, Kind.TRASH}
     assert suites == {1, 2}
+    assert {kind for kind, epoch in epochs if epoch == 1} == {Kind.DATA_PACK}
+    tops = [snapshot_of(repository, run) for run in RUNS]
+    assert {type(snapshot.root_xattrs) for snapshot in tops if snapshot.root_xattrs} == {tuple, bytes}
+    assert {snapshot.paths == (b"/",) for snapshot in tops} == {True, False}
     forms, racy, levels = set(), set(), set()
     for run in RUNS:
-        for path, node in walk(root_node(snapshot_of(repository, run)), b"/", repository.trees.load):
+        top = root_node(snapshot_of(repository, run), repository.trees.load)
+        for path, node in walk(top, b"/", repository.trees.load):
             if node.flags & RACY:
                 racy.add(os.path.basename(path))
             if node.is_directory:

@@ -148,7 +148,7 @@ def test_hard_cases_are_read_back_byte_for_byte(tmp_path: Path) -> None:
     back_up(make(tmp_path / "repository"), source, **options)
     repository = opened(tmp_path / "repository")
     (snapshot,) = repository.snapshots()
-    nodes = entries(repository, snapshot.root, source)
+    nodes = entries(repository, snapshot.tree, source)
     assert_same(repository, nodes, source)
     assert (snapshot.host, snapshot.tags, snapshot.time, snapshot.sequence) == ("earth", ["a", "b"], 5, 1)
     assert (snapshot.paths, snapshot.previous, snapshot.traits) == ([os.fsencode(source)], b"", 1)
@@ -188,7 +188,7 @@ def test_a_repository_of_real_sizes_is_read_back(tmp_path: Path) -> None:
         (source / "many" / f"file {number}").write_bytes(b"%d" % number)
     back_up(make(tmp_path / "repository", CutSizes()), source)
     repository = opened(tmp_path / "repository")
-    nodes = entries(repository, repository.snapshots()[0].root, source)
+    nodes = entries(repository, repository.snapshots()[0].tree, source)
     assert_same(repository, nodes, source)
     assert independent_reader.read_record(repository.chunk(nodes[b"many"].content, 2))[0] == 1
 
@@ -212,8 +212,8 @@ def test_later_snapshots_share_and_forgotten_ones_are_known(tmp_path: Path) -> N
     older, newer = repository.snapshots()
     assert (older.is_forgotten, newer.is_forgotten) == (True, False)
     assert newer.parent.hex() == older.snapshot_id
-    assert_same(repository, entries(repository, newer.root, source), source)
-    old_nodes = entries(repository, older.root, source)
+    assert_same(repository, entries(repository, newer.tree, source), source)
+    old_nodes = entries(repository, older.tree, source)
     assert b"many/new" not in old_nodes
     assert old_nodes[b"large"].size == before["large"]
     assert b"an edit" not in repository.read(old_nodes[b"large"])
@@ -242,10 +242,13 @@ def test_the_worked_example_of_the_document_reads(tmp_path: Path) -> None:
         path.write_bytes(bytes.fromhex("".join(line.split()[1] for line in dump.splitlines())))
     repository = opened(tmp_path, b"example")
     (snapshot,) = repository.snapshots()
-    nodes = entries(repository, snapshot.root, Path("/tmp/example"))
+    nodes = entries(repository, snapshot.tree, Path("/tmp/example"))
     assert repository.read(nodes[b"long"]) == b"All work and no play makes Jack a dull boy.\n" * 16
     assert repository.read(nodes[b"short"]) == b"hello\n"
     assert nodes[b"link"].content == b"short"
+    top = repository.root(snapshot)
+    assert top is not None
+    assert (top.mode, top.nlink, top.mtime_ns, top.ctime_ns, top.owner) == (0o40755, 1, 0, 0, b"root")
     for key in repository.keys.values():
         assert key.hex() in example
     for chunk_id in (*repository.data_chunks, *repository.tree_chunks):
@@ -255,7 +258,8 @@ def test_the_worked_example_of_the_document_reads(tmp_path: Path) -> None:
 def cuts_by_the_document(data: bytes, key: bytes, sizes: tuple[int, int, int], masks: dict[int, int]) -> list[int]:
     """Cut as the section "Cutter" says."""
     least, average, most = sizes
-    seed = int.from_bytes(key[:8], "little") & ((1 << 63) - 1) or 1
+    derived = blake3(b"backupfs 1 file cuts", key=key).digest()
+    seed = int.from_bytes(derived[:8], "little") & ((1 << 63) - 1) or 1
     table = [int.from_bytes(hashlib.md5(bytes([b]) * 64).digest()[:8], "big") ^ seed for b in range(256)]
     bits = round(math.log2(average))
     ends, start = [], 0
@@ -284,19 +288,22 @@ def test_the_cutter_cuts_as_the_document_says() -> None:
     for name, least, average, most, n, numbers in vectors:
         data, sizes = blake3(b"backupfs cutter test").digest(length=int(n)), (int(least), int(average), int(most))
         ends = [int(number) for number in numbers.split()]
-        cutter = Cutter(CutSizes(*sizes), Keyring((("cutter", 0, keys[name]),)).cutter_seed())
+        cutter = Cutter(CutSizes(*sizes), Keyring((("cutter", 0, keys[name]),)).file_cut_seed())
         position, found = 0, []
         for piece in cutter.cut(reader_of(data)):
             position += len(piece)
             found.append(position)
         assert found == ends
+        seed = blake3(b"backupfs 1 file cuts", key=keys[name]).digest()[7::-1]
+        assert (int.from_bytes(seed, "big") & (1 << 63) - 1).to_bytes(8, "big").hex() in section
         if len(data) < 100_000:
             assert cuts_by_the_document(data, keys[name], sizes, masks) == ends
 
 
 def test_names_cut_tree_pages_as_the_document_says() -> None:
     listed = DOCUMENT.read_text().partition("those of level 0 are\n")[2].partition("\n\n")[0]
-    key = bytes(range(32))
+    key = blake3(b"backupfs 1 page cuts", key=bytes(range(32))).digest()
+    assert Keyring((("cutter", 0, bytes(range(32))),)).page_cut_key() == key
     names = [b"file-%d" % number for number in range(2000)]
     expected = [name for name in names if blake3(name, key=key).digest()[0] == 0]
     assert [name.encode() for name in re.findall(r"file-\d+", listed)] == expected

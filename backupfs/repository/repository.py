@@ -94,6 +94,8 @@ class Repository:
                 found.append(KeySlot(slot_id, info.name, info.created_ns, slot_id == self.slot_id))
             except DamagedObject:
                 found.append(KeySlot(slot_id, "(damaged)", 0, False))
+            except UnknownVersion:
+                found.append(KeySlot(slot_id, "(of a newer format)", 0, False))
         return sorted(found, key=lambda slot: slot.created_ns)
 
     def add_slot(self, password: bytes, name: str, cost: KdfCost) -> ObjectId:
@@ -180,6 +182,7 @@ def open_repository(store: Store, password: bytes, local: LocalFolders) -> Repos
             f"the repository at {store.url} has no key slot left in {layout.KEYS}: restore one from a copy"
         )
     damage: list[str] = []
+    newer: list[str] = []
     for slot_id, data in slots:
         what = f"the object {layout.slot_key(slot_id)}"
         try:
@@ -188,22 +191,27 @@ def open_repository(store: Store, password: bytes, local: LocalFolders) -> Repos
             keyring = keys.open_slot(data, password, what)
         except WrongPassword:
             continue
-        except (DamagedObject, UnknownVersion) as error:
+        except DamagedObject as error:
             damage.append(str(error))
+            continue
+        except UnknownVersion as error:
+            newer.append(str(error))
             continue
         if check_mac(config, mac, keyring):
             return Repository(store, config, keyring, slot_id, local, frozenset(unwritable))
         damage.append(f"{what} opens, but the object config was not written with its keys")
     if damage:
         raise DamagedObject("the password opens no key slot, and some are damaged: " + "; ".join(damage))
+    if newer:
+        raise UnknownVersion("the password opens no key slot that this backupfs knows: " + "; ".join(newer))
     raise WrongPassword(f"the password opens no key slot of {store.url}")
 
 
 def _added_features(store: Store) -> list[tuple[str, str]]:
     added = []
     for info in store.list(layout.FEATURES):
-        kind, _, name = info.key.removeprefix(layout.FEATURES).partition("/")
-        added.append((kind, name))
+        kind, slash, name = info.key.removeprefix(layout.FEATURES).partition("/")
+        added.append((kind, name) if slash else ("", kind))
     return added
 
 

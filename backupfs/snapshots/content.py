@@ -130,9 +130,11 @@ def _pieces_of(
                 case _:
                     raise DamagedObject("a file's content is damaged: a segment is of no known kind")
         position += length
+        if position > size:
+            break
         if position >= end:
             return
-    if position != size or position < end:
+    if position != size:
         raise DamagedObject("a file's content is damaged: its segments do not add up to its size")
 
 

@@ -70,7 +70,7 @@ class SnapshotList:
 
     def _forgotten(self) -> set[SnapshotId]:
         forgets: dict[SnapshotId, set[bytes]] = {}
-        undone: set[bytes] = set()
+        undone: dict[SnapshotId, set[bytes]] = {}
         for info in self.repository.store.list(layout.NOTES):
             if info.key not in self._notes:
                 try:
@@ -90,8 +90,10 @@ class SnapshotList:
             if note.kind == notes.FORGET:
                 forgets.setdefault(note.snapshot_id, set()).add(layout.id_in_key(info.key) or b"")
             else:
-                undone |= {argument for argument in note.arguments if isinstance(argument, bytes)}
-        return {snapshot_id for snapshot_id, note_ids in forgets.items() if note_ids - undone}
+                undone.setdefault(note.snapshot_id, set()).update(
+                    argument for argument in note.arguments if isinstance(argument, bytes)
+                )
+        return {snapshot_id for snapshot_id, note_ids in forgets.items() if note_ids - undone.get(snapshot_id, set())}
 
     def find(self, name: str) -> Snapshot:
         """Return the snapshot that a user's name means: an id, its prefix, `latest` or `HOST:latest`.

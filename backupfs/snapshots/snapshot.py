@@ -6,12 +6,13 @@ paths, tags, parent, root, statistics, user name, program, traits, disks, volume
 Source: docs/format.rst, "Snapshots".
 """
 
+import stat
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 
 from backupfs.codec.records import Field, decode_record, encode_record
 from backupfs.errors import DamagedObject, UnknownVersion
-from backupfs.ids import ChunkId, SnapshotId, short
+from backupfs.ids import ID_SIZE, ChunkId, SnapshotId, short
 from backupfs.snapshots.node import STAT_ROW, Xattrs
 from backupfs.snapshots.tree import decode_xattrs
 
@@ -138,7 +139,7 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
             list(),
             bytes(),
             *_,
-        ] if len(root) == 32 and len(root_row) in (0, STAT_ROW.size):
+        ] if len(root) == ID_SIZE and _is_directory(root_row):
             return Snapshot(
                 kind,
                 host_id,
@@ -162,6 +163,10 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
                 snapshot_id,
             )
     raise DamagedObject(f"{what} is damaged: its fields are not those of format 1")
+
+
+def _is_directory(row: bytes) -> bool:
+    return not row or (len(row) == STAT_ROW.size and stat.S_ISDIR(STAT_ROW.unpack(row)[0]))
 
 
 def _all_of(items: list[Field], kind: type, what: str) -> list:  # type: ignore[type-arg]

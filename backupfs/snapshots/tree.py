@@ -210,7 +210,7 @@ def _xattrs_of(items: list[Field]) -> dict[int, "Xattrs | bytes"]:
 
 def _branch_of(field: Field) -> Branch:
     match field:
-        case [bytes(first_name), bytes(page_id), int(count)] if len(page_id) == ID_SIZE and count >= 0:
+        case [bytes(first_name), bytes(page_id), int(count), *_] if len(page_id) == ID_SIZE and count >= 0:
             return Branch(first_name, ChunkId(page_id), count)
     raise ValueError("a branch is malformed")
 

@@ -20,7 +20,10 @@ from backupfs.repository.repository import Repository
 from backupfs.repository.writer import DEFAULT_SIZES, ChunkSaver, PackWriter, WriteSizes, WriteTotals
 from backupfs.snapshots.listing import SnapshotList, load_snapshots, put_snapshot
 from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, Snapshot, Statistics
-from backupfs.usecases.archiver import Archiver, ArchiverKeys, Counts, Root
+from backupfs.usecases.archive_context import ArchiveContext, Counts
+from backupfs.usecases.archive_files import FileStorer
+from backupfs.usecases.archive_parent import ParentTrees
+from backupfs.usecases.archiver import Archiver, Root
 from backupfs.usecases.events import FileSkipped, Progress, Remark, Report
 
 # Blocks between the walk and compression; with those being compressed they bound the bytes in flight.
@@ -148,20 +151,22 @@ class _Run:
     def archiver(self, selection: Selection, report: Report) -> Archiver:
         """Make the walk's half; called in its thread."""
         keyring = self._repository.keyring
-        self._archiver = Archiver(
-            ArchiverKeys(
-                keyring.chunk_id_key(tree=False),
-                keyring.chunk_id_key(tree=True),
-                keyring.page_cut_key(),
-                keyring.file_cut_seed(),
-            ),
+        data, trees = self._savers[Kind.DATA_PACK], self._savers[Kind.TREE_PACK]
+
+        def flush() -> None:
+            data.flush()
+            trees.flush()
+
+        context = ArchiveContext(keyring.chunk_id_key(tree=True), keyring.page_cut_key(), trees, selection, report)
+        files = FileStorer(
+            keyring.chunk_id_key(tree=False),
+            keyring.file_cut_seed(),
             self._repository.config.cut_sizes,
-            self._savers[Kind.DATA_PACK],
-            self._savers[Kind.TREE_PACK],
-            self._repository.trees.load,
-            selection,
+            data,
+            context.save_tree,
             report,
         )
+        self._archiver = Archiver(context, files, ParentTrees(self._repository.trees.load, report), flush)
         return self._archiver
 
     def _emit(self, kind: Kind, block: Block) -> None:
@@ -198,7 +203,7 @@ class _Run:
             await trio.sleep_forever()
         finally:
             if self._archiver is not None:
-                self._archiver.stop.set()
+                self._archiver.stop()
 
     async def _tell_progress(self) -> None:
         while True:

@@ -23,8 +23,8 @@ from backupfs.view.loading import Loader
 __all__ = ["MountFilter", "MountOptions", "default_log_file", "mount_in_background", "serve_mount"]
 
 # Decoded blocks. Of trees, what is looked at is kept as decoded pages (view/pages.py), so a few will do.
-TREE_CACHE_SIZE = 8 << 20
-DATA_CACHE_SIZE = 44 << 20
+TREE_CACHE_SIZE = 6 << 20
+DATA_CACHE_SIZE = 66 << 20
 
 
 @dataclass(frozen=True, slots=True)

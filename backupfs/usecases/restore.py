@@ -32,7 +32,10 @@ _FETCHERS = 3
 _WAITING_BLOCKS = 6
 _PROGRESS_SECONDS = 0.2
 
-Stored = tuple[PackRange[Use], memoryview, WantedBlock[Use]]
+# Blocks are decoded in groups of about so many stored bytes: a hop costs as much as sealing a block.
+_GROUP_BYTES = 1 << 20
+
+Stored = tuple[PackRange[Use], memoryview, list[WantedBlock[Use]]]
 Filled = tuple[WantedBlock[Use], Decoded]
 
 
@@ -167,18 +170,23 @@ class _Run:
         async with ranges, send, failed:
             async for wanted in ranges:
                 stored = await workers.io(fetch_range, self._reader, wanted)
-                for block in wanted.blocks:
-                    if stored is None:
+                if stored is None:
+                    for block in wanted.blocks:
                         await failed.send((block, []))
-                    else:
-                        await send.send((wanted, stored, block))
+                    continue
+                for group in _groups(wanted.blocks):
+                    await send.send((wanted, stored, group))
 
     async def _decode(
         self, stored: "trio.MemoryReceiveChannel[Stored]", send: "trio.MemorySendChannel[Filled]"
     ) -> None:
         async with stored, send:
-            async for wanted, data, block in stored:
-                await send.send((block, await workers.cpu(self.restorer.decode, wanted, data, block)))
+            async for wanted, data, blocks in stored:
+                for filled in await workers.cpu(self._decode_group, wanted, data, blocks):
+                    await send.send(filled)
+
+    def _decode_group(self, wanted: PackRange[Use], data: memoryview, blocks: list[WantedBlock[Use]]) -> list[Filled]:
+        return [(block, self.restorer.decode(wanted, data, block)) for block in blocks]
 
     async def _write(self, filled: "trio.MemoryReceiveChannel[Filled]") -> None:
         async with filled:
@@ -215,6 +223,19 @@ class _Run:
                     current=counts.current,
                 )
             )  # fmt: skip
+
+
+def _groups(blocks: list[WantedBlock[Use]]) -> Iterator[list[WantedBlock[Use]]]:
+    group: list[WantedBlock[Use]] = []
+    size = 0
+    for block in blocks:
+        group.append(block)
+        size += block.stored_length
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _is_whole(snapshot: Snapshot, path: bytes, options: RestoreOptions) -> bool:

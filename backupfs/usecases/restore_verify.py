@@ -13,7 +13,7 @@ from backupfs.snapshots.content import CHUNK, HOLE, Content, pieces
 from backupfs.snapshots.node import STAT_ROW, Node
 from backupfs.snapshots.tree import LeafPage
 from backupfs.snapshots.walk import tree_of
-from backupfs.usecases.events import FileSkipped, Report
+from backupfs.usecases.events import FileSkipped, Remark, Report
 from backupfs.usecases.restore_files import Restorer, device_of
 from backupfs.usecases.restore_walk import PAUSE, Load, Place, Traversal
 

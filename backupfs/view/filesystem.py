@@ -56,7 +56,7 @@ class Attributes(NamedTuple):
     blocks: int  # of 512 bytes, holes not counted
     mtime_ns: int
     ctime_ns: int
-    is_lasting: bool  # it never changes; False above the snapshots
+    is_lasting: bool  # neither it nor its name ever changes; False down to the snapshots' roots
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +171,7 @@ class SnapshotView:
         else:
             time_ns = entry.time_ns or self._started_ns
             nlink = 2 + sum(not isinstance(child, Link) for child in entry.children.values())
-        return Attributes(
-            inode, stat.S_IFDIR | 0o755, nlink, uid, gid, 0, _BLOCK_SIZE, 0, time_ns, time_ns, isinstance(entry, Root)
-        )
+        return Attributes(inode, stat.S_IFDIR | 0o755, nlink, uid, gid, 0, _BLOCK_SIZE, 0, time_ns, time_ns, False)
 
     # Entries of snapshots.
 

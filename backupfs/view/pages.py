@@ -19,7 +19,7 @@ POSITION_MASK = (1 << POSITION_BITS) - 1
 FIRST_ENTRY = 1 << POSITION_BITS  # smaller numbers are no entries of pages
 
 # What decoded pages may take; a page of 4000 entries takes about 1 MB.
-PAGES_SIZE = 16 << 20
+PAGES_SIZE = 12 << 20
 # Python objects of one entry: a name, an id and two list slots; measured 190 to 230 bytes beside the row.
 _ENTRY_SIZE = 200
 
@@ -48,12 +48,14 @@ class PageTable:
         return self._directories[slot]
 
     def page(self, slot: int) -> LeafPage:
-        """Return the decoded page of a slot. Raises: NotCached; DamagedObject."""
+        """Return the decoded page of a slot. Raises: IndexError; NotCached; DamagedObject."""
         if slot == self._last_slot:
             assert self._last_page is not None
             return self._last_page
         page = self._pages.get(slot)
         if page is None:
+            if not 0 < slot < len(self._starts):
+                raise IndexError
             page_id = ChunkId(bytes(self._page_ids[slot * 32 : slot * 32 + 32]))
             decoded = _decode(self._loader, page_id)
             if not isinstance(decoded, LeafPage):

@@ -1,0 +1,166 @@
+"""Regular files into content: whole small ones, cuts of large ones, holes left out.
+
+Belongs to the thread of the walk. A file that changes while it is read is read again once, then kept and flagged.
+"""
+
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from backupfs.chunking.cutter import CutSizes, Cutter
+from backupfs.codec.keys import keyed_hash
+from backupfs.errors import BackupfsError
+from backupfs.ids import ChunkId
+from backupfs.localfs import reading
+from backupfs.repository.writer import ChunkSaver
+from backupfs.snapshots.content import (
+    CHUNK,
+    HOLE,
+    INLINE_MARK,
+    MOST_INLINE,
+    SINGLE_MARK,
+    Content,
+    Segment,
+    encode_content,
+)
+from backupfs.snapshots.node import CHANGED_WHILE_READ, Xattrs
+from backupfs.usecases.events import FileChanged, Report
+
+
+class Stopped(BackupfsError):
+    """The walk was asked to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRead:
+    """A regular file as it was read."""
+
+    content: Content
+    status: os.stat_result  # of the moment it was read
+    size: int  # of the content
+    flags: int
+    xattrs: Xattrs
+
+
+class FileStorer:
+    """Reads files and saves their chunks. Belongs to one thread; `stop` may be set by others."""
+
+    def __init__(
+        self,
+        id_key: bytes,
+        cut_seed: int,
+        sizes: CutSizes,
+        data: ChunkSaver,
+        save_tree: Callable[[bytes], ChunkId],
+        report: Report,
+    ) -> None:
+        """Take the parts.
+
+        id_key, cut_seed: name chunks and key the cutter.
+        save_tree: stores a list page.
+        """
+        self._id_key = id_key
+        self._cutter = Cutter(sizes, cut_seed)
+        self._most_single = sizes.avg_size
+        self._data = data
+        self._save_tree = save_tree
+        self._report = report
+        self._linked: dict[tuple[int, int, int], Content] = {}  # (device, inode, ctime_ns) of hardlinked files
+        self.stop = threading.Event()
+
+    def store_stream(self, read_into: Callable[[memoryview], int]) -> tuple[Content, int]:
+        """Save a stream; return (content, size)."""
+        segments = [self._save_piece(piece) for piece in self._cutter.cut(read_into)]
+        return encode_content(segments, self._save_tree), _length_of(segments)
+
+    def store(self, name: bytes, dir_fd: int, path: bytes, status: os.stat_result) -> FileRead:
+        """Save a regular file of an open directory. Raises: OSError."""
+        fd = reading.open_file(name, dir_fd)
+        try:
+            linked = (status.st_dev, status.st_ino, status.st_ctime_ns) if status.st_nlink > 1 else None
+            if linked is not None and linked in self._linked:
+                return FileRead(self._linked[linked], status, status.st_size, 0, reading.read_xattrs(fd))
+            content, complete = self._read_content(fd, status)
+            after = os.fstat(fd)
+            size, flags = after.st_size, 0
+            if not complete or not _is_same(status, after):
+                if not stat.S_ISREG(after.st_mode):
+                    raise OSError(0, "it became something else while it was read")
+                status = after
+                content, complete = self._read_content(fd, status)
+                after = os.fstat(fd)
+                if not complete or not _is_same(status, after):
+                    flags = CHANGED_WHILE_READ
+                    self._report(FileChanged(path))
+                    segments = self._segments_of_range(fd, 0, status.st_size)
+                    # The recorded size is that of the bytes that were read, or the content would not add up to it.
+                    size = _length_of(segments)
+                    content = encode_content(segments, self._save_tree)
+            elif linked is not None:
+                self._linked[linked] = content
+            return FileRead(content, status, size, flags, reading.read_xattrs(fd))
+        finally:
+            os.close(fd)
+
+    def _read_content(self, fd: int, status: os.stat_result) -> tuple[Content, bool]:
+        """Return (content, whether the file gave all its bytes)."""
+        size = status.st_size
+        if size == 0:
+            return b"", True
+        if size <= self._most_single and status.st_blocks * 512 >= size:
+            data = os.read(fd, size) if os.lseek(fd, 0, os.SEEK_SET) == 0 else b""
+            if len(data) != size:
+                return b"", False
+            return self._whole(data), True
+        segments: list[Segment] = []
+        position = 0
+        for start, end in reading.data_ranges(fd, size):
+            if start > position:
+                segments.append([start - position, HOLE])
+            segments += self._segments_of_range(fd, start, end)
+            position = end
+        if position < size:
+            segments.append([size - position, HOLE])
+        length = _length_of(segments)
+        if length != size:
+            return b"", False
+        return encode_content(segments, self._save_tree), True
+
+    def _whole(self, data: bytes) -> Content:
+        if len(data) <= MOST_INLINE:
+            return INLINE_MARK + data
+        chunk_id = ChunkId(keyed_hash(self._id_key, data))
+        self._data.save(chunk_id, data)
+        return SINGLE_MARK + chunk_id
+
+    def _segments_of_range(self, fd: int, start: int, end: int) -> list[Segment]:
+        segments: list[Segment] = []
+        if end - start <= self._most_single:
+            data = os.pread(fd, end - start, start)
+            pieces: Iterator[bytes] = iter([data] if data else [])
+        else:
+            pieces = self._cutter.cut(reading.range_reader(fd, start, end))
+        segments += [self._save_piece(piece) for piece in pieces]
+        return segments
+
+    def _save_piece(self, piece: bytes) -> Segment:
+        if self.stop.is_set():
+            raise Stopped
+        chunk_id = ChunkId(keyed_hash(self._id_key, piece))
+        self._data.save(chunk_id, piece)
+        return [len(piece), CHUNK, chunk_id]
+
+
+def _is_same(before: os.stat_result, after: os.stat_result) -> bool:
+    return (
+        before.st_size == after.st_size
+        and before.st_mtime_ns == after.st_mtime_ns
+        and before.st_ctime_ns == after.st_ctime_ns
+        and before.st_ino == after.st_ino
+    )
+
+
+def _length_of(segments: list[Segment]) -> int:
+    return sum(segment[0] for segment in segments if isinstance(segment[0], int))

@@ -1,0 +1,325 @@
+"""A run of entries of one directory: looked at, compared with one page of the parent, read where they changed."""
+
+import os
+import stat
+from collections.abc import Callable
+
+from backupfs.ids import ChunkId
+from backupfs.localfs import reading
+from backupfs.snapshots.content import Content
+from backupfs.snapshots.node import NANOSECONDS, RACY, STAT_ROW, Xattrs, encode_device
+from backupfs.snapshots.tree import LeafPage, TreeBuilder
+from backupfs.usecases.archive_context import ArchiveContext, row_of
+from backupfs.usecases.archive_files import FileStorer
+from backupfs.usecases.nested import Nested
+
+# From this depth on a directory's descriptor is closed while the walk is below it, and reopened by way of `..`.
+_MOST_OPEN = 128
+
+
+class OpenDirectory:
+    """A descriptor that may be closed for a while."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        """Close it, unless it is closed."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+# What a directory's walk returns: tree, xattrs, and a descriptor of the directory above if that was closed.
+Stored = tuple[ChunkId, Xattrs, int | None]
+# (directory, path, parent's tree, device, the directory above if it was closed) → the walk
+Descend = Callable[[OpenDirectory, bytes, ChunkId | None, int, os.stat_result | None], Nested[Stored]]
+
+
+class Part:
+    """A run of entries of one directory: looked at, compared with one page of the parent, read where they changed."""
+
+    def __init__(
+        self,
+        context: ArchiveContext,
+        files: FileStorer,
+        descend: Descend,
+        directory: OpenDirectory,
+        path: bytes,
+        device: int,
+        names: list[bytes],
+        page: LeafPage | None,
+        looked_ns: int,
+        is_source: bool = False,
+    ) -> None:
+        self._context = context
+        self._files = files
+        self._descend = descend
+        self._directory = directory
+        self._path = path
+        self._prefix = path if path.endswith(b"/") else path + b"/"
+        self._device = device
+        self._names = names
+        self._page = page
+        self._looked_ns = looked_ns
+        self._is_source = is_source
+        self.same_as_page = False
+        self._statuses: list[os.stat_result] = []
+        self._rows: list[bytes] = []
+        self._contents: list[Content] = []
+        self._flags: bytearray = bytearray()
+        self._xattrs: dict[int, Xattrs | bytes] = {}
+        self._filesystems: dict[int, int] = {}
+
+    def walk(self) -> Nested[None]:
+        """Look at every entry, read what is new, go through the directories."""
+        directories = self._look()
+        page = self._page
+        if (
+            page is not None
+            and not page.flags
+            and page.names == self._names
+            and page.rows == b"".join(self._rows)
+            and page.sparse_columns[1] == self._filesystems
+            and self._context.owners_are_current(page)
+        ):
+            self._take_page(page, len(directories))
+            for position in directories:
+                content = page.contents[position]
+                tree, _ = yield from self._below(position, ChunkId(content) if isinstance(content, bytes) else None)
+                if tree != content:
+                    if self.same_as_page:
+                        self._contents = list(page.contents)
+                        self.same_as_page = False
+                    self._contents[position] = tree
+        else:
+            known = self._compare(directories)
+            for position in directories:
+                tree, xattrs = yield from self._below(position, known.get(position))
+                self._contents[position] = tree
+                saved = self._context.save_xattrs(xattrs)
+                if saved:
+                    self._xattrs[position] = saved
+
+    def add_to(self, builder: TreeBuilder) -> None:
+        """Give the entries to the builder of the directory's tree."""
+        for position, name in enumerate(self._names):
+            status = self._statuses[position]
+            builder.add(
+                name,
+                self._rows[position],
+                self._contents[position],
+                self._flags[position],
+                self._xattrs.get(position, ()),
+                self._filesystems.get(position, 0),
+                (status.st_uid, reading.owner_name(status.st_uid)),
+                (status.st_gid, reading.group_name(status.st_gid)),
+            )
+
+    def _look(self) -> list[int]:
+        """Stat every entry and leave out what is not wanted; return the positions of directories."""
+        context, fd = self._context, self._directory.fd
+        statuses, rows = self._statuses, self._rows
+        directories: list[int] = []
+        missing: set[bytes] = set()
+        status_of, pack, second = os.stat, STAT_ROW.pack, NANOSECONDS
+        size = 0
+        for name in self._names:
+            try:
+                status = status_of(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                missing.add(name)  # it was deleted since the directory was listed
+                continue
+            except OSError as error:
+                missing.add(name)
+                context.skip(self._prefix + name, error)
+                continue
+            mode, inode, device, links, uid, gid, length = status[:7]
+            mtime_ns, ctime_ns = status.st_mtime_ns, status.st_ctime_ns
+            kind = mode & 0o170000
+            if kind == 0o40000:
+                directories.append(len(statuses))
+            else:
+                if kind == 0o100000:
+                    size += length
+                if links > 1:
+                    ordinal = context.ordinal(device)
+                    if ordinal:
+                        self._filesystems[len(statuses)] = ordinal
+            rows.append(
+                pack(
+                    mode,
+                    uid,
+                    gid,
+                    links,
+                    inode,
+                    length,
+                    mtime_ns // second,
+                    mtime_ns % second,
+                    ctime_ns // second,
+                    ctime_ns % second,
+                )
+            )
+            statuses.append(status)
+        if missing:
+            self._names = [name for name in self._names if name not in missing]
+        if context.selection.asks or context.selection.own:
+            left_out = self._left_out(directories)
+            if left_out:
+                self._drop(left_out)
+                directories = [at for at, status in enumerate(statuses) if stat.S_ISDIR(status.st_mode)]
+                size = sum(status.st_size for status in statuses if stat.S_ISREG(status.st_mode))
+        context.counts.size += size
+        context.counts.files += len(statuses) - len(directories)
+        return directories
+
+    def _left_out(self, directories: list[int]) -> set[int]:
+        selection = self._context.selection
+        dropped: set[int] = set()
+        for at in directories:
+            status = self._statuses[at]
+            if selection.is_own(status.st_dev, status.st_ino):
+                self._context.leave_out(self._prefix + self._names[at], "the repository or the cache itself")
+                dropped.add(at)
+        if selection.asks and not self._is_source:
+            among = set(directories)
+            names = self._names
+            others = [name for at, name in enumerate(names) if at not in among]
+            sizes = {
+                names[at]: status.st_size for at, status in enumerate(self._statuses) if stat.S_ISREG(status.st_mode)
+            }
+            reasons = selection.left_out(self._path, [names[at] for at in directories], others, sizes)
+            if reasons:
+                for at, name in enumerate(names):
+                    if name in reasons:
+                        dropped.add(at)
+                        self._context.leave_out(self._prefix + name, reasons[name])
+        return dropped
+
+    def _drop(self, positions: set[int]) -> None:
+        kept = [at for at in range(len(self._names)) if at not in positions]
+        self._filesystems = {new: self._filesystems[at] for new, at in enumerate(kept) if at in self._filesystems}
+        self._names = [self._names[at] for at in kept]
+        self._statuses[:] = [self._statuses[at] for at in kept]
+        self._rows[:] = [self._rows[at] for at in kept]
+
+    def _take_page(self, page: LeafPage, directories: int) -> None:
+        self.same_as_page = True
+        self._contents = page.contents
+        self._flags = bytearray(len(self._names))
+        self._xattrs = page.sparse_columns[0]
+        counts = self._context.counts
+        counts.files_unchanged += len(self._names) - directories
+        if self._xattrs:
+            counts.has_xattrs = True
+
+    def _compare(self, directories: list[int]) -> dict[int, ChunkId]:
+        """Reuse or read every entry that is no directory; return the parent's trees of directories by position."""
+        page, context, counts = self._page, self._context, self._context.counts
+        positions = {name: at for at, name in enumerate(page.names)} if page is not None else {}
+        page_xattrs = page.sparse_columns[0] if page is not None else {}
+        trees: dict[int, ChunkId] = {}
+        count = len(self._names)
+        self._contents = [b""] * count
+        self._flags = bytearray(count)
+        dropped: set[int] = set()
+        among = set(directories)
+        for at, name in enumerate(self._names):
+            old = positions.get(name)
+            if at in among:
+                if old is not None and page is not None and _mode_of(page.row(old)) & 0o170000 == 0o40000:
+                    content = page.contents[old]
+                    if isinstance(content, bytes):
+                        trees[at] = ChunkId(content)
+                continue
+            if old is not None and page is not None and page.row(old) == self._rows[at] and not page.flag(old):
+                counts.files_unchanged += 1
+                self._contents[at] = page.contents[old]
+                xattrs = page_xattrs.get(old)
+                if xattrs:
+                    counts.has_xattrs = True
+                    self._xattrs[at] = xattrs
+                continue
+            try:
+                self._read(at, name)
+            except OSError as error:
+                context.skip(self._prefix + name, error)
+                dropped.add(at)
+                continue
+            if old is None:
+                counts.files_new += 1
+            else:
+                counts.files_changed += 1
+        if dropped:
+            trees = self._drop_unread(dropped, directories, trees)
+        return trees
+
+    def _drop_unread(self, dropped: set[int], directories: list[int], trees: dict[int, ChunkId]) -> dict[int, ChunkId]:
+        kept = [at for at in range(len(self._names)) if at not in dropped]
+        moved = {at: new for new, at in enumerate(kept)}
+        self._contents = [self._contents[at] for at in kept]
+        self._flags = bytearray(self._flags[at] for at in kept)
+        self._xattrs = {moved[at]: xattrs for at, xattrs in self._xattrs.items() if at in moved}
+        self._drop(dropped)
+        directories[:] = [moved[at] for at in directories]
+        return {moved[at]: tree for at, tree in trees.items()}
+
+    def _read(self, at: int, name: bytes) -> None:
+        context, status = self._context, self._statuses[at]
+        kind = status.st_mode & 0o170000
+        xattrs: Xattrs
+        if kind == 0o100000:
+            if status.st_size > 1 << 20:
+                context.counts.current = self._prefix + name
+            found = self._files.store(name, self._directory.fd, self._prefix + name, status)
+            if found.status is not status or found.size != status.st_size:
+                self._statuses[at] = found.status
+                self._rows[at] = row_of(found.status, found.size)
+            self._contents[at] = found.content
+            self._flags[at] = found.flags | (RACY if context.is_racy(found.status, self._looked_ns) else 0)
+            xattrs = found.xattrs
+        else:
+            if kind == 0o120000:
+                self._contents[at] = os.readlink(name, dir_fd=self._directory.fd)
+            elif kind in (0o20000, 0o60000):
+                self._contents[at] = encode_device(os.major(status.st_rdev), os.minor(status.st_rdev))
+            try:
+                xattrs = reading.read_xattrs(reading.path_in(self._directory.fd, name), follow=False)
+            except FileNotFoundError:
+                xattrs = ()  # no /proc: links and devices go without
+        if xattrs:
+            self._xattrs[at] = context.save_xattrs(xattrs)
+
+    def _below(self, at: int, parent: ChunkId | None) -> Nested[tuple[ChunkId, Xattrs]]:
+        """Store the directory at a position; return (tree, xattrs). One that cannot be read is stored empty."""
+        context, name, status = self._context, self._names[at], self._statuses[at]
+        path = self._prefix + name
+        try:
+            below = OpenDirectory(reading.open_directory(name, self._directory.fd))
+            reason = context.selection.not_entered(path, status.st_dev, self._device)
+            if reason is not None:
+                context.leave_out(path, reason)
+                context.counts.directories += 1
+                try:
+                    return context.empty_tree(), reading.read_xattrs(below.fd)
+                finally:
+                    below.close()
+            above = None
+            if not self._is_source and self._path.count(b"/") >= _MOST_OPEN:
+                above = os.fstat(self._directory.fd)
+                self._directory.close()
+            tree, xattrs, reopened = yield self._descend(below, path, parent, status.st_dev, above)
+            if reopened is not None:
+                self._directory.fd = reopened
+            return tree, xattrs
+        except OSError as error:
+            if self._directory.fd < 0:
+                raise  # the way back is lost: the directory above reports it
+            context.skip(path, error)
+            return context.empty_tree(), ()
+
+
+def _mode_of(row: bytes) -> int:
+    return int.from_bytes(row[:4], "little")

@@ -1,0 +1,142 @@
+"""Writing below a target: descriptors, sparse runs, and what is never followed."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backupfs.errors import SourceError
+from backupfs.localfs import writing
+from backupfs.localfs.writing import Directory, Metadata, Target, write_at, write_sparsely
+
+PLAIN = Metadata(stat.S_IFREG | 0o640, os.geteuid(), os.getegid(), 123)
+
+
+def opened(path: Path) -> tuple[Target, list[tuple[bytes, str]]]:
+    problems: list[tuple[bytes, str]] = []
+    return Target(os.fsencode(path), lambda path, reason: problems.append((path, reason))), problems
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _ = opened(tmp_path)
+
+    def failing(*_arguments: object, **_options: object) -> None:
+        assert [name.startswith(".backupfs-") for name in os.listdir(tmp_path)] == [True]
+        raise OSError(errno.EIO, "broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", failing)
+        with pytest.raises(OSError, match="broken"):
+            target.write_file(target.root, b"a", b"1", PLAIN)
+    assert os.listdir(tmp_path) == []
+    target.write_file(target.root, b"a", b"1", PLAIN)
+    status = os.stat(tmp_path / "a")
+    assert (stat.S_IMODE(status.st_mode), status.st_mtime_ns) == (0o640, 123)
+    target.close()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o644, 0o777, 0o1755])
+def test_modes_do_not_depend_on_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        target, _ = opened(tmp_path)
+        target.write_file(target.root, b"a", b"1", PLAIN._replace(mode=stat.S_IFREG | mode))
+        made = target.make_directory(target.root, b"d")
+        made.metadata = PLAIN._replace(mode=stat.S_IFDIR | mode)
+        target.finish_directory(made)
+        target.close()
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in "ad"] == [mode, mode]
+
+
+def test_more_directories_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_MOST_OPEN", 3)
+    target, _ = opened(tmp_path)
+    made: list[Directory] = []
+    for name in (b"a", b"b", b"c", b"d", b"e"):
+        made.append(target.make_directory(made[-1] if made else target.root, name))
+        target.write_file(made[-1], b"file", name, PLAIN)
+    for directory in (made[0], made[4], made[1], made[3]):
+        target.write_file(directory, b"again", b"x", PLAIN)
+    assert len(target._open) <= 3
+    assert (tmp_path / "a/b/c/d/e/again").exists()
+    target.close()
+
+
+def test_a_directory_that_became_a_symlink_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_MOST_OPEN", 1)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    target, _ = opened(tmp_path / "target")
+    first = target.make_directory(target.root, b"d")
+    target.fd(first)
+    target.fd(target.make_directory(target.root, b"other"))
+    assert first.fd < 0
+    os.rmdir(tmp_path / "target" / "d")
+    os.symlink(outside, tmp_path / "target" / "d")
+    with pytest.raises(OSError, match=r"Not a directory|symbolic"):
+        target.write_file(first, b"a", b"1", PLAIN)
+    os.unlink(tmp_path / "target" / "d")
+    os.mkdir(tmp_path / "target" / "taken")
+    os.mkdir(tmp_path / "target" / "d")
+    with pytest.raises(OSError, match="replaced"):
+        target.write_file(first, b"a", b"1", PLAIN)
+    assert os.listdir(outside) == os.listdir(tmp_path / "target" / "d") == []
+    target.close()
+
+
+def test_a_mode_is_not_set_through_a_symlink(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.touch(mode=0o600)
+    (tmp_path / "link").symlink_to(precious)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(OSError, match="not supported"):
+        writing._change_mode(fd, b"link", 0o777)
+    os.close(fd)
+    assert stat.S_IMODE(precious.stat().st_mode) == 0o600
+
+
+def test_an_attribute_that_cannot_be_set_is_a_problem_and_no_failure(tmp_path: Path) -> None:
+    target, problems = opened(tmp_path)
+    target.write_file(target.root, b"a", b"1", PLAIN._replace(xattrs=((b"nonsense.x", b"1"), (b"user.y", b"2"))))
+    assert problems == [
+        (os.fsencode(tmp_path / "a"), "its attribute nonsense.x could not be set: Operation not supported")
+    ]
+    assert os.getxattr(tmp_path / "a", "user.y") == b"2"
+    target.close()
+
+
+def test_every_fatal_error_says_what_to_do(tmp_path: Path) -> None:
+    target, _ = opened(tmp_path)
+    for number in writing._FATAL:
+        error = OSError(number, os.strerror(number))
+        assert writing.is_fatal(error)
+        assert isinstance(target.full(error), SourceError)
+        assert str(tmp_path) in str(target.full(error))
+    assert not writing.is_fatal(OSError(errno.EACCES, "x"))
+    target.close()
+
+
+@given(
+    runs=st.lists(st.tuples(st.booleans(), st.integers(0, 40_000)), max_size=8), least=st.sampled_from([1, 4096, 8192])
+)
+def test_sparse_writing_reads_back_the_same(
+    runs: list[tuple[bool, int]], least: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    data = b"".join((b"\1" if is_data else b"\0") * length for is_data, length in runs)
+    if least == 1 and len(data) > 5000:
+        data = data[:5000]
+    path = tmp_path_factory.mktemp("sparse") / "a"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, len(data) + 5)
+    write_sparsely(fd, memoryview(data), 5, least)
+    assert os.pread(fd, len(data) + 10, 0) == bytes(5) + data
+    write_at(fd, data, 0)
+    assert os.pread(fd, len(data), 0) == data
+    os.close(fd)

@@ -1,0 +1,130 @@
+"""Which snapshots there are, and which one a name means."""
+
+from dataclasses import replace
+
+import pytest
+
+from backupfs.codec.sealing import hash_object
+from backupfs.errors import UnknownSnapshot
+from backupfs.ids import ChunkId
+from backupfs.repository.repository import Repository
+from backupfs.snapshots import notes
+from backupfs.snapshots.listing import has_doubtful_time, load_snapshots, put_snapshot
+from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, Statistics
+from backupfs.stores.memory import MemoryStore
+from tests.builders import keys_of, new_repository
+from tests.faults import CountingStore
+
+DAY_NS = 24 * 3600 * 10**9
+ROOT = ChunkId(hash_object(b"root"))
+EXAMPLE = Snapshot(FILES, bytes(16), "alpha", 1, b"", DAY_NS, DAY_NS, (b"/a",), ("t",), b"", ROOT, Statistics())
+
+
+@pytest.fixture
+def repository() -> Repository:
+    return new_repository(CountingStore(MemoryStore()))
+
+
+def test_snapshots_are_listed_by_time_and_found_by_name(repository: Repository) -> None:
+    later = put_snapshot(repository, replace(EXAMPLE, time_ns=3 * DAY_NS, sequence=2))
+    other = put_snapshot(repository, replace(EXAMPLE, time_ns=2 * DAY_NS, host="beta", host_id=bytes(15) + b"b"))
+    first = put_snapshot(repository, EXAMPLE)
+    image = put_snapshot(repository, replace(EXAMPLE, kind=IMAGE, time_ns=4 * DAY_NS, sequence=3))
+    listed = load_snapshots(repository)
+    assert listed.snapshots == [first, other, later, image]
+    assert listed.find("latest") == later
+    assert listed.find("beta:latest") == other
+    for snapshot in listed.snapshots:
+        assert listed.find(snapshot.snapshot_id.hex()) == snapshot
+        assert listed.find(snapshot.snapshot_id.hex()[:16].upper()) == snapshot
+    for name in ("", "x", "gamma:latest", "f" * 63, first.snapshot_id.hex() + "0"):
+        with pytest.raises(UnknownSnapshot):
+            listed.find(name)
+    assert listed.highest_sequences() == {bytes(16): 3, bytes(15) + b"b": 1}
+    assert listed.last_of_host(bytes(16)) == image
+    assert listed.last_of_host(bytes(15) + b"c") is None
+
+
+def test_a_prefix_of_several_snapshots_is_refused(repository: Repository) -> None:
+    stored = [put_snapshot(repository, replace(EXAMPLE, sequence=number)) for number in range(300)]
+    listed = load_snapshots(repository)
+    firsts = [snapshot.snapshot_id.hex()[:2] for snapshot in stored]
+    twice = next(first for first in firsts if firsts.count(first) > 1)
+    with pytest.raises(UnknownSnapshot, match="several"):
+        listed.find(twice)
+
+
+def test_an_empty_repository_says_so(repository: Repository) -> None:
+    with pytest.raises(UnknownSnapshot, match="yet"):
+        load_snapshots(repository).find("latest")
+
+
+def test_a_forgotten_snapshot_is_gone_and_still_counts_for_its_host(repository: Repository) -> None:
+    first = put_snapshot(repository, EXAMPLE)
+    second = put_snapshot(repository, replace(EXAMPLE, sequence=2, time_ns=2 * DAY_NS))
+    listed = load_snapshots(repository)
+    notes.put_note(repository, notes.new_note(second.snapshot_id, notes.FORGET))
+    assert listed.refresh()
+    assert listed.snapshots == [first]
+    assert not listed.refresh()
+    assert listed.highest_sequences() == {bytes(16): 2}
+    forget_id = bytes.fromhex(keys_of(repository.store, "notes/")[0][-64:])
+    undelete = notes.Note(second.snapshot_id, notes.UNDELETE, 1, "host", (forget_id,))
+    notes.put_note(repository, undelete)
+    assert listed.refresh()
+    assert listed.snapshots == [first, second]
+    notes.put_note(repository, notes.new_note(second.snapshot_id, notes.FORGET))
+    listed.refresh()
+    assert listed.snapshots == [first]
+
+
+def test_a_refresh_reads_only_what_is_new(repository: Repository) -> None:
+    for number in range(5):
+        stored = put_snapshot(repository, replace(EXAMPLE, sequence=number))
+        notes.put_note(repository, notes.new_note(stored.snapshot_id, "remark"))
+    listed = load_snapshots(repository)
+    store = repository.store
+    assert isinstance(store, CountingStore)
+    before = store.calls["get"]
+    listed.refresh()
+    assert store.calls["get"] == before
+    put_snapshot(repository, replace(EXAMPLE, sequence=9))
+    assert listed.refresh()
+    assert store.calls["get"] == before + 1
+
+
+@pytest.mark.expected_log("damaged")
+def test_a_damaged_snapshot_is_named_each_time_and_logged_once(
+    repository: Repository, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = put_snapshot(repository, EXAMPLE)
+    good = put_snapshot(repository, replace(EXAMPLE, sequence=2))
+    key = f"snapshots/{stored.snapshot_id.hex()}"
+    data = repository.store.get(key)
+    repository.store.put(key, data[:-1])
+    listed = load_snapshots(repository)
+    listed.refresh()
+    assert listed.snapshots == [good]
+    assert list(listed.damaged) == [key]
+    assert len(caplog.records) == 1
+    repository.store.put(key, data)
+    listed.refresh()
+    assert listed.snapshots == [stored, good]
+    assert not listed.damaged
+
+
+def test_selection_is_by_any_host_all_tags_all_paths(repository: Repository) -> None:
+    put_snapshot(repository, EXAMPLE)
+    put_snapshot(repository, replace(EXAMPLE, host="beta", tags=("t", "u"), paths=(b"/a", b"/b"), sequence=2))
+    listed = load_snapshots(repository)
+    assert len(listed.selected([], [], [])) == 2
+    assert len(listed.selected(["alpha", "beta"], ["t"], [b"/a"])) == 2
+    assert [snapshot.host for snapshot in listed.selected([], ["t", "u"], [])] == ["beta"]
+    assert [snapshot.host for snapshot in listed.selected([], [], [b"/b"])] == ["beta"]
+    assert listed.selected(["alpha"], ["u"], []) == []
+
+
+def test_a_clock_that_is_a_day_off_is_told() -> None:
+    assert not has_doubtful_time(EXAMPLE)
+    assert has_doubtful_time(replace(EXAMPLE, time_ns=3 * DAY_NS))
+    assert has_doubtful_time(replace(EXAMPLE, time_ns=-DAY_NS))
