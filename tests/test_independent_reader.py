@@ -233,11 +233,11 @@ def test_another_slot_opens_and_a_wrong_password_does_not(tmp_path: Path) -> Non
 
 def test_the_worked_example_of_the_document_reads(tmp_path: Path) -> None:
     example = DOCUMENT.read_text().partition("A worked example\n====")[2]
-    title, dump_lines = r"(?:``([^`\n]+/[0-9a-f]{64})``|config\n-+)", r"((?: +\d+  [0-9a-f]+\n)+)"
+    title, dump_lines = r"``(config|[^`\n]+/[0-9a-f]{64})``", r"((?: +\d+  [0-9a-f]+\n)+)"
     objects = re.findall(rf"^{title}\n+::\n\n{dump_lines}", example, re.MULTILINE)
     assert len(objects) == 7
     for key, dump in objects:
-        path = tmp_path / (key or "config")
+        path = tmp_path / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes.fromhex("".join(line.split()[1] for line in dump.splitlines())))
     repository = opened(tmp_path, b"example")

@@ -1,7 +1,7 @@
 """Notes: append-only sealed records about a snapshot, which is itself never rewritten.
 
-Key: notes/SNAPSHOT/HASH. Record: [1, snapshot id, kind, time_ns, host, arguments]. Forgetting is valid only when sealed under the
-maintain key. Source: docs/format.rst, "Notes".
+Key: notes/SNAPSHOT/HASH. Record: [1, snapshot id, kind, time_ns, host, arguments]. Forgetting is valid only when sealed
+under the maintain key. Source: docs/format.rst, "Notes".
 """
 
 import os

@@ -21,7 +21,7 @@ def root_node(snapshot: Snapshot, load: Load) -> Node:
     row = (stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0, seconds, part, seconds, part)
     if snapshot.root_row:
         row = STAT_ROW.unpack(snapshot.root_row)
-    return Node(b"", *row, snapshot.root, 0, snapshot.root_owner, snapshot.root_group, xattrs)  # type: ignore[call-arg]
+    return Node(b"", *row, snapshot.root, 0, snapshot.root_owner, snapshot.root_group, xattrs)
 
 
 def find_path(snapshot: Snapshot, path: bytes, load: Load) -> Node:

@@ -21,15 +21,16 @@ import trio
 from backupfs import workers
 from backupfs.codec.keys import read_slot_info
 from backupfs.codec.sealing import Kind
-from backupfs.errors import RepositoryError, StoreError, UsageError
-from backupfs.ids import ObjectId, short
+from backupfs.errors import RepositoryError, StoreError, UsageError, WrongPassword
+from backupfs.ids import ObjectId, SnapshotId, short
 from backupfs.repository import layout, local
 from backupfs.repository.config import check_mac, encode_config, read_config
 from backupfs.repository.index import Index
 from backupfs.repository.objects import load_object
 from backupfs.repository.pack import PackRef
 from backupfs.repository.repository import Repository
-from backupfs.snapshots.listing import SnapshotList
+from backupfs.snapshots.listing import SnapshotList, load_snapshot
+from backupfs.snapshots.notes import load_note
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.usecases.check_copies import INDEX_KIND, Copies
 from backupfs.usecases.check_trees import TreeCheck
@@ -208,8 +209,9 @@ class _Check:
         listed = SnapshotList(repository)
         try:
             listed.refresh()
-        except StoreError as error:
-            self._findings.damage(layout.SNAPSHOTS, f"the snapshots or their notes cannot be read: {error}")
+        except StoreError:
+            self._load_what_can_be_read()
+            return
         for key, what in listed.damaged.items():
             self._findings.damage(key, what)
             identity = layout.id_in_key(key)
@@ -225,6 +227,25 @@ class _Check:
                 f"snapshot {sequence} of the host with the id {short(host_id)} was here and is gone: "
                 "it was forgotten and pruned, or it is lost",
             )
+
+    def _load_what_can_be_read(self) -> None:
+        """Load snapshots one by one; without all notes nobody knows which are forgotten, so all are checked."""
+        repository = self._repository
+        for prefix in (layout.SNAPSHOTS, layout.NOTES):
+            try:
+                for info in repository.store.list(prefix):
+                    try:
+                        identity = layout.id_in_key(info.key)
+                        if prefix == layout.NOTES:
+                            load_note(repository, info.key)
+                        elif identity is not None:
+                            self._snapshots.append(load_snapshot(repository, SnapshotId(identity)))
+                    except WrongPassword:
+                        continue  # a note that only the maintain key opens
+                    except (RepositoryError, StoreError) as error:
+                        self._findings.damage(info.key, str(error))
+            except StoreError as error:
+                self._findings.damage(prefix, f"it cannot be listed: {error}")
 
     def _new_folder(self) -> Path | None:
         cache = self._repository.local.cache

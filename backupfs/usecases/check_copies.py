@@ -108,7 +108,8 @@ class Copies:
                     self._findings.damage(info.key, f"it has {info.size} bytes instead of {ref.size}")
         except StoreError as error:
             self._findings.damage(prefix, f"the packs cannot be listed: {error}")
-            return present
+            # Reading them shows which are there.
+            return [(ref, ref.size) for ref in self.index.packs().values()]
         for pack_id in named:
             self._missing.add(pack_id)
             self._findings.damage(self.key_of(pack_id), "it is missing")

@@ -236,12 +236,23 @@ class TreeCheck:
                 case [int(), grammar.CHUNK, bytes(chunk_id)]:
                     if not self.data.judge(ChunkId(chunk_id)).good:
                         yield ChunkId(chunk_id), False
-                case [int(), grammar.LIST, bytes(page_id)] if self._is_bad(ChunkId(page_id)):
-                    chunk = self.trees.load(ChunkId(page_id))
-                    if chunk is None or level > _MOST_LEVELS:
+                case [int(length), grammar.LIST, bytes(page_id)] if self._is_bad(ChunkId(page_id)):
+                    page = self._valid_list_page(ChunkId(page_id), length) if level < _MOST_LEVELS else None
+                    if page is None:
                         yield ChunkId(page_id), True
                     else:
-                        yield from self._bad_chunks(decode_record(chunk, "a list page"), level + 1)
+                        yield from self._bad_chunks(page, level + 1)
+
+    def _valid_list_page(self, page_id: ChunkId, length: int) -> list[Field] | None:
+        chunk = self.trees.load(page_id)
+        if chunk is None:
+            return None
+        try:
+            segments = decode_record(chunk, "a list page")
+            self._look_at_segments(segments, length, _Open(-1, [], False))
+        except DamagedObject:
+            return None
+        return segments
 
     def _is_bad(self, chunk_id: ChunkId) -> bool:
         position = self.trees.position(chunk_id)

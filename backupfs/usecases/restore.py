@@ -10,7 +10,7 @@ import trio
 
 from backupfs import workers
 from backupfs.errors import UsageError
-from backupfs.localfs.writing import Metadata, Target
+from backupfs.localfs.writing import Target
 from backupfs.repository.fetch import PackRange, WantedBlock, fetch_range
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.node import Node
@@ -34,6 +34,7 @@ _PROGRESS_SECONDS = 0.2
 
 # Blocks are decoded in groups of about so many stored bytes: a hop costs as much as sealing a block.
 _GROUP_BYTES = 1 << 20
+_GROUP_BLOCKS = 4
 
 Stored = tuple[PackRange[Use], memoryview, list[WantedBlock[Use]]]
 Filled = tuple[WantedBlock[Use], Decoded]
@@ -102,8 +103,7 @@ class _Run:
         self.restorer = Restorer(opened, traversal, self._load, repository.data, options, report)
         start = traversal.start()
         if node.is_directory:
-            mtime_ns = node.mtime_ns if node.inode or node.mtime_ns else None
-            self.restorer.begin(start, Metadata(node.mode, node.uid, node.gid, mtime_ns, node.xattrs))
+            self.restorer.begin(start, traversal.metadata_of(node))
             self._walk: Iterator[None] = traversal.walk(self.restorer, start, tree_of(node))
         else:
             self.restorer.begin(start, None)
@@ -231,7 +231,8 @@ def _groups(blocks: list[WantedBlock[Use]]) -> Iterator[list[WantedBlock[Use]]]:
     for block in blocks:
         group.append(block)
         size += block.stored_length
-        if size >= _GROUP_BYTES:
+        # What compresses well is large when decoded: few blocks at once, however short they are.
+        if size >= _GROUP_BYTES or len(group) == _GROUP_BLOCKS:
             yield group
             group, size = [], 0
     if group:

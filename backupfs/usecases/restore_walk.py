@@ -115,14 +115,7 @@ class Traversal:
 
     def one(self, visitor: Visitor, start: Place, node: Node) -> Iterator[None]:
         """Lead to one node that is no directory."""
-        row = STAT_ROW.pack(
-            node.mode, node.uid, node.gid, node.nlink, node.inode, node.size, node.mtime_s, node.mtime_part_ns,
-            node.ctime_s, node.ctime_part_ns,
-        )  # fmt: skip
-        page = LeafPage(
-            [node.name], row, [node.content], bytes([node.flags]), ((node.uid, node.owner),), ((node.gid, node.group),),
-            {0: node.xattrs}, {0: node.filesystem},
-        )  # fmt: skip
+        page = _page_of(node)
         for _ in self._page(visitor, start, page):
             yield
         visitor.left(start, True)
@@ -202,11 +195,26 @@ class Traversal:
         mtime_ns = seconds * NANOSECONDS + part if recorded else None
         return Metadata(mode, owners.get(uid, uid), groups.get(gid, gid), mtime_ns, xattrs)
 
+    def metadata_of(self, node: Node) -> Metadata:
+        """Return what a node has beside its content."""
+        return self.metadata(_page_of(node), 0)
+
     def local_ids(self, page: LeafPage) -> tuple[dict[int, int], dict[int, int]]:
         """Return the ids of this machine for the owners and groups that a page names: id in the snapshot → here."""
         if self._by_number:
             return {}, {}
         return _local_ids(page.owners, page.groups)
+
+
+def _page_of(node: Node) -> LeafPage:
+    row = STAT_ROW.pack(
+        node.mode, node.uid, node.gid, node.nlink, node.inode, node.size, node.mtime_s, node.mtime_part_ns,
+        node.ctime_s, node.ctime_part_ns,
+    )  # fmt: skip
+    return LeafPage(
+        [node.name], row, [node.content], bytes([node.flags]), ((node.uid, node.owner),), ((node.gid, node.group),),
+        {0: node.xattrs}, {0: node.filesystem},
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=256)

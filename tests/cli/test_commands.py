@@ -35,7 +35,9 @@ class Cli:
         assert "Traceback" not in said, said
         return said
 
-    def run(self, *words: str | bytes | Path, stdin: bytes = b"", **environment: str) -> "subprocess.CompletedProcess[bytes]":
+    def run(
+        self, *words: str | bytes | Path, stdin: bytes = b"", **environment: str
+    ) -> "subprocess.CompletedProcess[bytes]":
         return subprocess.run(
             [sys.executable, "-m", "backupfs", *words],
             input=stdin,
@@ -290,7 +292,9 @@ def test_an_interrupted_backup_ends_with_130_and_the_next_goes_on(cli: Cli, sour
     with open(source / "large", "wb") as file:
         for _ in range(200):
             file.write(os.urandom(1 << 20))
-    running = subprocess.Popen([sys.executable, "-m", "backupfs", "backup", source], env=cli.environment, stderr=subprocess.PIPE)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "backupfs", "backup", source], env=cli.environment, stderr=subprocess.PIPE
+    )
     while not any(key.startswith("packs/data") for key in cli.objects()):
         assert running.poll() is None
         time.sleep(0.01)

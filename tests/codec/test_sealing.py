@@ -23,7 +23,7 @@ from backupfs.codec.sealing import (
     unit_offsets,
     unseal_record,
 )
-from backupfs.errors import DamagedObject, RepositoryError, UnknownVersion, WrongPassword
+from backupfs.errors import BackupfsError, DamagedObject, RepositoryError, UnknownVersion, WrongPassword
 
 KEYRING = new_keyring()
 LEVELS = [compression.OFF, 1, 3]
@@ -127,6 +127,26 @@ def test_a_claimed_plain_length_never_makes_the_reader_allocate() -> None:
         unit = sealing.Unit(UnitRole.RECORD, compression.ZSTD, plain_length, body)
         with pytest.raises(DamagedObject, match="decompress"):
             unseal_record(bytes(seal_object(Kind.NOTE, KEYRING, [unit])), Kind.NOTE, KEYRING, "it")
+
+
+def test_a_unit_that_no_reader_would_take_is_not_made() -> None:
+    unit = make_unit(UnitRole.BLOCK, bytes(sealing.MAX_PLAIN), 1)
+    data = bytes(seal_object(Kind.DATA_PACK, KEYRING, [unit]))
+    opened = OpenedHeader(data[: HEADER.size], Kind.DATA_PACK, KEYRING)
+    assert len(opened.unseal(data[HEADER.size :], HEADER.size, UnitRole.BLOCK)) == sealing.MAX_PLAIN == 64 << 20
+    with pytest.raises(BackupfsError, match="too many"):
+        make_unit(UnitRole.BLOCK, bytes(sealing.MAX_PLAIN + 1), 1)
+
+
+def test_an_unknown_codec_asks_for_an_upgrade() -> None:
+    """Only where the unit authenticates: a flipped bit is damage."""
+    data = bytes(seal_object(Kind.NOTE, KEYRING, [sealing.Unit(UnitRole.RECORD, 2, 10, b"x" * 10)]))
+    with pytest.raises(UnknownVersion, match="codec 2"):
+        unseal_record(data, Kind.NOTE, KEYRING, "it")
+    data = bytes(seal_object(Kind.NOTE, KEYRING, [sealing.Unit(UnitRole.RECORD, 0, 10, b"x" * 10)]))
+    changed = data[: HEADER.size + 5] + b"\2" + data[HEADER.size + 6 :]
+    with pytest.raises(DamagedObject):
+        unseal_record(changed, Kind.NOTE, KEYRING, "it")
 
 
 def test_the_trailer_must_stand_where_it_says() -> None:

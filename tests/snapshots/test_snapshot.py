@@ -1,90 +1,127 @@
-"""Snapshots: the record, its place in the store, its future."""
+"""Snapshots as records, and `/`, which no tree holds."""
 
-from dataclasses import fields, replace
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupfs.codec.records import decode_record, encode_record
-from backupfs.codec.sealing import hash_object
+from backupfs.codec.records import Field, decode_record, encode_record
 from backupfs.errors import DamagedObject, UnknownVersion
 from backupfs.ids import ChunkId, SnapshotId
-from backupfs.snapshots.listing import load_snapshot, put_snapshot
-from backupfs.snapshots.snapshot import (
-    FILES,
-    IMAGE,
-    Snapshot,
-    Statistics,
-    decode_snapshot,
-    encode_snapshot,
-    time_name,
+from backupfs.localfs import reading
+from backupfs.snapshots.node import STAT_ROW
+from backupfs.snapshots.snapshot import FILES, Snapshot, Statistics, decode_snapshot, encode_snapshot
+from backupfs.snapshots.walk import find_path, root_node
+from tests.builders import File, back_up, build, new_repository, reopened
+
+ID = SnapshotId(bytes(range(32)))
+TREE = ChunkId(b"t" * 32)
+ROW = STAT_ROW.pack(stat.S_IFDIR | 0o1711, 7, 8, 21, 2, 4096, -5, 999_999_999, 1 << 33, 1)
+XATTRS = ((b"security.selinux", b"root_t\0"), (b"user.top", b""))
+PLAIN = Snapshot(FILES, b"h" * 16, "earth", 3, b"p" * 32, 5, 6, (b"/",), ("a", "b"), b"", TREE, Statistics(1, 2, 3))
+FULL = replace(PLAIN, root_row=ROW, root_owner=b"seven", root_group=b"\xff", root_xattrs=XATTRS)
+FIELDS = decode_record(encode_snapshot(FULL), "it")
+ROOT = 11
+
+
+def nothing(_chunk_id: ChunkId) -> bytes:
+    raise AssertionError("no chunk is needed")
+
+
+def with_root(*fields: Field) -> bytes:
+    return encode_record([*FIELDS[:ROOT], list(fields), *FIELDS[ROOT + 1 :]])
+
+
+@given(
+    st.sampled_from([b"", ROW]),
+    st.binary(max_size=20),
+    st.one_of(st.just(b"x" * 32), st.lists(st.tuples(st.binary(), st.binary()), max_size=3).map(tuple)),
+    st.integers(-(2**63), 2**63),
+    st.text(max_size=10),
 )
-from tests.builders import keys_of, new_repository
+def test_a_snapshot_decodes_to_what_was_encoded(
+    row: bytes, owner: bytes, xattrs: tuple[tuple[bytes, bytes], ...] | bytes, time_ns: int, host: str
+) -> None:
+    snapshot = replace(
+        PLAIN, root_row=row, root_owner=owner, root_group=owner, root_xattrs=xattrs, time_ns=time_ns, host=host
+    )
+    assert decode_snapshot(encode_snapshot(snapshot), ID) == replace(snapshot, snapshot_id=ID)
 
-ROOT = ChunkId(hash_object(b"root"))
-NO_ID = SnapshotId(b"")
 
-numbers = st.integers(0, 2**63 - 1)
-snapshots = st.builds(
-    Snapshot,
-    kind=st.sampled_from([FILES, IMAGE]),
-    host_id=st.binary(min_size=16, max_size=16),
-    host=st.text(max_size=20),
-    sequence=numbers,
-    previous=st.sampled_from([b"", bytes(32)]),
-    time_ns=st.integers(-(2**62), 2**62),
-    store_time_ns=numbers,
-    paths=st.lists(st.binary(max_size=20), max_size=4).map(tuple),
-    tags=st.lists(st.text(max_size=9), max_size=4).map(tuple),
-    parent=st.sampled_from([b"", bytes(32)]),
-    root=st.just(ROOT),
-    statistics=st.builds(Statistics, *[numbers] * len(fields(Statistics))),
-    user=st.text(max_size=9),
-    program=st.text(max_size=9),
-    traits=st.integers(0, 255),
+def test_the_root_is_an_array_in_the_place_of_the_tree() -> None:
+    pairs: list[Field] = [list(pair) for pair in XATTRS]
+    assert FIELDS[ROOT] == [TREE, ROW, b"seven", b"\xff", pairs]
+    assert with_root(TREE, ROW, b"seven", b"\xff", pairs) == encode_snapshot(FULL)
+
+
+def test_fields_of_later_versions_are_passed_over() -> None:
+    expected = replace(FULL, snapshot_id=ID)
+    assert decode_snapshot(with_root(*FIELDS[ROOT], "later", 1), ID) == expected  # type: ignore[misc]
+    assert decode_snapshot(encode_record([*FIELDS, None, [b"later"]]), ID) == expected
+    with pytest.raises(UnknownVersion):
+        decode_snapshot(encode_record([2, *FIELDS[1:]]), ID)
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        [],
+        [TREE],
+        [TREE, ROW, b"", b""],
+        [TREE[:-1], ROW, b"", b"", []],
+        [TREE, ROW[:-1], b"", b"", []],
+        [TREE, STAT_ROW.pack(stat.S_IFREG | 0o644, *9 * [0]), b"", b"", []],
+        [TREE, ROW, "owner", b"", []],
+        [TREE, ROW, b"", b"", b"short"],
+        [TREE, ROW, b"", b"", [[b"only a name"]]],
+        [TREE, ROW, b"", b"", [[b"name", "text"]]],
+        [TREE, ROW, b"", b"", None],
+    ],
 )
+def test_a_root_of_another_form_is_damage(root: list[Field]) -> None:
+    with pytest.raises(DamagedObject):
+        decode_snapshot(with_root(*root), ID)
+    with pytest.raises(DamagedObject):
+        decode_snapshot(encode_record([*FIELDS[:ROOT], TREE, *FIELDS[ROOT + 1 :]]), ID)
 
 
-@given(snapshots)
-def test_a_snapshot_reads_back_and_has_one_byte_form(snapshot: Snapshot) -> None:
-    data = encode_snapshot(snapshot)
-    assert decode_snapshot(data, NO_ID) == snapshot
-    assert encode_snapshot(decode_snapshot(data, NO_ID)) == data
+def test_the_node_of_the_root_has_what_the_snapshot_says() -> None:
+    node = root_node(FULL, nothing)
+    assert (node.name, node.content, node.flags, node.filesystem) == (b"", TREE, 0, 0)
+    assert (node.mode, node.uid, node.gid, node.nlink) == (stat.S_IFDIR | 0o1711, 7, 8, 21)
+    assert (node.inode, node.size) == (2, 4096)
+    assert (node.mtime_ns, node.ctime_ns) == (-4_000_000_001, (1 << 33) * 10**9 + 1)
+    assert (node.owner, node.group, node.xattrs) == (b"seven", b"\xff", XATTRS)
 
 
-EXAMPLE = Snapshot(FILES, bytes(16), "h", 1, b"", 5, 6, (b"/a",), ("t",), b"", ROOT, Statistics())
+def test_large_xattrs_of_the_root_are_loaded_from_their_chunk() -> None:
+    chunk = encode_record([list(pair) for pair in XATTRS])
+    chunk_id = ChunkId(blake3(chunk).digest())
+    assert root_node(replace(FULL, root_xattrs=chunk_id), {chunk_id: chunk}.__getitem__).xattrs == XATTRS
+    with pytest.raises(DamagedObject):
+        root_node(replace(FULL, root_xattrs=chunk_id), lambda _: encode_record(["no pairs"]))
 
 
-def test_a_stored_snapshot_is_named_by_its_bytes() -> None:
+def test_an_unknown_root_is_a_directory_that_everybody_may_read() -> None:
+    node = root_node(PLAIN, nothing)
+    assert (node.mode, node.uid, node.gid, node.xattrs) == (stat.S_IFDIR | 0o755, 0, 0, ())
+    assert node.mtime_ns == PLAIN.time_ns
+
+
+def test_the_root_above_a_source_is_a_directory_on_the_way(tmp_path: Path) -> None:
+    """What changes in it by itself is not recorded: two backups tell the same of it."""
     repository = new_repository()
-    stored = put_snapshot(repository, EXAMPLE)
-    assert keys_of(repository.store, "snapshots/") == [f"snapshots/{stored.snapshot_id.hex()}"]
-    assert load_snapshot(repository, stored.snapshot_id) == stored == replace(EXAMPLE, snapshot_id=stored.snapshot_id)
-
-
-def test_a_later_record_asks_for_an_upgrade() -> None:
-    record = decode_record(encode_snapshot(EXAMPLE), "it")
-    record[0] = 2
-    with pytest.raises(UnknownVersion, match="upgrade backupfs"):
-        decode_snapshot(encode_record(record), NO_ID)
-
-
-def test_fields_that_a_later_version_appends_are_ignored() -> None:
-    record = decode_record(encode_snapshot(EXAMPLE), "it")
-    assert decode_snapshot(encode_record([*record, b"new"]), NO_ID) == EXAMPLE
-
-
-@pytest.mark.parametrize("position", range(19))
-def test_a_field_of_the_wrong_type_is_damage(position: int) -> None:
-    record = decode_record(encode_snapshot(EXAMPLE), "it")
-    record[position] = None
-    with pytest.raises(DamagedObject):
-        decode_snapshot(encode_record(record), NO_ID)
-    with pytest.raises(DamagedObject):
-        decode_snapshot(encode_record(record[:position]), NO_ID)
-
-
-def test_times_are_named_without_colons() -> None:
-    assert time_name(1_795_335_191_999_999_999) == "2026-11-22T08-13-11Z"
-    assert time_name(-1) == "1969-12-31T23-59-59Z"
+    source = build({"a": File(b"1")}, tmp_path / "source")
+    first, second = back_up(repository, source), back_up(repository, source)
+    assert first.root_row == second.root_row
+    assert first.root_xattrs == second.root_xattrs == ()
+    node = find_path(first, b"/", reopened(repository).trees.load)
+    status = os.stat("/")
+    assert (node.mode, node.uid, node.gid) == (status.st_mode, status.st_uid, status.st_gid)
+    assert (node.nlink, node.inode, node.size, node.mtime_ns, node.ctime_ns, node.xattrs) == (1, 0, 0, 0, 0, ())
+    assert node.owner == reading.owner_name(status.st_uid)

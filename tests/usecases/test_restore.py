@@ -25,7 +25,7 @@ from backupfs.repository import fetch
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.node import STAT_ROW
 from backupfs.snapshots.snapshot import Snapshot
-from backupfs.usecases import archiver, restore_files, restore_verify
+from backupfs.usecases import archive_context, restore_files, restore_verify
 from backupfs.usecases.events import Event, FileSkipped, Progress
 from backupfs.usecases.restore import RestoreOptions, RestoreResult, restore
 from tests.builders import (
@@ -180,7 +180,7 @@ def test_a_second_restore_changes_nothing(tree: Tree, overwrite: str, tmp_path: 
 
 
 def test_a_large_set_of_attributes_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archiver, "_MOST_XATTRS", 10)
+    monkeypatch.setattr(archive_context, "_MOST_XATTRS", 10)
     xattrs = {"user.a": b"x" * 500, "user.b": b"y"}
     repository, snapshot, source = saved(tmp_path, {"a": File(b"1", xattrs=xattrs), "d": Directory({}, xattrs=xattrs)})
     result, _ = run_restore(repository, snapshot, source, tmp_path / "target", verify=True)

@@ -1,0 +1,402 @@
+"""Check beyond plain damage (tests/test_damage.py): stores that fail, writers that wrote nonsense, parts, bounds."""
+
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import trio
+
+from backupfs.codec.records import encode_record
+from backupfs.codec.sealing import Kind, hash_object
+from backupfs.errors import UsageError
+from backupfs.ids import ChunkId, SnapshotId, short
+from backupfs.repository import layout
+from backupfs.repository.pack import ROW, Block, compress_block, encode_pack
+from backupfs.repository.repository import Repository
+from backupfs.repository.segment import Segment, encode_segment, sort_rows
+from backupfs.snapshots.content import CHUNK, HOLE, LIST, SINGLE_MARK, Content
+from backupfs.snapshots.listing import load_snapshot, put_snapshot
+from backupfs.snapshots.node import STAT_ROW
+from backupfs.snapshots.notes import new_note, put_note
+from backupfs.snapshots.snapshot import FILES, Snapshot, Statistics
+from backupfs.snapshots.tree import TreeBuilder
+from backupfs.stores.memory import MemoryStore
+from backupfs.usecases.check import CheckOptions, check
+from backupfs.usecases.events import ignore
+from backupfs.usecases.findings import MOST_FINDINGS, MOST_PATHS, Findings, Severity
+from tests.builders import (
+    NOWHERE,
+    File,
+    back_up,
+    build,
+    copy_of,
+    folders_in,
+    keys_of,
+    new_repository,
+    noise,
+    reopened,
+    run_check,
+)
+from tests.faults import Fault, FaultyStore, PassingStore
+
+Result = TypeVar("Result")
+
+TREE = {f"f{number}": File(noise(number, 5000)) for number in range(30)} | {"d": {"e": {"x": File(b"x")}}}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> MemoryStore:
+    repository = new_repository()
+    back_up(repository, build(TREE, tmp_path_factory.mktemp("check") / "source"))
+    return copy_of(repository.store)
+
+
+# Stores that fail.
+
+
+@pytest.mark.parametrize("prefix", ["packs/data/", "packs/tree/", "snapshots/", "notes/", "keys/", "index/data/"])
+@pytest.mark.parametrize("read_data", [False, True])
+def test_a_listing_that_fails_is_a_finding_and_the_rest_is_checked(
+    stored: MemoryStore, prefix: str, read_data: bool
+) -> None:
+    repository = reopened(stored)
+    # The listing of index/data/ fails once only: packs are looked into instead.
+    repository.store = FaultyStore(stored, Fault("list", 1, prefix=prefix, times=1 if prefix == "index/data/" else 99))
+    result = run_check(repository, read_data=read_data)
+    assert result.damaged
+    found = next(finding for finding in result.findings if finding.key == prefix)
+    assert "failed by rule" in found.what
+    if not prefix.startswith(("snapshots/", "index/")):
+        assert result.entries > 30
+        assert len(result.findings) == 1
+        assert found.paths == ()
+
+
+@pytest.mark.parametrize("prefix", ["packs/data/", "packs/tree/"])
+def test_a_pack_that_cannot_be_read_now_is_named_and_the_rest_is_checked(stored: MemoryStore, prefix: str) -> None:
+    repository = reopened(stored)
+    repository.store = FaultyStore(stored, Fault("get", 1, prefix=prefix))
+    result = run_check(repository, read_data=True)
+    assert result.damaged
+    assert [finding.key.startswith(prefix) for finding in result.findings] == [True]
+    assert result.packs_read == result.packs
+
+
+@pytest.mark.parametrize("prefix", ["snapshots/", "notes/"])
+def test_a_snapshot_or_a_note_that_cannot_be_read_now_is_named_and_the_others_are_checked(
+    stored: MemoryStore, prefix: str
+) -> None:
+    store = copy_of(stored)
+    first = keys_of(store, "snapshots/")[0]
+    second = put_snapshot(reopened(store), replace(load_snapshot(reopened(store), _id_in(first)), sequence=2))
+    put_note(reopened(store), new_note(second.snapshot_id, "remark"))
+    repository = reopened(store)
+    key = keys_of(store, prefix)[0]
+    repository.store = FaultyStore(store, Fault("get", 1, prefix=key, times=9))
+    result = run_check(repository)
+    assert [finding.key for finding in result.findings] == [key]
+    assert result.snapshots == (1 if prefix == "snapshots/" else 2)
+    assert result.entries > 30
+
+
+def _id_in(key: str) -> SnapshotId:
+    return SnapshotId(bytes.fromhex(key[-64:]))
+
+
+def test_a_store_that_is_gone_ends_in_findings_not_in_an_exception(stored: MemoryStore) -> None:
+    repository = reopened(stored)
+    repository.store = FaultyStore(stored, *(Fault(verb, 1, times=10**6) for verb in ("get", "list", "size")))
+    result = run_check(repository, read_data=True)
+    assert result.damaged
+    assert {"config", "keys/", "snapshots/"} <= {finding.key for finding in result.findings}
+
+
+class RecordingStore(PassingStore):
+    def __init__(self, inner: MemoryStore) -> None:
+        super().__init__(inner)
+        self.listed: list[str] = []
+
+    def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
+        if verb == "list":
+            self.listed.append(key)
+        return call()
+
+
+def test_a_backup_that_runs_meanwhile_is_no_damage(stored: MemoryStore) -> None:
+    """Packs, index, snapshot is the order of puts; a check lists in the reverse order, so it sees all it needs."""
+    repository = reopened(stored)
+    repository.store = store = RecordingStore(stored)
+    run_check(repository)
+    order = [store.listed.index(prefix) for prefix in ("snapshots/", "index/tree/", "packs/tree/")]
+    assert order == sorted(order)
+    order = [store.listed.index(prefix) for prefix in ("snapshots/", "index/data/", "packs/data/")]
+    assert order == sorted(order)
+
+
+def test_a_cancelled_check_ends_and_leaves_nothing(stored: MemoryStore, tmp_path: Path) -> None:
+    class CancellingStore(PassingStore):
+        def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
+            if verb == "get" and key.startswith("packs/"):
+                trio.from_thread.run_sync(scope.cancel)
+            return call()
+
+    repository = reopened(stored, folders_in(tmp_path))
+    repository.store = CancellingStore(stored)
+    scope = trio.CancelScope()
+
+    async def main() -> None:
+        with scope:
+            await check(repository, CheckOptions(read_data=True), ignore)
+
+    trio.run(main)
+    assert scope.cancelled_caught
+    assert not list((tmp_path / "cache").glob("check-*"))
+
+
+# Parts.
+
+
+def test_slices_read_every_pack_once(stored: MemoryStore) -> None:
+    repository = reopened(stored)
+    total = run_check(repository).packs
+    assert total > 3
+    for of in (1, 2, 7):
+        results = [run_check(repository, subset=f"{which}/{of}") for which in range(1, of + 1)]
+        assert sum(result.packs_read for result in results) == total
+        assert not any(result.damaged for result in results)
+    assert run_check(repository, subset="100%").packs_read == total
+    assert run_check(repository, subset="0.0001%").packs_read <= 1
+
+
+@pytest.mark.parametrize("subset", ["", "5", "0%", "101%", "-1%", "nan%", "x%", "0/3", "4/3", "1/0", "1/2/3", "a/b"])
+def test_a_part_that_cannot_be_understood_is_refused(stored: MemoryStore, subset: str) -> None:
+    with pytest.raises(UsageError, match="5%"):
+        run_check(reopened(stored), subset=subset)
+
+
+def test_a_slice_finds_the_damage_in_its_own_packs_only(stored: MemoryStore) -> None:
+    store = copy_of(stored)
+    key = keys_of(store, "packs/data/")[0]
+    data = bytearray(store.get(key))
+    data[100] ^= 1
+    store.put(key, data)
+    repository = reopened(store)
+    results = [run_check(repository, subset=f"{which}/5") for which in range(1, 6)]
+    assert [result.damaged for result in results].count(True) == 1
+    (damaged,) = (result for result in results if result.damaged)
+    assert [finding.key for finding in damaged.findings] == [key]
+    assert damaged.findings[0].paths
+
+
+# What is there and needed by nobody, and what is needed and gone.
+
+
+def test_packs_of_an_interrupted_run_are_information(stored: MemoryStore) -> None:
+    store = copy_of(stored)
+    repository = reopened(store)
+    filed(repository, Kind.DATA_PACK, [b"nobody's"], indexed=False)
+    for read_data in (False, True):
+        result = run_check(repository, read_data=read_data)
+        assert not result.damaged
+        (finding,) = result.findings
+        assert (finding.severity, finding.key) == (Severity.INFORMATION, "packs/data/")
+        assert result.unnamed_packs == 1
+        assert result.unnamed_bytes > 100
+
+
+def test_a_snapshot_that_was_seen_and_is_gone_is_a_warning(tmp_path: Path) -> None:
+    repository = new_repository(folders=folders_in(tmp_path))
+    source = build(TREE, tmp_path / "source")
+    back_up(repository, source)
+    last = back_up(repository, source)
+    repository.store.delete(f"snapshots/{last.snapshot_id.hex()}")
+    result = run_check(repository)
+    assert not result.damaged
+    assert [(finding.severity, finding.key) for finding in result.findings] == [(Severity.WARNING, "snapshots/")]
+    assert "snapshot 2 of the host" in result.findings[0].what
+
+
+# Writers that wrote nonsense: everything authenticates, and still something is wrong.
+
+
+def filed(repository: Repository, kind: Kind, chunks: list[bytes], *, indexed: bool = True) -> list[ChunkId]:
+    """Put chunks, one block each, into a pack of their own and return their ids."""
+    id_key_is_tree = kind == Kind.TREE_PACK
+    reader = repository.trees if id_key_is_tree else repository.data
+    ids = [reader.chunk_id(chunk) for chunk in chunks]
+    blocks = [
+        compress_block(Block((chunk_id,), (chunk,), len(chunk)), 1) for chunk_id, chunk in zip(ids, chunks, strict=True)
+    ]
+    pack = encode_pack(kind, repository.keyring, bytes(16), blocks)
+    repository.store.put(layout.key_of(kind, pack.ref.pack_id), pack.data)
+    if indexed:
+        put_segment(repository, kind, Segment(sort_rows(pack.rows), (pack.ref,)))
+    return ids
+
+
+def put_segment(repository: Repository, kind: Kind, segment: Segment) -> None:
+    index_kind = Kind.TREE_INDEX if kind == Kind.TREE_PACK else Kind.DATA_INDEX
+    data = encode_segment(index_kind, repository.keyring, segment)
+    repository.store.put(layout.key_of(index_kind, hash_object(data)), data)
+
+
+def snapshot_with(
+    repository: Repository, content: Content, size: int, mode: int = stat.S_IFREG, pages: list[bytes] | None = None
+) -> Snapshot:
+    """Put a snapshot of two entries, /bad and /good, and return it."""
+    saved: list[bytes] = list(pages or [])
+
+    def save(data: bytes) -> ChunkId:
+        saved.append(data)
+        return repository.trees.chunk_id(data)
+
+    builder = TreeBuilder(bytes(32), save)
+    for name, row_mode, row_size, row_content in ((b"bad", mode, size, content), (b"good", stat.S_IFREG, 0, b"")):
+        row = STAT_ROW.pack(row_mode, 0, 0, 1, 1, row_size, 0, 0, 0, 0)
+        builder.add(name, row, row_content, 0, (), 0, (0, b""), (0, b""))
+    root = builder.finish()
+    filed(repository, Kind.TREE_PACK, saved)
+    return put_snapshot(
+        repository, Snapshot(FILES, bytes(16), "h", 1, b"", 5, 5, (b"/bad",), (), b"", root, Statistics())
+    )
+
+
+CHUNK_BYTES = b"eleven byte"
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "mode", "text"),
+    [
+        (lambda chunk, _page: SINGLE_MARK + chunk, 12, stat.S_IFREG, "has 11 bytes instead of 12"),
+        (lambda _chunk, _page: b"", 5, stat.S_IFREG, "no known form"),
+        (lambda _chunk, _page: b"\x03four", 5, stat.S_IFREG, "no known form"),
+        (lambda _chunk, _page: b"\x09", 5, stat.S_IFREG, "no known form"),
+        (lambda chunk, _page: [[11, CHUNK, chunk], [1, HOLE]], 13, stat.S_IFREG, "do not add up"),
+        (lambda chunk, _page: [[10, CHUNK, chunk]], 10, stat.S_IFREG, "has 11 bytes instead of 10"),
+        (lambda _chunk, page: [[12, LIST, page]], 12, stat.S_IFREG, "do not add up"),
+        (lambda _chunk, _page: [[12, 7]], 12, stat.S_IFREG, "no known kind"),
+        (lambda _chunk, _page: ["x"], 12, stat.S_IFREG, "malformed"),
+        (lambda _chunk, _page: b"short", 0, stat.S_IFDIR, "directory without a tree"),
+    ],
+)
+def test_a_page_that_says_something_impossible_is_damage_at_its_path(
+    make: Callable[[bytes, bytes], Content], size: int, mode: int, text: str
+) -> None:
+    repository = new_repository()
+    (chunk,) = filed(repository, Kind.DATA_PACK, [CHUNK_BYTES])
+    page = encode_record([[11, CHUNK, chunk]])
+    snapshot = snapshot_with(repository, make(chunk, repository.trees.chunk_id(page)), size, mode, [page])
+    result = run_check(repository)
+    (finding,) = result.findings
+    assert finding.severity == Severity.DAMAGE
+    assert text in finding.what
+    assert finding.key.startswith("packs/tree/")
+    assert finding.snapshots == (short(snapshot.snapshot_id),)
+    assert finding.paths == (b"/bad",)
+    assert finding.paths_total == 1
+
+
+def test_what_is_right_is_no_finding() -> None:
+    repository = new_repository()
+    (chunk,) = filed(repository, Kind.DATA_PACK, [CHUNK_BYTES])
+    page = encode_record([[11, CHUNK, chunk]])
+    snapshot_with(repository, [[11, LIST, repository.trees.chunk_id(page)]], 11, pages=[page])
+    assert run_check(repository, read_data=True).findings == ()
+
+
+@pytest.mark.parametrize("read_data", [False, True])
+@pytest.mark.parametrize("position", [2, 3, 4, 5], ids=["offset", "stored length", "offset in block", "length"])
+def test_an_index_that_points_beside_the_chunk_is_damage(position: int, read_data: bool) -> None:
+    repository = new_repository()
+    chunk_id = repository.data.chunk_id(CHUNK_BYTES)
+    pack = encode_pack(
+        Kind.DATA_PACK, repository.keyring, bytes(16), [compress_block(Block((chunk_id,), (CHUNK_BYTES,), 11), 1)]
+    )
+    repository.store.put(layout.key_of(Kind.DATA_PACK, pack.ref.pack_id), pack.data)
+    row = list(ROW.unpack(pack.rows))
+    row[position] += 1000
+    put_segment(repository, Kind.DATA_PACK, Segment(ROW.pack(*row), (pack.ref,)))
+    snapshot_with(repository, SINGLE_MARK + chunk_id, 11)
+    result = run_check(repository, read_data=read_data)
+    if position == 4 and not read_data:
+        assert not result.damaged  # only reading tells
+        return
+    assert result.damaged
+    assert {path for finding in result.findings for path in finding.paths} == {b"/bad"}
+
+
+def test_an_object_that_is_none_of_a_repository_is_information() -> None:
+    repository = new_repository()
+    repository.store.put("keys/README", b"hello")
+    result = run_check(repository)
+    assert [(finding.severity, finding.key) for finding in result.findings] == [(Severity.INFORMATION, "keys/README")]
+
+
+def test_a_chunk_that_two_directories_share_names_both_paths(tmp_path: Path) -> None:
+    same = File(noise(1, 2000))
+    source = build({"a": {"x": same}, "b": {"x": same, "y": File(noise(2, 2000))}}, tmp_path / "source")
+    repository = new_repository()
+    first = back_up(repository, source)
+    second = back_up(repository, source, force=True)
+    for key in keys_of(repository.store, "packs/data/"):
+        repository.store.delete(key)
+    (finding,) = run_check(reopened(repository)).findings
+    assert finding.what == "it is missing"
+    assert finding.snapshots == tuple(
+        short(snapshot.snapshot_id) for snapshot in sorted((first, second), key=lambda snapshot: snapshot.time_ns)
+    )
+    assert [path.removeprefix(source) for path in finding.paths] == [b"/a/x", b"/b/x", b"/b/y"]
+    assert finding.paths_total == 3
+
+
+def test_it_needs_no_local_folder_and_no_loaded_index(stored: MemoryStore) -> None:
+    repository = Repository(stored, *_parts(reopened(stored)))
+    assert repository.data_index.count == 0
+    assert run_check(repository, read_data=True).findings == ()
+    assert repository.data_index.count == 0
+
+
+def _parts(repository: Repository) -> tuple:  # type: ignore[type-arg]
+    return repository.config, repository.keyring, repository.slot_id, NOWHERE
+
+
+# Bounds.
+
+
+def test_findings_are_bounded() -> None:
+    findings = Findings()
+    for number in range(MOST_FINDINGS + 7):
+        findings.damage(f"packs/data/{number:05}", "it is missing")
+    findings.add(Severity.INFORMATION, "packs/data/00000", "something else")
+    for text in range(10):
+        findings.damage("packs/data/00001", f"text {text}")
+    for snapshot in ("first", "second"):
+        for number in range(100):
+            findings.hit("packs/data/00002", snapshot, b"%s-%d" % (snapshot.encode(), number))
+    findings.hit("packs/data/00002", "third", b"one")
+    findings.hit("nothing is known of it", "first", b"x")
+    listed = findings.listed()
+    assert len(listed) == MOST_FINDINGS
+    assert findings.omitted == 7
+    by_key = {finding.key: finding for finding in listed}
+    assert by_key["packs/data/00000"].severity == Severity.DAMAGE
+    assert "8 more" in by_key["packs/data/00001"].what
+    found = by_key["packs/data/00002"]
+    assert found.snapshots == ("first", "second", "third")
+    assert len(found.paths) == MOST_PATHS
+    assert found.paths_total == 100
+
+
+def test_the_worst_findings_come_first() -> None:
+    findings = Findings()
+    findings.add(Severity.INFORMATION, "a", "x")
+    findings.add(Severity.WARNING, "b", "x")
+    assert not findings.damaged
+    findings.damage("c", "x")
+    findings.add(Severity.DAMAGE, "a", "y")
+    assert [finding.key for finding in findings.listed()] == ["a", "c", "b"]
+    assert findings.damaged
+    assert replace(findings.listed()[0], what="x; y") == findings.listed()[0]
