@@ -38,7 +38,8 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            found |= {f"{node.module}.{alias.name}" if node.module == "backupfs" else str(node.module) for alias in node.names}
+            whole = node.module == "backupfs"
+            found |= {f"{node.module}.{alias.name}" if whole else str(node.module) for alias in node.names}
     return found
 
 

@@ -180,12 +180,13 @@ def _prepare(arguments: list[str]) -> None:
         format="backupfs: %(message)s",
     )
     # SIGTERM ends a command as Ctrl-C does: temporary files go, stored chunks stay.
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     _allow_many_files()
 
 
-def _raise_interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
+def _interrupt(_number: int, _frame: object) -> None:
+    # As Ctrl-C, whose handler knows when the event loop can be interrupted; raising here would break it anywhere.
+    signal.raise_signal(signal.SIGINT)
 
 
 def _allow_many_files() -> None:

@@ -207,7 +207,10 @@ class ChunkReader:
         return self._opener(pack).unseal(stored, offset, UnitRole.BLOCK)
 
     def fetch(self, pack: PackRef, start: int, length: int) -> bytes:
-        """Return stored bytes of a pack, for those who read several blocks at once. Raises: StoreError; DamagedObject."""
+        """Return stored bytes of a pack, for those who read several blocks at once.
+
+        Raises: StoreError; DamagedObject.
+        """
         return self._store.get(layout.key_of(self._kind, pack.pack_id), start=start, length=length)
 
     def _opener(self, pack: PackRef) -> OpenedHeader:
