@@ -1,5 +1,6 @@
 """A mount from beginning to end: checked, made, served, ended."""
 
+import errno
 import logging
 import os
 import shutil
@@ -44,7 +45,8 @@ def check_mountpoint(mountpoint: Path, options: SessionOptions) -> None:
     except FileNotFoundError as error:
         raise MountError(f"there is no directory {name}: make it first") from error
     except OSError as error:
-        hint = "; a mount whose server is gone? `backupfs umount` removes it" if error.errno == 107 else ""
+        gone = error.errno == errno.ENOTCONN
+        hint = f": the server of another mount there is gone; `fusermount3 -u {name}` removes it" if gone else ""
         raise MountError(f"{name} cannot be used: {error.strerror}{hint}") from error
     if not os.path.exists("/dev/fuse"):
         raise MountError("there is no /dev/fuse: load the kernel module (`modprobe fuse`), or give it to the container")
@@ -96,7 +98,9 @@ async def serve(
     try:
         pyfuse3.init(SnapshotOperations(view, loader), str(mountpoint), wanted)
     except RuntimeError as error:
-        raise MountError(f"{shown(str(mountpoint))} could not be mounted: {error}; see the lines above") from error
+        raise MountError(
+            f"{shown(str(mountpoint))} could not be mounted: {error}; libfuse said why above or in the log"
+        ) from error
     # What libfuse did to signals is its own; the mount must end cleanly on all of these.
     noted: mounted.Mount | None = None
     ended_by_kernel = False

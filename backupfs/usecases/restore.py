@@ -17,7 +17,7 @@ from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.usecases.events import Progress, Report
-from backupfs.usecases.restore_files import BY_NUMBER, OVERWRITE, Decoded, RestoreOptions, Restorer, Stopped, Use
+from backupfs.usecases.restore_files import BY_NUMBER, OVERWRITE, Decoded, RestoreOptions, Restorer, Use
 from backupfs.usecases.restore_verify import Verifier
 from backupfs.usecases.restore_walk import Traversal
 
@@ -249,7 +249,7 @@ def _is_whole(snapshot: Snapshot, path: bytes, options: RestoreOptions) -> bool:
 def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return what went wrong first, without the groups of the stages around it; a bug keeps its group."""
     leaves = list(_leaves(group))
-    told = [error for error in leaves if not isinstance(error, (trio.Cancelled, Stopped))]
+    told = [error for error in leaves if not isinstance(error, trio.Cancelled)]
     return told[0] if len(told) == 1 or (told and len({type(error) for error in told}) == 1) else group
 
 

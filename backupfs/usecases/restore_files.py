@@ -181,7 +181,10 @@ class Restorer:
 
     def directory(self, place: Place) -> bool:
         """Make or open a directory, unless it may turn out that nothing in it is wanted."""
-        return self._directory_of(place) is not None if place.included else True
+        if not place.included or self._directory_of(place) is not None:
+            return True
+        self.blocked.add(place.number)
+        return False
 
     def _directory_of(self, place: Place) -> Directory | None:
         """Return the directory to write into, made now if it is not there; None if that cannot be."""
@@ -203,7 +206,6 @@ class Restorer:
                 self._skip(self.target.path_of(parent, below.name), str(error))
             if below.directory is None:
                 place.blocked = below.blocked = True
-                self.blocked.add(below.number)
                 return None
         return place.directory
 
@@ -528,12 +530,7 @@ class Restorer:
     def advance(self, walk: Iterator[None]) -> bool:
         """Go on with the walk for a moment; return whether it may have more to come."""
         end = time.monotonic() + _SLICE_S
-        for _ in walk:
-            if self.stop.is_set():
-                raise Stopped
-            if self.is_full or time.monotonic() > end:
-                return True
-        return False
+        return any(self.is_full or self.stop.is_set() or time.monotonic() > end for _ in walk)
 
     def take_window(self) -> list[PackRange[Use]]:
         """Return what to read for everything that was noted since."""
@@ -754,10 +751,6 @@ class Restorer:
         """Yield what is worth saying once at the end."""
         if self.target.owners_kept:
             yield Remark("only root can give files to their owners: they belong to the user who restored them")
-
-
-class Stopped(Exception):
-    """The run was cancelled."""
 
 
 Placed = tuple[int, int, int, bytes, int]  # offset in the file, kind, length, source, offset in the source

@@ -24,7 +24,6 @@ Load = Callable[[ChunkId], bytes | memoryview]
 
 # Entries between two pauses: it bounds how long a cancelled run goes on, and how long others wait for the target.
 PAUSE = 64
-_UNSAFE = frozenset({b"", b".", b".."})
 
 
 class Place:
@@ -135,11 +134,7 @@ class Traversal:
             place.seen.update(page.names)
         others: list[int] = []
         directories: list[int] = []
-        for at, (name, row) in enumerate(zip(page.names, STAT_ROW.iter_unpack(page.rows), strict=True)):
-            # Whoever has the keys could file a name that leads elsewhere.
-            if b"/" in name or name in _UNSAFE:
-                visitor.damaged(place, name, DamagedObject("the snapshot holds an impossible name"))
-                continue
+        for at, row in enumerate(STAT_ROW.iter_unpack(page.rows)):
             (directories if row[0] & 0o170000 == 0o40000 else others).append(at)
         included: frozenset[int] | None = None
         if self._exclude is not None or not place.included:

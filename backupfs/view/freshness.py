@@ -78,6 +78,10 @@ class Freshness:
         except BackupfsError as error:
             log.warning("the list of snapshots could not be read again: %s", error)
             age = max(age, _AGE_AFTER_FAILURE_S)
+        except Exception:
+            # The mount goes on with what it knows.
+            log.exception("a fault in backupfs while the list of snapshots was read again, please report it")
+            age = max(age, _AGE_AFTER_FAILURE_S)
         finally:
             self._running = None
             self._due = trio.current_time() + age

@@ -13,7 +13,6 @@ from typing import TypeVar, TypeVarTuple
 import trio
 
 from backupfs import workers
-from backupfs.errors import BackupfsError
 from backupfs.ids import ChunkId, ObjectId
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.pack import PackRef
@@ -129,12 +128,12 @@ class Loader:
             [(location, chunk_ids)] = groups.values()
             await self._load_block(missing.reader, location, chunk_ids, pins)
             return
-        errors: list[BackupfsError] = []
+        errors: list[Exception] = []
 
         async def load(location: Location | None, chunk_ids: list[ChunkId]) -> None:
             try:
                 await self._load_block(missing.reader, location, chunk_ids, pins)
-            except BackupfsError as error:
+            except Exception as error:
                 errors.append(error)
 
         async with trio.open_nursery() as nursery:
@@ -213,7 +212,7 @@ class Loader:
     async def _load_ahead(self, pack: PackRef, loading: _Loading) -> None:
         try:
             await workers.io(self._data.load_ahead, pack, loading.start, loading.end - loading.start)
-        except BackupfsError as error:
+        except Exception as error:
             # Whoever really needs the bytes tries again, and tells.
             log.debug("reading ahead: %s", error)
         finally:

@@ -479,3 +479,17 @@ def test_a_mount_that_cannot_be_made_says_why(world: Mounted) -> None:
         _, complaint = started.communicate(timeout=LIMIT_S)
         assert started.returncode == 1
         assert words in complaint.splitlines()[-1]
+
+
+def test_a_mount_whose_server_was_killed_can_be_removed(world: Mounted) -> None:
+    world.backed_up({"f": File(b"1")})
+    point = world.mount()
+    assert world.server is not None
+    world.server.kill()
+    world.server.communicate(timeout=10)
+    again = world.start()
+    _, complaint = again.communicate(timeout=LIMIT_S)
+    assert "is mounted at" in complaint
+    umount(point)
+    assert mounted.find_mount(point) is None
+    assert os.listdir(world.mount()) != []

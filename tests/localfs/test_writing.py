@@ -102,6 +102,31 @@ def test_a_mode_is_not_set_through_a_symlink(tmp_path: Path) -> None:
     assert stat.S_IMODE(precious.stat().st_mode) == 0o600
 
 
+def test_what_takes_the_place_of_a_new_fifo_keeps_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    precious = tmp_path / "precious"
+    precious.touch(mode=0o600)
+    target, _ = opened(tmp_path / "target")
+
+    def hostile(name: bytes, _mode: int, _device: int, *, dir_fd: int) -> None:
+        os.symlink(precious, name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mknod", hostile)
+    with pytest.raises(OSError, match="not supported"):
+        target.make_special(target.root, b"p", PLAIN._replace(mode=stat.S_IFIFO | 0o666), b"", (0, 0))
+    assert stat.S_IMODE(precious.stat().st_mode) == 0o600
+    assert os.listdir(tmp_path / "target") == []
+    target.close()
+
+
+def test_linking_a_name_to_its_own_file_leaves_nothing_else(tmp_path: Path) -> None:
+    target, _ = opened(tmp_path)
+    target.write_file(target.root, b"a", b"1", PLAIN)
+    for name in (b"b", b"b", b"a"):
+        target.link(target.root, b"a", target.root, name)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    target.close()
+
+
 def test_an_attribute_that_cannot_be_set_is_a_problem_and_no_failure(tmp_path: Path) -> None:
     target, problems = opened(tmp_path)
     target.write_file(target.root, b"a", b"1", PLAIN._replace(xattrs=((b"nonsense.x", b"1"), (b"user.y", b"2"))))

@@ -6,6 +6,7 @@ import random
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -190,7 +191,8 @@ def test_a_large_set_of_attributes_comes_back(tmp_path: Path, monkeypatch: pytes
 
 @as_root
 def test_acls_come_back(tmp_path: Path) -> None:
-    source = build({"a": File(b"1", mode=0o640), "d": {"x": File(BIG)}}, tmp_path / "source")
+    tree = {"a": File(b"1", mode=0o640), "d": {"x": File(BIG)}, "new": {"y": File(b"2"), "z": {}}, "p": Special()}
+    source = build(tree, tmp_path / "source")
     entries = [(1, 6, 0xFFFFFFFF), (2, 4, 1234), (4, 4, 0xFFFFFFFF), (16, 6, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF)]
     acl = (2).to_bytes(4, "little") + b"".join(
         tag.to_bytes(2, "little") + permissions.to_bytes(2, "little") + who.to_bytes(4, "little")
@@ -552,6 +554,20 @@ def test_exclude_and_include(tmp_path: Path) -> None:
     assert os.stat(tmp_path / "o" / "d" / "e" / "f").st_mtime_ns == OLD_NS
     run_restore(repository, snapshot, source, tmp_path / "e", include=(parse_pattern(b"/d/e"),))
     assert set(below(snapshot_of(tmp_path / "e"))) == {b"d", b"d/e", b"d/e/f", b"d/e/f/c.o"}
+
+
+@pytest.mark.parametrize("include", [b"/d/e", b"*.c", b"/d"])
+def test_verify_knows_what_was_not_entered(include: bytes, tmp_path: Path) -> None:
+    tree: Tree = {
+        "d": {"a.c": File(b"1"), "e": {"b.c": File(b"2")}, "f": {"c.c": File(b"3")}},
+        "z": {"z.c": File(b"4")},
+    }
+    repository, snapshot, source = saved(tmp_path, tree)
+    target = build({"d": File(b"in the way")}, tmp_path / "target")
+    patterns = (parse_pattern(include), parse_pattern(b"/z"))
+    result, events = run_restore(repository, snapshot, source, target, include=patterns, overwrite="never", verify=True)
+    assert [event.path for event in events] == [target + b"/d"]
+    assert (result.files, result.verified, result.errors) == (1, 2, 1)
 
 
 def test_delete_touches_only_what_is_included(tmp_path: Path) -> None:
@@ -1018,6 +1034,33 @@ def test_an_interrupted_run_leaves_whole_files_and_no_temporaries(seed: int, tmp
     _result, events = run_restore(repository, snapshot, source, tmp_path / "target", overwrite="if-changed")
     assert events == []
     assert below(snapshot_of(tmp_path / "target")) == below(wanted)
+
+
+def test_a_long_walk_ends_when_the_run_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository, snapshot, source = saved(tmp_path, {f"{number}": File(b"1") for number in range(3000)})
+    monkeypatch.setattr(restore_files, "_SLICE_S", 1000)
+    real, written = writing.Target.write_file, []
+
+    def cancelling(*arguments: object) -> None:
+        written.append(1)
+        if len(written) == 10:
+            trio.from_thread.run_sync(scope.cancel)
+        if len(written) >= 10:
+            time.sleep(0.001)  # so that the event loop gets to act on it
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writing.Target, "write_file", cancelling)
+    scope = trio.CancelScope()
+
+    async def cancelled() -> None:
+        with scope:
+            await restore(
+                repository, snapshot, source, os.fsencode(tmp_path / "target"), RestoreOptions(), lambda event: None
+            )
+
+    trio.run(cancelled)
+    assert 10 <= len(os.listdir(tmp_path / "target")) < 2000
+    assert temporaries(tmp_path / "target") == []
 
 
 # Costs.
