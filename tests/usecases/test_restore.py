@@ -6,6 +6,7 @@ import random
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,15 +18,19 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backupfs.codec.compression import DEFAULT_LEVEL
+from backupfs.codec.records import encode_record
 from backupfs.codec.sealing import Kind
 from backupfs.errors import PathNotFound, SourceError, StoreUnavailable, UsageError
 from backupfs.ids import ChunkId
 from backupfs.localfs import writing
 from backupfs.localfs.exclude import parse_pattern
 from backupfs.repository import fetch
+from backupfs.repository.pack import Block
 from backupfs.repository.repository import Repository
+from backupfs.repository.writer import ChunkSaver, PackWriter
 from backupfs.snapshots.node import STAT_ROW
-from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.snapshot import Snapshot, Statistics
 from backupfs.usecases import archive_context, restore_files, restore_verify
 from backupfs.usecases.events import Event, FileSkipped, Progress
 from backupfs.usecases.restore import RestoreOptions, RestoreResult, restore
@@ -632,17 +637,21 @@ print(result.files, result.errors, result.verified)
 
 
 @as_root
-def test_a_user_gets_what_a_user_may_have(tmp_path: Path) -> None:
+def test_a_user_gets_what_a_user_may_have() -> None:
+    # pytest keeps its own folders to the user who runs it.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        check_as_user(Path(folder))
+
+
+def check_as_user(tmp_path: Path) -> None:
     from backupfs.stores.directory import DirectoryStore
 
-    for folder in (tmp_path, *tmp_path.parents):
-        if not os.stat(folder).st_mode & 0o005 and folder.is_relative_to("/tmp"):
-            os.chmod(folder, 0o755)
     tree = {
         "a": File(b"1", owner=(1, 1), mode=0o6755),
         "b": File(BIG, mode=0o400, xattrs={"user.a": b"1"}),
         "c": Special(stat.S_IFCHR, device=(1, 3)),
-        "d": Directory({"x": File(b"1")}, mode=0o555),
+        "d": Directory({"x": File(BIG)}, mode=0o555),
         "e": Directory({"x": File(b"1"), "y": Hardlink("e/x")}, mode=0o000),
         "p": Special(),
         "s": File(b"1", xattrs={"trusted.x": b"1", "user.y": b"2"}),
@@ -726,37 +735,58 @@ def test_a_name_given_twice_in_a_hostile_snapshot_leads_nowhere(tmp_path: Path) 
     assert (result.errors, os.listdir(outside)) == (1, [])
 
 
-def forged(repository: Repository, entries: list[tuple[bytes, int, bytes | None]]) -> Snapshot:
+async def filed(repository: Repository, kind: Kind, chunk_id: ChunkId, data: bytes) -> ChunkId:
+    """Store bytes under an id, whether it is theirs or not."""
+    index = repository.data_index if kind == Kind.DATA_PACK else repository.tree_index
+    blocks: list[Block] = []
+    saver = ChunkSaver(index, blocks.append)
+    saver.save(chunk_id, data)
+    saver.flush()
+    writer = PackWriter(repository.store, repository.keyring, index, kind, b"h" * 16, DEFAULT_LEVEL)
+    for block in blocks:
+        await writer.add(block)
+    await writer.flush()
+    return chunk_id
+
+
+def forged(repository: Repository, entries: list[tuple[bytes, int, bytes | None]], size: int | None = None) -> Snapshot:
     """Return a snapshot that no backup would make."""
-    from backupfs.codec.compression import DEFAULT_LEVEL
-    from backupfs.codec.records import encode_record
-    from backupfs.repository.writer import ChunkSaver, PackWriter
 
-    async def store(data: bytes) -> ChunkId:
-        blocks = []
-        saver = ChunkSaver(repository.tree_index, blocks.append)
-        chunk_id = repository.trees.chunk_id(data)
-        saver.save(chunk_id, data)
-        saver.flush()
-        writer = PackWriter(
-            repository.store, repository.keyring, repository.tree_index, Kind.TREE_PACK, b"h" * 16, DEFAULT_LEVEL
-        )
-        for block in blocks:
-            await writer.add(block)
-        await writer.flush()
-        return chunk_id
+    def page(names: list[bytes], rows: bytes, contents: list[bytes]) -> ChunkId:
+        data = encode_record([0, b"\0".join(names), rows, contents, b"", [], [], [], []])
+        return trio.run(filed, repository, Kind.TREE_PACK, repository.trees.chunk_id(data), data)
 
-    empty = trio.run(store, encode_record([0, b"", b"", [], b"", [], [], [], []]))
-    rows = b"".join(
-        STAT_ROW.pack(mode, 0, 0, 1, 9, len(content) - 1 if content and content[:1] == b"\3" else 0, 1, 0, 1, 0)
-        for _, mode, content in entries
-    )
+    empty = page([], b"", [])
+    sizes = [len(content) - 1 if content and content[:1] == b"\3" else size or 0 for _, _, content in entries]
+    rows = [
+        STAT_ROW.pack(mode, 0, 0, 1, 9, length, 1, 0, 1, 0) for (_, mode, _), length in zip(entries, sizes, strict=True)
+    ]
     contents = [empty if content is None else content for _, _, content in entries]
-    page = [0, b"\0".join(name for name, _, _ in entries), rows, contents, b"", [], [], [], []]
-    root = trio.run(store, encode_record(page))
-    from backupfs.snapshots.snapshot import Statistics
-
+    root = page([name for name, _, _ in entries], b"".join(rows), contents)
     return Snapshot(0, b"h" * 16, "host", 1, b"", 1, 1, (b"/",), (), b"", root, Statistics())
+
+
+@pytest.mark.expected_log
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_bytes_filed_under_a_wrong_id_are_never_written(size: int, tmp_path: Path) -> None:
+    repository = new_repository()
+    wrong = ChunkId(noise(32))
+    trio.run(filed, repository, Kind.DATA_PACK, wrong, noise(size))
+    snapshot = forged(repository, [(b"a", stat.S_IFREG | 0o644, b"\x01" + wrong)], size)
+    result, events = run_restore(repository, snapshot, "/", tmp_path / "target")
+    assert os.listdir(tmp_path / "target") == []
+    assert (result.damaged, result.errors, len(events)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("claimed", [999, 1001, 100_000])
+def test_a_size_that_is_not_that_of_the_bytes_is_damage(claimed: int, tmp_path: Path) -> None:
+    repository = new_repository()
+    data = noise(1000)
+    chunk_id = trio.run(filed, repository, Kind.DATA_PACK, repository.data.chunk_id(data), data)
+    snapshot = forged(repository, [(b"a", stat.S_IFREG | 0o644, b"\x01" + chunk_id)], claimed)
+    result, _ = run_restore(repository, snapshot, "/", tmp_path / "target")
+    assert os.listdir(tmp_path / "target") == []
+    assert result.errors == 1
 
 
 # Damage.
@@ -773,7 +803,7 @@ def test_damage_costs_the_files_it_hits_and_no_other(tmp_path: Path) -> None:
     repository, snapshot, source = saved(tmp_path, tree)
     packs = data_packs(repository)
     assert len(packs) > 3
-    victim = packs[1]
+    victim = max(packs, key=repository.store.size)
     for change in ("flip", "cut", "delete"):
         data = bytearray(repository.store.get(victim))
         if change == "flip":
