@@ -138,6 +138,8 @@ class SnapshotView:
         if isinstance(entry, Link):
             # A link that points elsewhere is another link: what is known of the old one stays true.
             key += b"\0" + entry.target
+        elif isinstance(entry, Root):
+            key += b"\0" + entry.snapshot.snapshot_id
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = VIRTUAL | len(self._numbers)

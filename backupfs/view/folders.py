@@ -1,7 +1,7 @@
 """The directories above the snapshots: which names lead to which snapshot. Pure.
 
 snapshots/TIME        a snapshot's root; a second snapshot in the same second gets -2
-latest                → snapshots/TIME
+latest                the newest one's root again: a link would cost a request for each path that goes through it
 hosts/HOST/TIME       → ../../snapshots/TIME       hosts/HOST/latest
 tags/TAG/TIME         → ../../snapshots/TIME
 ids/ID                → ../snapshots/TIME
@@ -85,7 +85,7 @@ def arrange(snapshots: Iterable[Snapshot], names: dict[SnapshotId, bytes]) -> Fo
         for tag in snapshot.tags:
             folders[b"tags"].folder(safe_name(tag)).add(name, far, time_ns)
         folders[b"ids"].add(_free_id(folders[b"ids"], snapshot.snapshot_id), nearby, time_ns)
-        top.add(b"latest", Link(b"snapshots/" + name, time_ns), time_ns)
+        top.add(b"latest", Root(snapshot), time_ns)
     for folder in folders.values():
         folder.time_ns = top.time_ns
     return top
