@@ -89,7 +89,9 @@ def test_help_sets_up_nothing(script: str, tmp_path: Path) -> None:
 def test_prepare_installs_once(checkout: Checkout) -> None:
     first = checkout.prepare()
     assert (first.returncode, first.stderr) == (0, "")
-    assert checkout.calls() == ["python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e .[test]"]
+    assert checkout.calls() == [
+        "python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e .[test]"
+    ]
 
     second = checkout.prepare()
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")

@@ -23,9 +23,17 @@ def decode_record(data: bytes | memoryview, what: str) -> list[Field]:
     Raises: DamagedObject.
     """
     try:
-        fields = msgpack.unpackb(data, raw=False, use_list=True)
-    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        return decode_fields(data)
+    except ValueError as error:
         raise DamagedObject(f"{what} is not a valid record: {error}") from error
+
+
+def decode_fields(data: bytes | memoryview) -> list[Field]:
+    """Return the fields of a record, for those who name it only when it is damaged. Raises: ValueError."""
+    try:
+        fields = msgpack.unpackb(data, raw=False, use_list=True)
+    except (msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise ValueError(str(error)) from error
     if not isinstance(fields, list):
-        raise DamagedObject(f"{what} is not a valid record: no array")
+        raise ValueError("no array")
     return fields

@@ -25,6 +25,13 @@ def open_directory(name: bytes, dir_fd: int | None) -> int:
     return os.open(name, _DIRECTORY_FLAGS | _NO_ATIME, dir_fd=dir_fd)
 
 
+def list_names(fd: int) -> list[bytes]:
+    """Return the names in an open directory in byte order. Raises: OSError."""
+    listed = os.listdir(fd)
+    # Encoded in one go: Python lists a descriptor as text, and a call for each name would cost more than the listing.
+    return sorted(os.fsencode("\0".join(listed)).split(b"\0")) if listed else []
+
+
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of the runs of data in a file, in order; what is between them are holes.
 

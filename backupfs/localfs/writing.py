@@ -350,15 +350,10 @@ class Target:
         mode = metadata.mode & 0o7777
         if (metadata.owner, metadata.group) != own:
             mode = self._set_owner(fd, metadata, own, lambda: path)
-        # chown takes capabilities away, chmod changes an ACL's mask, and without write permission a user.* attribute
-        # is refused: hence this order.
-        late = [pair for pair in metadata.xattrs if pair[0].startswith((b"system.", b"security."))]
-        for pair in metadata.xattrs:
-            if pair not in late:
-                self._set_xattr(fd, *pair, path)
+        # In this order: chown takes capabilities away, and without write permission a user.* attribute is refused.
+        for name, value in metadata.xattrs:
+            self._set_xattr(fd, name, value, path)
         os.fchmod(fd, mode)
-        for pair in late:
-            self._set_xattr(fd, *pair, path)
         if metadata.mtime_ns is not None:
             os.utime(fd, ns=(metadata.mtime_ns, metadata.mtime_ns))
 

@@ -16,7 +16,7 @@ from operator import lt
 from typing import TypeVar
 
 from backupfs.codec.keys import keyed_hash
-from backupfs.codec.records import Field, decode_record, encode_record
+from backupfs.codec.records import Field, decode_fields, decode_record, encode_record
 from backupfs.errors import DamagedObject
 from backupfs.ids import ID_SIZE, ChunkId, short
 from backupfs.snapshots.content import Content
@@ -142,9 +142,8 @@ class InnerPage:
 
 def decode_page(data: bytes | memoryview, chunk_id: ChunkId) -> LeafPage | InnerPage:
     """Return the page that a tree chunk holds. Raises: DamagedObject."""
-    record = decode_record(data, f"the tree page {short(chunk_id)}")
     try:
-        match record:
+        match decode_fields(data):
             case [
                 0,
                 bytes(names),

@@ -32,8 +32,8 @@ class OpenDirectory:
             self.fd = -1
 
 
-# What a directory's walk returns: tree, xattrs, and a descriptor of the directory above if that was closed.
-Stored = tuple[ChunkId, Xattrs, int | None]
+# What a directory's walk returns: its tree, and a descriptor of the directory above if that was closed.
+Stored = tuple[ChunkId, int | None]
 # (directory, path, parent's tree, device, the directory above if it was closed) → the walk
 Descend = Callable[[OpenDirectory, bytes, ChunkId | None, int, os.stat_result | None], Nested[Stored]]
 
@@ -88,7 +88,8 @@ class Part:
             self._take_page(page, len(directories))
             for position in directories:
                 content = page.contents[position]
-                tree, _ = yield from self._below(position, ChunkId(content) if isinstance(content, bytes) else None)
+                below = ChunkId(content) if isinstance(content, bytes) else None
+                tree, _ = yield from self._below(position, below, wants_xattrs=False)
                 if tree != content:
                     if self.same_as_page:
                         self._contents = list(page.contents)
@@ -97,7 +98,7 @@ class Part:
         else:
             known = self._compare(directories)
             for position in directories:
-                tree, xattrs = yield from self._below(position, known.get(position))
+                tree, xattrs = yield from self._below(position, known.get(position), wants_xattrs=True)
                 self._contents[position] = tree
                 saved = self._context.save_xattrs(xattrs)
                 if saved:
@@ -292,25 +293,28 @@ class Part:
         if xattrs:
             self._xattrs[at] = context.save_xattrs(xattrs)
 
-    def _below(self, at: int, parent: ChunkId | None) -> Nested[tuple[ChunkId, Xattrs]]:
+    def _below(self, at: int, parent: ChunkId | None, wants_xattrs: bool) -> Nested[tuple[ChunkId, Xattrs]]:
         """Store the directory at a position; return (tree, xattrs). One that cannot be read is stored empty."""
         context, name, status = self._context, self._names[at], self._statuses[at]
         path = self._prefix + name
         try:
             below = OpenDirectory(reading.open_directory(name, self._directory.fd))
+            try:
+                xattrs = reading.read_xattrs(below.fd) if wants_xattrs else ()
+            except OSError:
+                below.close()
+                raise
             reason = context.selection.not_entered(path, status.st_dev, self._device)
             if reason is not None:
                 context.leave_out(path, reason)
                 context.counts.directories += 1
-                try:
-                    return context.empty_tree(), reading.read_xattrs(below.fd)
-                finally:
-                    below.close()
+                below.close()
+                return context.empty_tree(), xattrs
             above = None
             if not self._is_source and self._path.count(b"/") >= _MOST_OPEN:
                 above = os.fstat(self._directory.fd)
                 self._directory.close()
-            tree, xattrs, reopened = yield self._descend(below, path, parent, status.st_dev, above)
+            tree, reopened = yield self._descend(below, path, parent, status.st_dev, above)
             if reopened is not None:
                 self._directory.fd = reopened
             return tree, xattrs

@@ -72,10 +72,10 @@ class Archiver:
         """
         status = os.stat(b"/")
         row = row_of(status, status.st_size) if sources == [b"/"] else _row_on_the_way(status)
-        tree, xattrs, _ = run_nested(self._from_root(b"/", sources, parent))
-        saved = self._context.save_xattrs(xattrs)
+        tree, _ = run_nested(self._from_root(b"/", sources, parent))
+        xattrs = self._context.save_xattrs(reading.read_xattrs(b"/") if sources == [b"/"] else ())
         self._flush()
-        return Root(tree, row, reading.owner_name(status.st_uid), reading.group_name(status.st_gid), saved)
+        return Root(tree, row, reading.owner_name(status.st_uid), reading.group_name(status.st_gid), xattrs)
 
     def archive_stream(self, path: bytes, read_into: Callable[[memoryview], int], time_ns: int) -> "Root":
         """Store one file whose bytes come from a stream and return `/`.
@@ -114,9 +114,9 @@ class Archiver:
             if inner == [child]:
                 yield from self._source(builder, child, name, parent)
                 continue
-            tree, _, _ = yield self._from_root(child, inner, self._parent.tree_below(parent, name))
+            tree, _ = yield self._from_root(child, inner, self._parent.tree_below(parent, name))
             self._context.add_plain(builder, name, _row_on_the_way(os.stat(child)), tree)
-        return builder.finish(), (), None
+        return builder.finish(), None
 
     def _source(self, builder: TreeBuilder, path: bytes, name: bytes, parent: ChunkId | None) -> Nested[None]:
         """Add a source itself to the directory above it."""
@@ -140,7 +140,7 @@ class Archiver:
         device: int,
         above: os.stat_result | None,
     ) -> Nested[Stored]:
-        """Store an open directory, which is closed at the end; return (tree, xattrs, descriptor of the one above).
+        """Store an open directory, which is closed at the end; return (tree, descriptor of the one above).
 
         above: the directory above, when the walk closed it and wants it back.
         """
@@ -151,15 +151,13 @@ class Archiver:
             counts.directories += 1
             counts.current = path
             looked_ns = time.time_ns()
-            xattrs = reading.read_xattrs(directory.fd)
             names: list[bytes] = []
             selection = self._context.selection
             reason = selection.marked(directory.fd) if path not in selection.sources else None
             if reason is not None:
                 self._context.leave_out(path, reason)
             else:
-                names = [os.fsencode(name) for name in os.listdir(directory.fd)]
-                names.sort()
+                names = reading.list_names(directory.fd)
             builder = self._context.builder()
             reused = 0  # pages of the parent that stand unchanged, not yet in the builder
             changed = False
@@ -174,7 +172,7 @@ class Archiver:
                     self._replay(builder, parent, reused)
                 part.add_to(builder)
             tree = parent if not changed and parent is not None else builder.finish()
-            return tree, xattrs, _reopen_above(directory.fd, above)
+            return tree, _reopen_above(directory.fd, above)
         finally:
             directory.close()
 
