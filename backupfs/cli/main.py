@@ -1,6 +1,7 @@
 """The entry point: finds the command, runs it, and turns what goes wrong into one line and an exit code."""
 
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -179,6 +180,8 @@ def _prepare(arguments: list[str]) -> None:
         level=logging.DEBUG if verbose > 1 else logging.INFO if verbose else logging.WARNING,
         format="backupfs: %(message)s",
     )
+    # Nearly nothing here makes cycles; looking for them as often as Python does costs a fifth of an unchanged backup.
+    gc.set_threshold(50_000, 50, 1000)
     # SIGTERM ends a command as Ctrl-C does: temporary files go, stored chunks stay.
     signal.signal(signal.SIGTERM, _interrupt)
     _allow_many_files()

@@ -3,6 +3,7 @@
 Imports nothing heavy at the top: `--help` and completion load this file.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -85,6 +86,7 @@ class Settings:
         with ThreadPoolExecutor(1) as pool:
             opening = pool.submit(open_repository, store, password, self.folders())
             import_module(module)
+            gc.freeze()  # what is loaded stays: no need to look through it ever again
             return opening.result()
 
 

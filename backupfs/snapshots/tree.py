@@ -41,8 +41,6 @@ class LeafPage:
 
     __slots__ = (
         "_filesystems",
-        "_groups",
-        "_owners",
         "_xattrs",
         "contents",
         "flags",
@@ -69,8 +67,6 @@ class LeafPage:
         self.flags = flags
         self.owners = owners
         self.groups = groups
-        self._owners = dict(owners)
-        self._groups = dict(groups)
         self._xattrs = xattrs
         self._filesystems = filesystems
 
@@ -109,11 +105,18 @@ class LeafPage:
             *row,
             self.contents[position],
             self.flag(position),
-            self._owners.get(row[1], b""),
-            self._groups.get(row[2], b""),
+            _name_of(self.owners, row[1]),
+            _name_of(self.groups, row[2]),
             xattrs,
             self._filesystems.get(position, 0),
         )
+
+
+def _name_of(names: Names, number: int) -> bytes:
+    for known, name in names:
+        if known == number:
+            return name
+    return b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,38 +146,44 @@ class InnerPage:
 def decode_page(data: bytes | memoryview, chunk_id: ChunkId) -> LeafPage | InnerPage:
     """Return the page that a tree chunk holds. Raises: DamagedObject."""
     try:
-        match decode_fields(data):
-            case [
-                0,
-                bytes(names),
-                bytes(rows),
-                list(contents),
-                bytes(flags),
-                list(owners),
-                list(groups),
-                list(xattrs),
-                list(filesystems),
-                *_,
-            ]:
-                split = names.split(b"\0") if names else []
-                count = len(split)
-                fits = len(rows) == count * STAT_ROW.size and len(contents) == count and len(flags) in (0, count)
-                if fits and _are_names(names, split) and {*map(type, contents)} <= _CONTENT_TYPES:
-                    return LeafPage(
-                        split,
-                        rows,
-                        contents,  # type: ignore[arg-type]
-                        flags,
-                        _pairs_of(owners, int, bytes),
-                        _pairs_of(groups, int, bytes),
-                        _xattrs_of(xattrs) if xattrs else {},
-                        dict(_pairs_of(filesystems, int, int)) if filesystems else {},
-                    )
+        record = decode_fields(data)
+        if len(record) >= 9 and record[0] == 0:
+            page = _leaf_of(record)
+            if page is not None:
+                return page
+        match record:
             case [int(level), list(branches), *_] if 0 < level <= _MOST_LEVELS and branches:
                 return InnerPage(level, [_branch_of(branch) for branch in branches])
     except (TypeError, ValueError) as error:
         raise DamagedObject(f"the tree page {short(chunk_id)} is damaged: {error}") from error
     raise DamagedObject(f"the tree page {short(chunk_id)} is damaged: its columns do not fit")
+
+
+def _leaf_of(record: list[Field]) -> LeafPage | None:
+    # Plain comparisons: a pattern over so many columns would cost as much as all else here.
+    _, names, rows, contents, flags, owners, groups, xattrs, filesystems, *_ = record
+    if not (isinstance(names, bytes) and isinstance(rows, bytes) and isinstance(flags, bytes)):
+        return None
+    if not (isinstance(contents, list) and isinstance(owners, list) and isinstance(groups, list)):
+        return None
+    if not (isinstance(xattrs, list) and isinstance(filesystems, list)):
+        return None
+    split = names.split(b"\0") if names else []
+    count = len(split)
+    if len(rows) != count * STAT_ROW.size or len(contents) != count or len(flags) not in (0, count):
+        return None
+    if not (_are_names(names, split) and {*map(type, contents)} <= _CONTENT_TYPES):
+        return None
+    return LeafPage(
+        split,
+        rows,
+        contents,  # type: ignore[arg-type]
+        flags,
+        _pairs_of(owners, int, bytes),
+        _pairs_of(groups, int, bytes),
+        _xattrs_of(xattrs) if xattrs else {},
+        dict(_pairs_of(filesystems, int, int)) if filesystems else {},
+    )
 
 
 def _are_names(joined: bytes, names: list[bytes]) -> bool:
