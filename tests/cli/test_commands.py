@@ -105,6 +105,25 @@ def test_the_report_counts_new_changed_and_unchanged_files(cli: Cli, source: Pat
     assert second["parent"] == first["snapshot"]["id"]
 
 
+def test_one_file_system_leaves_out_what_is_mounted_below_and_says_so(cli: Cli, source: Path) -> None:
+    # A mount of our own, seen by nobody else: root needs no user namespace for it, everybody else does.
+    alone = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--user", "--map-root-user"])]
+    script = 'mount -t tmpfs none "$1" && echo there > "$1/other" && shift && exec "$@"'
+    backup = [sys.executable, "-m", "backupfs", "backup", str(source)]
+    for options, seen in ([], 4), (["--one-file-system"], 3):
+        done = subprocess.run(
+            [*alone, "sh", "-c", script, "sh", str(source / "below"), *backup, *options],
+            capture_output=True,
+            env=cli.environment,
+            timeout=60,
+            check=True,
+            text=True,
+        )
+        assert ("another file system" in done.stdout) == bool(options), done.stdout
+        listed = cli("ls", "-R", f"latest:{source}").split()
+        assert len(listed) == seen, listed
+
+
 def test_what_is_left_out_is_reported_with_the_reason(cli: Cli, source: Path) -> None:
     (source / "junk.tmp").write_bytes(b"")
     said = cli("backup", source, cli.repository.parent, "--exclude", "*.tmp")
