@@ -20,8 +20,6 @@ from backupfs.view.loading import Loader
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD_KIB = 1024  # the kernel's requests along a file become 1 MiB instead of 128 KiB
-
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
@@ -135,14 +133,10 @@ async def _call_when_ready(on_ready: Callable[[], None]) -> None:
 
 
 def _after_mount(mountpoint: Path) -> "mounted.Mount | None":
-    """Note who serves the mount, and let the kernel ask in larger pieces; in a thread, and never by a look into it."""
+    """Note who serves the mount; in a thread, and never by a look into it."""
     mount = mounted.find_mount(mountpoint)
     if mount is None:
         log.warning("the mount does not show in /proc/self/mountinfo: `umount` will not know its server")
         return None
     mounted.note_server(mount)
-    try:
-        Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
-    except OSError as error:
-        log.debug("the kernel's read-ahead stays as it is: %s", error)
     return mount

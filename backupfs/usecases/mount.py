@@ -24,7 +24,10 @@ __all__ = ["MountFilter", "MountOptions", "default_log_file", "mount_in_backgrou
 
 # Decoded blocks. Of trees, what is looked at is kept as decoded pages (view/pages.py), so a few will do.
 TREE_CACHE_SIZE = 6 << 20
-DATA_CACHE_SIZE = 66 << 20
+# The kernel caches what is read. Freed blocks of many sizes leave holes between the next ones, so that the memory of
+# a server grows to some three times this (measured: 66 MiB of blocks to 180 MB in all, 24 MiB to 137 MB).
+DATA_CACHE_SIZE = 24 << 20
+KEPT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ async def serve_mount(
 
     Raises: MountError if the mount cannot be made; StoreError.
     """
-    workers.return_freed_memory()
+    workers.keep_freed_memory(KEPT_BYTES)
     repository.trees.keep_at_most(TREE_CACHE_SIZE)
     repository.data.keep_at_most(DATA_CACHE_SIZE)
     check_mountpoint(mountpoint, options.session)
