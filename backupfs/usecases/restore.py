@@ -17,7 +17,8 @@ from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.usecases.events import Progress, Report
-from backupfs.usecases.restore_files import BY_NUMBER, OVERWRITE, Decoded, RestoreOptions, Restorer, Use
+from backupfs.usecases.restore_files import Decoded, Restorer
+from backupfs.usecases.restore_items import BY_NUMBER, OVERWRITE, RestoreOptions, Use
 from backupfs.usecases.restore_verify import Verifier
 from backupfs.usecases.restore_walk import Traversal
 

@@ -12,12 +12,9 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 
 from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
-from backupfs.localfs.exclude import Pattern
 from backupfs.localfs.writing import Directory, Metadata, Target, is_fatal, write_at, write_sparsely
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.fetch import PackRange, WantedBlock, WantedChunk, decode_block, plan_ranges
@@ -25,13 +22,21 @@ from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, INLINE_MARK, SINGLE_
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
 from backupfs.snapshots.tree import LeafPage
 from backupfs.usecases.events import FileSkipped, Remark, Report
+from backupfs.usecases.restore_existing import ExistingFiles, LinkKey
+from backupfs.usecases.restore_items import (
+    NEVER,
+    Blocked,
+    Counts,
+    Item,
+    PieceUse,
+    RestoreOptions,
+    State,
+    Use,
+    device_of,
+)
 from backupfs.usecases.restore_walk import PAUSE, Load, Place, Traversal
 
 log = logging.getLogger(__name__)
-
-ALWAYS, IF_CHANGED, IF_NEWER, NEVER = "always", "if-changed", "if-newer", "never"
-OVERWRITE = (ALWAYS, IF_CHANGED, IF_NEWER, NEVER)
-BY_NAME, BY_NUMBER = "name", "number"
 
 # A window of the walk: what is wanted in it is read in the order of the packs.
 _WINDOW_FILES = 20_000
@@ -45,89 +50,7 @@ _MOST_OPEN_FILES = 256
 _PIECES_PER_PAUSE = 256
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreOptions:
-    """What a user can say about a restore."""
-
-    overwrite: str = ALWAYS  # or IF_CHANGED (size or mtime differ), IF_NEWER (than what is there), NEVER
-    include: tuple[Pattern, ...] = ()  # over paths from the restored directory on, which is their `/`
-    exclude: tuple[Pattern, ...] = ()
-    delete: bool = False  # remove what the snapshot does not have, in directories that were restored
-    dry_run: bool = False
-    verify: bool = False  # read everything back afterwards
-    sparse: bool = False  # make holes of long runs of zeros, too; holes of the source are always holes
-    owner: str = BY_NAME  # the ids of the names where this machine has them; or BY_NUMBER
-    own_folders: tuple[bytes, ...] = ()  # paths of the repository and the cache, never deleted
-
-
-@dataclass(slots=True)
-class Counts:
-    """What was done so far; written by one thread, read by any."""
-
-    files: int = 0  # written, or linked, or made
-    directories: int = 0
-    size: int = 0  # bytes of the files written, holes included
-    unchanged: int = 0  # files left as they were, by the rule of `overwrite`
-    unchanged_size: int = 0
-    deleted: int = 0
-    verified: int = 0
-    errors: int = 0  # paths that are not, or not wholly, as in the snapshot
-    damaged: int = 0  # of those, the ones for which the repository lacks good bytes
-    current: bytes = b""
-
-
-class _State(Enum):
-    WAITING = 0
-    DONE = 1
-    FAILED = 2
-
-
-class Item:
-    """A file that is not written yet, or that others are links to."""
-
-    __slots__ = (
-        "content", "directory", "failure", "fd", "links", "metadata", "name", "number", "remaining", "size", "state",
-        "temporary", "unseen",
-    )  # fmt: skip
-
-    def __init__(
-        self, directory: Directory, name: bytes, metadata: Metadata, content: Content, size: int, number: int
-    ) -> None:
-        self.directory = directory
-        self.name = name
-        self.metadata = metadata
-        self.content = content
-        self.size = size
-        self.number = number
-        self.temporary = b""  # its name until it is whole; empty for small files, which are written at once
-        self.fd = -1
-        self.remaining = 1  # pieces that are not written, and 1 while the walk adds more
-        self.failure = ""
-        self.state = _State.WAITING
-        self.links: list[Item] = []  # other names, to be made when this one is there
-        self.unseen = 0  # names of the same file that the walk may still meet
-
-
-class PieceUse:
-    """A part of a chunk that belongs at an offset of a large file."""
-
-    __slots__ = ("at", "error", "item", "length", "offset", "written")
-
-    def __init__(self, item: Item, at: int, offset: int, length: int) -> None:
-        self.item = item
-        self.at = at
-        self.offset = offset  # in the chunk
-        self.length = length
-        self.written = False
-        self.error: OSError | None = None
-
-
-Use = Item | PieceUse
 Decoded = list[tuple[WantedChunk[Use], memoryview]]
-
-
-class Blocked(Exception):
-    """Something stands in the way that the rule of `overwrite` keeps."""
 
 
 class Restorer:
@@ -157,15 +80,15 @@ class Restorer:
         self._window_files = self._window_bytes = 0
         self._retry: list[WantedChunk[Use]] = []
         self._late: list[Item] = []
-        self._links: dict[tuple[int, int], Item] = {}
+        self._links: dict[LinkKey, Item] = {}
         self._unfinished: set[Item] = set()  # with a temporary file
         self._open_files = 0
-        self._own_folders = _paths_below(target.path, options.own_folders) if options.delete else ()
         self._done = bytearray()  # a bit for each number of the walk
         self.blocked: set[int] = set()  # numbers of directories that were not entered
         self.told: set[bytes] = set()  # paths that are there, but not with everything
         self.counts = Counts()
         self.stop = threading.Event()
+        self._existing = ExistingFiles(target, options, self.counts, self._links, traversal.keeps)
 
     # The walk, as its visitor.
 
@@ -222,7 +145,7 @@ class Restorer:
                 if not dry and self._options.overwrite != NEVER and metadata.mtime_ns is not None:
                     directory.metadata = metadata
             elif status is not None:
-                if not self._may_replace(status, metadata):
+                if not self._existing.may_replace(status, metadata):
                     raise Blocked(
                         f"something that is no directory stands in its place and --overwrite {self._options.overwrite} "
                         "keeps it; nothing below was restored"
@@ -259,7 +182,9 @@ class Restorer:
                     metadata = Metadata(mode, owners.get(uid, uid), groups.get(gid, gid), seconds * NANOSECONDS + part)
                 item = Item(directory, name, metadata, contents[at], size, number)
                 key = (page.filesystem(at), inode) if nlink > 1 and inode else None
-                if name in directory.names and self._keeps_existing(item, key):
+                if name in directory.names and self._existing.keeps(item, key):
+                    if item.state is State.DONE:
+                        self._mark(number)
                     continue
                 if key is not None and self._is_link(item, key, nlink):
                     continue
@@ -284,7 +209,8 @@ class Restorer:
             return
         # A page that cannot be read may hold any name.
         if place.seen is not None and complete:
-            self._delete_others(place, directory)
+            for name, error in self._existing.delete_others(directory, place.path, place.seen):
+                self._failed(self.target.path_of(directory, name), error, "it could not be deleted: ")
         place.seen = None
         self._release(directory)
 
@@ -293,106 +219,19 @@ class Restorer:
         path = self.target.path.rstrip(b"/") + place.path + (b"/" + name if name else b"")
         self._skip(path or b"/", str(error), is_damage=True)
 
-    def _delete_others(self, place: Place, directory: Directory) -> None:
-        path, seen = place.path, place.seen or set()
-        for name in sorted(name for name in directory.names if name not in seen):
-            try:
-                if self._options.dry_run:
-                    status = self.target.status(directory, name)
-                    if status is not None and not self._keeps(path + b"/" + name, stat.S_ISDIR(status.st_mode)):
-                        self.counts.deleted += 1
-                else:
-                    self.counts.deleted += self.target.remove_tree(directory, name, self._keeps)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                self._failed(self.target.path_of(directory, name), error, "it could not be deleted: ")
-
-    def _keeps(self, path: bytes, is_directory: bool) -> bool:
-        return path in self._own_folders or self._traversal.keeps(path, is_directory)
-
-    # Existing files.
-
-    def _may_replace(self, status: os.stat_result, metadata: Metadata) -> bool:
-        overwrite = self._options.overwrite
-        if overwrite == IF_NEWER:
-            return metadata.mtime_ns is not None and metadata.mtime_ns > status.st_mtime_ns
-        return overwrite != NEVER
-
-    def _keeps_existing(self, item: Item, key: tuple[int, int] | None) -> bool:
-        """Decide about what stands under the item's name; whatever has to go is gone or can be renamed over."""
-        target, metadata, directory, name = self.target, item.metadata, item.directory, item.name
-        status = target.status(directory, name)
-        if status is None:
-            return False
-        is_directory = stat.S_ISDIR(status.st_mode)
-        if not self._may_replace(status, metadata):
-            if is_directory:
-                raise Blocked(f"a directory stands in its place and --overwrite {self._options.overwrite} keeps it")
-            self.counts.unchanged += 1
-            self.counts.unchanged_size += item.size if stat.S_ISREG(metadata.mode) else 0
-            return True
-        if is_directory:
-            if not self._options.dry_run:
-                self._clear_directory(directory, name)
-            return False
-        if self._options.overwrite != IF_CHANGED or not self._is_unchanged(item, status, key):
-            return False
-        if not self._options.dry_run:
-            target.mend(directory, name, status, metadata)
-            self._mark(item.number)
-        if key is not None and key not in self._links:
-            item.state = _State.DONE
-            item.content = b""
-            self._links[key] = item
-        self.counts.unchanged += 1
-        self.counts.unchanged_size += item.size if stat.S_ISREG(metadata.mode) else 0
-        return True
-
-    def _clear_directory(self, directory: Directory, name: bytes) -> None:
-        try:
-            self.target.remove_empty(directory, name)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            if not self._options.delete:
-                raise Blocked("a directory that is not empty stands in its place; --delete removes it") from error
-            self.counts.deleted += self.target.remove_tree(directory, name, self._keeps)
-            if self.target.status(directory, name) is not None:
-                raise Blocked("a directory stands in its place that holds what is excluded") from error
-
-    def _is_unchanged(self, item: Item, status: os.stat_result, key: tuple[int, int] | None) -> bool:
-        metadata, content = item.metadata, item.content
-        if stat.S_IFMT(status.st_mode) != stat.S_IFMT(metadata.mode) or status.st_mtime_ns != metadata.mtime_ns:
-            return False
-        if stat.S_ISREG(metadata.mode) and status.st_size != item.size:
-            return False
-        if stat.S_ISLNK(metadata.mode) and self.target.read_link(item.directory, item.name) != content:
-            return False
-        if stat.S_ISCHR(metadata.mode) or stat.S_ISBLK(metadata.mode):
-            device = device_of(content)
-            if (os.major(status.st_rdev), os.minor(status.st_rdev)) != device:
-                return False
-        first = self._links.get(key) if key is not None else None
-        if first is None:
-            return True
-        # A name of a hardlinked file must be a name of that very file.
-        other = self.target.status(first.directory, first.name) if first.state is _State.DONE else None
-        return other is not None and (other.st_dev, other.st_ino) == (status.st_dev, status.st_ino)
-
     # Files.
 
-    def _is_link(self, item: Item, key: tuple[int, int], nlink: int) -> bool:
+    def _is_link(self, item: Item, key: LinkKey, nlink: int) -> bool:
         """Make a link to a name that was restored before, or note it for later; False for the first name."""
         first = self._links.get(key)
-        if first is None or first.state is _State.FAILED:
+        if first is None or first.state is State.FAILED:
             item.unseen = nlink - 1
             self._links[key] = item
             return False
         first.unseen -= 1
         if first.unseen == 0:
             del self._links[key]
-        if first.state is _State.DONE:
+        if first.state is State.DONE:
             return self._link(first, item)
         item.directory.pending += 1
         first.links.append(item)
@@ -664,10 +503,10 @@ class Restorer:
                 self._fail(item, error.strerror or str(error))
         directory = item.directory
         if item.failure:
-            item.state = _State.FAILED
+            item.state = State.FAILED
             for link in item.links:
                 self._fail(link, item.failure, is_damage=True)
-                link.state = _State.FAILED
+                link.state = State.FAILED
                 self._release(link.directory)
         else:
             self._finished(item, item.size)
@@ -684,7 +523,7 @@ class Restorer:
 
     def _finished(self, item: Item, size: int) -> None:
         """Count a file that is there, and give it its other names."""
-        item.state = _State.DONE
+        item.state = State.DONE
         item.content = b""
         self.counts.files += 1
         self.counts.size += size
@@ -761,18 +600,3 @@ def _placed(content: Content, size: int, load: Callable[[ChunkId], bytes | memor
     for piece in pieces(content, size, 0, size, load):
         yield at, piece.kind, piece.length, piece.source, piece.offset
         at += piece.length
-
-
-def device_of(content: Content) -> tuple[int, int]:
-    """Return the (major, minor) of a device. Raises: DamagedObject."""
-    if not isinstance(content, bytes) or len(content) != 8:
-        raise DamagedObject("the snapshot holds a device without numbers")
-    return int.from_bytes(content[:4], "little"), int.from_bytes(content[4:], "little")
-
-
-def _paths_below(target: bytes, folders: tuple[bytes, ...]) -> frozenset[bytes]:
-    """Return where folders lie below the target, with a leading slash."""
-    top = os.path.realpath(target).rstrip(b"/") + b"/"
-    return frozenset(
-        b"/" + real[len(top) :] for real in (os.path.realpath(folder) for folder in folders) if real.startswith(top)
-    )

@@ -14,7 +14,8 @@ from backupfs.snapshots.node import STAT_ROW, Node
 from backupfs.snapshots.tree import LeafPage
 from backupfs.snapshots.walk import tree_of
 from backupfs.usecases.events import FileSkipped, Remark, Report
-from backupfs.usecases.restore_files import Restorer, device_of
+from backupfs.usecases.restore_files import Restorer
+from backupfs.usecases.restore_items import device_of
 from backupfs.usecases.restore_walk import PAUSE, Load, Place, Traversal
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY

@@ -134,7 +134,7 @@ def restore_command(
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_restore
     from backupfs.usecases.restore import restore
-    from backupfs.usecases.restore_files import RestoreOptions
+    from backupfs.usecases.restore_items import RestoreOptions
 
     options = RestoreOptions(
         overwrite=overwrite,

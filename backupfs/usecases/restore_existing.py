@@ -1,0 +1,154 @@
+"""What a restore does about files that stand in the target already: keeps, replaces, mends or deletes them.
+
+Threading: belongs to the thread that walks.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from backupfs.localfs.writing import Directory, Metadata, Target
+from backupfs.usecases.restore_items import (
+    IF_CHANGED,
+    IF_NEWER,
+    NEVER,
+    Blocked,
+    Counts,
+    Item,
+    RestoreOptions,
+    State,
+    device_of,
+)
+
+# A hardlinked file, by which all its names are found: its file system and inode where it was backed up.
+LinkKey = tuple[int, int]
+
+
+class ExistingFiles:
+    """Decides by the rule of `overwrite`, and clears the way."""
+
+    def __init__(
+        self,
+        target: Target,
+        options: RestoreOptions,
+        counts: Counts,
+        links: dict[LinkKey, Item],
+        is_excluded: Callable[[bytes, bool], bool],
+    ) -> None:
+        """Take the parts.
+
+        links: the first names of hardlinked files met so far; a first name that is kept is added.
+        is_excluded: tells of a path below the target, and whether it is a directory, if it is not to be touched.
+        """
+        self._target = target
+        self._options = options
+        self._counts = counts
+        self._links = links
+        self._is_excluded = is_excluded
+        self._own_folders = _paths_below(target.path, options.own_folders) if options.delete else frozenset()
+
+    def may_replace(self, status: os.stat_result, metadata: Metadata) -> bool:
+        """Tell whether the rule lets something be replaced."""
+        overwrite = self._options.overwrite
+        if overwrite == IF_NEWER:
+            return metadata.mtime_ns is not None and metadata.mtime_ns > status.st_mtime_ns
+        return overwrite != NEVER
+
+    def keeps(self, item: Item, key: LinkKey | None) -> bool:
+        """Decide about what stands under the item's name; whatever has to go is gone or can be renamed over.
+
+        Raises: Blocked if it is a directory that must stay; OSError.
+        """
+        directory, name = item.directory, item.name
+        status = self._target.status(directory, name)
+        if status is None:
+            return False
+        is_directory = stat.S_ISDIR(status.st_mode)
+        if not self.may_replace(status, item.metadata):
+            if is_directory:
+                raise Blocked(f"a directory stands in its place and --overwrite {self._options.overwrite} keeps it")
+            self._count_unchanged(item)
+            return True
+        if is_directory:
+            if not self._options.dry_run:
+                self._clear_directory(directory, name)
+            return False
+        if self._options.overwrite != IF_CHANGED or not self._is_unchanged(item, status, key):
+            return False
+        if not self._options.dry_run:
+            self._target.mend(directory, name, status, item.metadata)
+            item.state = State.DONE
+        if key is not None and key not in self._links:
+            item.state = State.DONE
+            item.content = b""
+            self._links[key] = item
+        self._count_unchanged(item)
+        return True
+
+    def delete_others(self, directory: Directory, path: bytes, wanted: set[bytes]) -> list[tuple[bytes, OSError]]:
+        """Delete what stands in a directory under other names than those wanted, or count it in a dry run.
+
+        path: of the directory below the target, with a leading slash; empty for the target itself.
+        Return (name, error) of what could not be deleted.
+        """
+        failed: list[tuple[bytes, OSError]] = []
+        for name in sorted(name for name in directory.names if name not in wanted):
+            try:
+                if self._options.dry_run:
+                    status = self._target.status(directory, name)
+                    if status is not None and not self._stays(path + b"/" + name, stat.S_ISDIR(status.st_mode)):
+                        self._counts.deleted += 1
+                else:
+                    self._counts.deleted += self._target.remove_tree(directory, name, self._stays)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                failed.append((name, error))
+        return failed
+
+    def _stays(self, path: bytes, is_directory: bool) -> bool:
+        return path in self._own_folders or self._is_excluded(path, is_directory)
+
+    def _count_unchanged(self, item: Item) -> None:
+        self._counts.unchanged += 1
+        self._counts.unchanged_size += item.size if stat.S_ISREG(item.metadata.mode) else 0
+
+    def _clear_directory(self, directory: Directory, name: bytes) -> None:
+        try:
+            self._target.remove_empty(directory, name)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if not self._options.delete:
+                raise Blocked("a directory that is not empty stands in its place; --delete removes it") from error
+            self._counts.deleted += self._target.remove_tree(directory, name, self._stays)
+            if self._target.status(directory, name) is not None:
+                raise Blocked("a directory stands in its place that holds what is excluded") from error
+
+    def _is_unchanged(self, item: Item, status: os.stat_result, key: LinkKey | None) -> bool:
+        metadata, content = item.metadata, item.content
+        if stat.S_IFMT(status.st_mode) != stat.S_IFMT(metadata.mode) or status.st_mtime_ns != metadata.mtime_ns:
+            return False
+        if stat.S_ISREG(metadata.mode) and status.st_size != item.size:
+            return False
+        if stat.S_ISLNK(metadata.mode) and self._target.read_link(item.directory, item.name) != content:
+            return False
+        if stat.S_ISCHR(metadata.mode) or stat.S_ISBLK(metadata.mode):
+            device = device_of(content)
+            if (os.major(status.st_rdev), os.minor(status.st_rdev)) != device:
+                return False
+        first = self._links.get(key) if key is not None else None
+        if first is None:
+            return True
+        # A name of a hardlinked file must be a name of that very file.
+        other = self._target.status(first.directory, first.name) if first.state is State.DONE else None
+        return other is not None and (other.st_dev, other.st_ino) == (status.st_dev, status.st_ino)
+
+
+def _paths_below(target: bytes, folders: tuple[bytes, ...]) -> frozenset[bytes]:
+    """Return where folders lie below the target, with a leading slash."""
+    top = os.path.realpath(target).rstrip(b"/") + b"/"
+    return frozenset(
+        b"/" + real[len(top) :] for real in (os.path.realpath(folder) for folder in folders) if real.startswith(top)
+    )
