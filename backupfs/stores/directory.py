@@ -8,7 +8,9 @@ which is another machine's on a network share.
 
 import contextlib
 import errno
+import fcntl
 import logging
+import mmap
 import os
 import secrets
 import stat
@@ -32,6 +34,12 @@ from backupfs.stores.store import ObjectInfo, Store, is_key, range_length, valid
 _TEMPORARY_FOLDER = ".tmp"
 # A put lasts minutes at most: what nobody wrote to for a day belongs to a run that died.
 _STALE_NS = 24 * 3600 * 10**9
+
+# Objects of this size and more go past the page cache: nobody reads them soon, in it they would push out what is in
+# use, and the copying costs more than their compression saves time (16 MiB in a backup: 46 ms of CPU, else 8).
+_LEAST_DIRECT = 1 << 20
+_DIRECT_STEP = 4 << 20
+_PAGE = 4096
 
 _FOLDER_MODE = 0o700
 _FILE_MODE = 0o600
@@ -312,11 +320,48 @@ class DirectoryStore(Store):
 
 
 def _write(descriptor: int, data: bytes | bytearray | memoryview) -> None:
-    """Write all of a buffer without copying it; no view of it outlives the call, also when it fails."""
+    """Write all of a buffer; no view of it outlives the call, also when it fails."""
     with memoryview(data) as view, view.cast("B") as octets:
-        written = 0
+        written = _write_direct(descriptor, octets) if len(octets) >= _LEAST_DIRECT else 0
         while written < len(octets):
             written += os.write(descriptor, octets[written:])
+
+
+# Buffers for direct writes, each in use by one call at a time; kept, as fresh memory costs more than the copying.
+_step_buffers: list[mmap.mmap] = []
+
+
+def _write_direct(descriptor: int, octets: memoryview) -> int:
+    """Write whole pages from a buffer's start past the page cache, and return how many bytes that were.
+
+    A file system that cannot do that, now or at all, gets none or a part of them.
+    """
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_DIRECT)
+    except OSError:
+        return 0
+    try:
+        buffer = _step_buffers.pop()
+    except IndexError:
+        buffer = mmap.mmap(-1, _DIRECT_STEP)
+    written = 0
+    end = len(octets) // _PAGE * _PAGE
+    try:
+        with memoryview(buffer) as pages:
+            while written < end:
+                length = min(_DIRECT_STEP, end - written)
+                pages[:length] = octets[written : written + length]
+                count = os.write(descriptor, pages[:length])
+                written += count
+                if count < length:
+                    break  # a full disk, or one that ends within a page: the plain way tells
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        _step_buffers.append(buffer)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
+    return written
 
 
 def _read(descriptor: int, key: str, start: int, length: int) -> bytes:

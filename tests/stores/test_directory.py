@@ -1,6 +1,7 @@
 """What a store in a folder promises beyond the contract: durability, privacy, and clear words when the disk fails."""
 
 import errno
+import fcntl
 import os
 import signal
 import stat
@@ -24,6 +25,7 @@ from backupfs.errors import (
     StoreFull,
     StoreUnavailable,
 )
+from backupfs.stores import directory
 from backupfs.stores.directory import DirectoryStore
 from backupfs.stores.store import Store
 
@@ -672,3 +674,32 @@ def test_a_read_only_folder_is_read_and_refuses_the_rest(read_only: Path) -> Non
             call()
         assert str(read_only) in str(caught.value)
     assert keys(store) == ["config", "packs/data/ab"]
+
+
+@pytest.mark.parametrize("refusal", ["none", "at once", "when writing"])
+@pytest.mark.parametrize("extra", [0, 1, 4095, 4097])
+def test_large_objects_are_whole_whether_or_not_the_file_system_writes_past_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: int, refusal: str
+) -> None:
+    data = bytearray(os.urandom(2 * directory._DIRECT_STEP + extra))
+    flags: list[int] = []
+    real_fcntl, real_write = fcntl.fcntl, os.write
+
+    def refusing_fcntl(descriptor: int, command: int, value: int = 0) -> int:
+        if refusal == "at once" and value & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flags.append(value)
+        return real_fcntl(descriptor, command, value)
+
+    def refusing_write(descriptor: int, part: memoryview) -> int:
+        direct = real_fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
+        if refusal == "when writing" and direct and len(flags) > 0 and len(part) == directory._DIRECT_STEP:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_write(descriptor, part)
+
+    monkeypatch.setattr(fcntl, "fcntl", refusing_fcntl)
+    monkeypatch.setattr(os, "write", refusing_write)
+    store = DirectoryStore(tmp_path)
+    store.put("packs/large", data)
+    assert store.get("packs/large") == data
+    assert flags == ([] if refusal == "at once" else [os.O_DIRECT, 0])
