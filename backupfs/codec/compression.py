@@ -14,6 +14,13 @@ MAX_LEVEL = 19
 # Below this gain decompressing at each read costs more than the bytes are worth.
 _LEAST_GAIN = 64
 
+# Level 1 with a window as large as a block, and matches of 6 bytes. Over 1 GiB of a Python toolchain in blocks of 1 MiB
+# it takes 2.5 s and leaves 277 MB, zstd's own level 1 takes 2.8 s and leaves 284 MB.
+_FAST = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST, window_log=20, chain_log=12, hash_log=14, search_log=1, min_match=6,
+    target_length=0, write_checksum=0,
+)  # fmt: skip
+
 # Contexts are used by one call at a time. They are megabytes each: as many as calls at once, not as many as threads.
 _compressors: dict[int, list[zstandard.ZstdCompressor]] = {}
 _decompressors: list[zstandard.ZstdDecompressor] = []
@@ -27,12 +34,18 @@ def compress(plain: bytes | bytearray | memoryview, level: int) -> tuple[int, by
     try:
         compressor = idle.pop()
     except IndexError:
-        compressor = zstandard.ZstdCompressor(level=level, write_checksum=False)
+        compressor = _new_compressor(level)
     body = compressor.compress(plain)
     idle.append(compressor)
     if len(body) > len(plain) - len(plain) // _LEAST_GAIN:
         return RAW, plain
     return ZSTD, body
+
+
+def _new_compressor(level: int) -> zstandard.ZstdCompressor:
+    if level == 1:
+        return zstandard.ZstdCompressor(compression_params=_FAST)
+    return zstandard.ZstdCompressor(level=level, write_checksum=False)
 
 
 def decompress(codec: int, body: bytes, plain_length: int, what: str) -> bytes:
