@@ -44,6 +44,15 @@ def keep_freed_memory(kept: int = KEPT_BYTES) -> None:
     mallopt(_M_TRIM_THRESHOLD, kept)
 
 
+def return_freed_memory() -> None:
+    """Give the kernel back what is free between blocks in use, where many of them were freed just now."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return
+    trim(0)
+
+
 def _limiter(name: str, threads: int) -> trio.CapacityLimiter:
     if name not in _limiters:
         _limiters[name] = trio.CapacityLimiter(threads)

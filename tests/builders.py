@@ -281,7 +281,7 @@ def small_options(**options: object) -> BackupOptions:
 def run_backup(repository: Repository, *paths: str | bytes | Path, **options: object) -> BackupResult:
     """Back up in small packs and return the whole result."""
     names = [os.fsencode(path) for path in paths]
-    return trio.run(partial(backup, repository, names, small_options(**options), ignore))
+    return backup(repository, names, small_options(**options), ignore)
 
 
 def back_up(repository: Repository, *paths: str | bytes | Path, **options: object) -> Snapshot:

@@ -40,7 +40,7 @@ def make(folder: Path, sizes: CutSizes = SMALL) -> Repository:
 
 
 def back_up(repository: Repository, source: Path, **options: object) -> BackupResult:
-    return trio.run(backup, repository, [os.fsencode(source)], BackupOptions(**options), lambda _event: None)
+    return backup(repository, [os.fsencode(source)], BackupOptions(**options), lambda _event: None)
 
 
 def opened(folder: Path, password: bytes = b"secret") -> independent_reader.Repository:

@@ -38,8 +38,8 @@ class Cutter:
         )
         self._window: bytearray | None = None
 
-    def cut(self, read_into: Callable[[memoryview], int]) -> Iterator[bytes]:
-        """Yield the chunks of one stream.
+    def cut(self, read_into: Callable[[memoryview], int]) -> Iterator[memoryview]:
+        """Yield the chunks of one stream, each valid until the next one is asked for.
 
         read_into: fills the buffer from its start and returns how many bytes it gave; 0 at the end.
         """
@@ -59,7 +59,7 @@ class Cutter:
                     if not ended and start + self.sizes.max_size > filled:
                         break
                     end = start + piece.length
-                    yield bytes(window[start:end])
+                    yield window[start:end]
                     start = end
                 window[: filled - start] = bytes(window[start:filled])
                 filled -= start

@@ -182,7 +182,10 @@ def _prepare(arguments: list[str]) -> None:
     )
     # Nearly nothing here makes cycles; looking for them as often as Python does costs a fifth of an unchanged backup.
     gc.set_threshold(50_000, 50, 1000)
-    # SIGTERM ends a command as Ctrl-C does: temporary files go, stored chunks stay.
+    # SIGTERM ends a command as Ctrl-C does: temporary files go, stored chunks stay. What a script puts in the
+    # background is made to ignore SIGINT by its shell; then nothing would come of either.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
     _allow_many_files()
 

@@ -6,7 +6,7 @@ Encoding is pure; reading takes a store. Safe in threads. Source: docs/format.rs
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backupfs.codec import compression
 from backupfs.codec.keys import Keyring
@@ -52,8 +52,13 @@ class Block:
     """A run of chunks, plain, as the writer collected them."""
 
     chunk_ids: tuple[ChunkId, ...]
-    chunks: tuple[bytes, ...]
-    plain_length: int
+    lengths: tuple[int, ...]  # of the chunks
+    parts: tuple[bytes | memoryview, ...]  # what makes the block when joined: all its chunks, or each, or some of each
+
+    @property
+    def plain_length(self) -> int:
+        """The bytes of all chunks."""
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +80,12 @@ class EncodedPack:
 
 
 def compress_block(block: Block, level: int) -> PackedBlock:
-    """Compress a block; runs in a thread."""
-    plain = block.chunks[0] if len(block.chunks) == 1 else b"".join(block.chunks)
-    return PackedBlock(block.chunk_ids, tuple(map(len, block.chunks)), make_unit(UnitRole.BLOCK, plain, level))
+    """Compress a block, whose parts are needed no longer then; runs in a thread."""
+    plain = block.parts[0] if len(block.parts) == 1 else b"".join(block.parts)
+    unit = make_unit(UnitRole.BLOCK, plain, level)
+    if isinstance(unit.body, memoryview):
+        unit = replace(unit, body=bytes(unit.body))
+    return PackedBlock(block.chunk_ids, block.lengths, unit)
 
 
 def encode_pack(kind: Kind, keyring: Keyring, host_id: bytes, blocks: list[PackedBlock]) -> EncodedPack:

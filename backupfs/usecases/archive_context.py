@@ -1,7 +1,7 @@
-"""What every step of a walk shares: counts, trees, names of file systems and owners. One per backup and thread."""
+"""What every step of a walk shares: counts, trees, names of file systems and owners. One per scanning process."""
 
 import os
-from dataclasses import dataclass
+import time
 
 from backupfs.codec.keys import keyed_hash
 from backupfs.codec.records import encode_record
@@ -12,48 +12,44 @@ from backupfs.repository.writer import ChunkSaver
 from backupfs.snapshots.content import Content
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW, Xattrs
 from backupfs.snapshots.tree import LeafPage, TreeBuilder
-from backupfs.usecases.events import FileSkipped, LeftOut, Report
+from backupfs.usecases.archive_counts import Counts
+from backupfs.usecases.events import FileSkipped, LeftOut
+from backupfs.usecases.scanner import Counted, Scanner
 
 # Xattrs beyond this go to a chunk of their own.
 _MOST_XATTRS = 4096
 # A time this close to the look may hide a later change within the same tick of the file system's clock.
 _TICK_NS = 10 * 10**6
 _FAT_TICK_NS = 2 * 10**9
+_TELLING_SECONDS = 0.1
 _COARSE = frozenset({"vfat", "msdos", "exfat"})
 
 
-@dataclass(slots=True)
-class Counts:
-    """What the walk has seen; written by its thread, read by any."""
-
-    files: int = 0
-    directories: int = 0
-    size: int = 0
-    files_new: int = 0
-    files_changed: int = 0
-    files_unchanged: int = 0
-    files_skipped: int = 0
-    has_xattrs: bool = False
-    current: bytes = b""
-
-
 class ArchiveContext:
-    """What is asked and told at every step. Belongs to the walk's thread; `counts` may be read by any."""
+    """What is asked and told at every step."""
 
     def __init__(
-        self, tree_id_key: bytes, page_cut_key: bytes, trees: ChunkSaver, selection: Selection, report: Report
+        self,
+        tree_id_key: bytes,
+        page_cut_key: bytes,
+        trees: ChunkSaver,
+        selection: Selection,
+        scanner: Scanner,
+        ordinals: dict[int, int],
     ) -> None:
         """Take the parts.
 
         tree_id_key, page_cut_key: name tree chunks and cut pages.
+        ordinals: the numbers of file systems that are known.
         """
         self._tree_id_key = tree_id_key
         self._page_cut_key = page_cut_key
         self._trees = trees
-        self._report = report
-        self._ordinals: dict[int, int] = {}
+        self._ordinals = dict(ordinals)
         self._current_owners: dict[object, bool] = {}
         self._coarse_devices = {os.makedev(*mount.device) for mount in mounts.read_mounts() if mount.fstype in _COARSE}
+        self._counts_told = 0.0
+        self.scanner = scanner
         self.selection = selection
         self.counts = Counts()
 
@@ -86,8 +82,11 @@ class ArchiveContext:
         return self.save_tree(encode_record([list(pair) for pair in xattrs]))
 
     def ordinal(self, device: int) -> int:
-        """Return the number of a file system within this snapshot, counted as the walk meets them."""
-        return self._ordinals.setdefault(device, len(self._ordinals))
+        """Return the number of a file system within this snapshot."""
+        known = self._ordinals.get(device)
+        if known is None:
+            known = self._ordinals[device] = self.scanner.ordinal(device)
+        return known
 
     def owners_are_current(self, page: LeafPage) -> bool:
         """Tell whether the names of owners in a page are still those of this machine."""
@@ -108,11 +107,18 @@ class ArchiveContext:
     def skip(self, path: bytes, error: OSError) -> None:
         """Report that something could not be read."""
         self.counts.files_skipped += 1
-        self._report(FileSkipped(path, error.strerror or str(error)))
+        self.scanner.send(FileSkipped(path, error.strerror or str(error)))
 
     def leave_out(self, path: bytes, reason: str) -> None:
         """Report a directory whose content is left out on purpose."""
-        self._report(LeftOut(path, reason))
+        self.scanner.send(LeftOut(path, reason))
+
+    def tell_counts(self, at_once: bool = False) -> None:
+        """Tell what was seen so far, now and then."""
+        now = time.monotonic()
+        if at_once or now - self._counts_told > _TELLING_SECONDS:
+            self._counts_told = now
+            self.scanner.send(Counted(self.counts))
 
 
 def row_of(status: os.stat_result, size: int) -> bytes:

@@ -1,17 +1,16 @@
 """Regular files into content: whole small ones, cuts of large ones, holes left out.
 
-Belongs to the thread of the walk. A file that changes while it is read is read again once, then kept and flagged.
+A small file is read straight into the block that it becomes a part of. A file that changes while it is read is read
+again once, then kept and flagged.
 """
 
 import os
 import stat
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 from backupfs.chunking.cutter import CutSizes, Cutter
 from backupfs.codec.keys import keyed_hash
-from backupfs.errors import BackupfsError
 from backupfs.ids import ChunkId
 from backupfs.localfs import reading
 from backupfs.repository.writer import ChunkSaver
@@ -29,12 +28,7 @@ from backupfs.snapshots.node import CHANGED_WHILE_READ, Xattrs
 from backupfs.usecases.events import FileChanged, Report
 
 
-class Stopped(BackupfsError):
-    """The walk was asked to stop."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRead:
+class FileRead(NamedTuple):
     """A regular file as it was read."""
 
     content: Content
@@ -45,7 +39,7 @@ class FileRead:
 
 
 class FileStorer:
-    """Reads files and saves their chunks. Belongs to one thread; `stop` may be set by others."""
+    """Reads files and saves their chunks. Belongs to one scanning process."""
 
     def __init__(
         self,
@@ -68,7 +62,6 @@ class FileStorer:
         self._save_tree = save_tree
         self._report = report
         self._linked: dict[tuple[int, int, int], Content] = {}  # (device, inode, ctime_ns) of hardlinked files
-        self.stop = threading.Event()
 
     def store_stream(self, read_into: Callable[[memoryview], int]) -> tuple[Content, int]:
         """Save a stream; return (content, size)."""
@@ -110,10 +103,11 @@ class FileStorer:
         if size == 0:
             return b"", True
         if size <= self._most_single and status.st_blocks * 512 >= size:
-            data = os.read(fd, size) if os.lseek(fd, 0, os.SEEK_SET) == 0 else b""
-            if len(data) != size:
-                return b"", False
-            return self._whole(data), True
+            if size <= MOST_INLINE:
+                data = os.pread(fd, size, 0)
+                return INLINE_MARK + data, len(data) == size
+            chunk_id = self._read_chunk(fd, 0, size)
+            return (SINGLE_MARK + chunk_id, True) if chunk_id is not None else (b"", False)
         segments: list[Segment] = []
         position = 0
         for start, end in reading.data_ranges(fd, size):
@@ -128,26 +122,23 @@ class FileStorer:
             return b"", False
         return encode_content(segments, self._save_tree), True
 
-    def _whole(self, data: bytes) -> Content:
-        if len(data) <= MOST_INLINE:
-            return INLINE_MARK + data
-        chunk_id = ChunkId(keyed_hash(self._id_key, data))
-        self._data.save(chunk_id, data)
-        return SINGLE_MARK + chunk_id
+    def _read_chunk(self, fd: int, start: int, length: int) -> ChunkId | None:
+        """Save a range of a file as one chunk; None if the file does not give it all."""
+        room = self._data.room(length)
+        if os.preadv(fd, [room], start) != length:
+            return None
+        chunk_id = ChunkId(keyed_hash(self._id_key, room))
+        self._data.keep(chunk_id, length)
+        return chunk_id
 
     def _segments_of_range(self, fd: int, start: int, end: int) -> list[Segment]:
-        segments: list[Segment] = []
         if end - start <= self._most_single:
-            data = os.pread(fd, end - start, start)
-            pieces: Iterator[bytes] = iter([data] if data else [])
-        else:
-            pieces = self._cutter.cut(reading.range_reader(fd, start, end))
-        segments += [self._save_piece(piece) for piece in pieces]
-        return segments
+            chunk_id = self._read_chunk(fd, start, end - start)
+            if chunk_id is not None:
+                return [[end - start, CHUNK, chunk_id]]
+        return [self._save_piece(piece) for piece in self._cutter.cut(reading.range_reader(fd, start, end))]
 
-    def _save_piece(self, piece: bytes) -> Segment:
-        if self.stop.is_set():
-            raise Stopped
+    def _save_piece(self, piece: memoryview) -> Segment:
         chunk_id = ChunkId(keyed_hash(self._id_key, piece))
         self._data.save(chunk_id, piece)
         return [len(piece), CHUNK, chunk_id]

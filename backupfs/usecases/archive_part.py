@@ -1,4 +1,7 @@
-"""A run of entries of one directory: looked at, compared with one page of the parent, read where they changed."""
+"""A run of entries of one directory: looked at, compared with one page of the parent, read where they changed.
+
+Where another scanning process waits for work, it gets half of the directories that are still to be gone through.
+"""
 
 import os
 import stat
@@ -12,6 +15,7 @@ from backupfs.snapshots.tree import LeafPage, TreeBuilder
 from backupfs.usecases.archive_context import ArchiveContext, row_of
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.nested import Nested
+from backupfs.usecases.scanner import Task
 
 # From this depth on a directory's descriptor is closed while the walk is below it, and reopened by way of `..`.
 _MOST_OPEN = 128
@@ -32,6 +36,13 @@ class OpenDirectory:
             self.fd = -1
 
 
+# A path that may become longer than the kernel takes cannot be found by another process.
+_LONGEST_PATH = 3000
+# Directories without any below them are given away in bunches: less work than the words about it is no help.
+_ENOUGH_TO_GIVE = 8
+
+# A directory as it was stored: its tree and its xattrs.
+Below = tuple[ChunkId, Xattrs]
 # What a directory's walk returns: its tree, and a descriptor of the directory above if that was closed.
 Stored = tuple[ChunkId, int | None]
 # (directory, path, parent's tree, device, the directory above if it was closed) → the walk
@@ -86,19 +97,19 @@ class Part:
             and self._context.owners_are_current(page)
         ):
             self._take_page(page, len(directories))
-            for position in directories:
-                content = page.contents[position]
-                below = ChunkId(content) if isinstance(content, bytes) else None
-                tree, _ = yield from self._below(position, below, wants_xattrs=False)
-                if tree != content:
+            contents = page.contents
+            known = {at: ChunkId(content) for at in directories if isinstance(content := contents[at], bytes)}
+            stored = yield from self._through(directories, known, wants_xattrs=False)
+            for position, (tree, _) in zip(directories, stored, strict=True):
+                if tree != contents[position]:
                     if self.same_as_page:
                         self._contents = list(page.contents)
                         self.same_as_page = False
                     self._contents[position] = tree
         else:
             known = self._compare(directories)
-            for position in directories:
-                tree, xattrs = yield from self._below(position, known.get(position), wants_xattrs=True)
+            stored = yield from self._through(directories, known, wants_xattrs=True)
+            for position, (tree, xattrs) in zip(directories, stored, strict=True):
                 self._contents[position] = tree
                 saved = self._context.save_xattrs(xattrs)
                 if saved:
@@ -293,18 +304,58 @@ class Part:
         if xattrs:
             self._xattrs[at] = context.save_xattrs(xattrs)
 
-    def _below(self, at: int, parent: ChunkId | None, wants_xattrs: bool) -> Nested[tuple[ChunkId, Xattrs]]:
+    def walk_task(self, parents: tuple[ChunkId | None, ...], wants_xattrs: bool) -> Nested[list[Below]]:
+        """Go through directories that another process gave away: all names of this part."""
+        known = {at: tree for at, tree in enumerate(parents) if tree is not None}
+        return (yield from self._through(list(range(len(self._names))), known, wants_xattrs))
+
+    def _through(self, positions: list[int], known: dict[int, ChunkId], wants_xattrs: bool) -> Nested[list[Below]]:
+        """Store the directories at some positions, with others' help if they ask for work; return all in order."""
+        scanner = self._context.scanner
+        stored: dict[int, Below] = {}
+        given: list[tuple[int, list[int]]] = []
+        left = list(reversed(positions))
+        while left:
+            if len(left) > 1 and scanner.is_wanted() and self._is_worth_giving(left):
+                half = left[len(left) // 2 - 1 :: -1]
+                del left[: len(left) // 2]
+                given.append((scanner.give(self._task(half, known, wants_xattrs)), half))
+            at = left.pop()
+            stored[at] = yield from self._below(at, known.get(at), wants_xattrs)
+        for number, half in given:
+            result = scanner.result_of(number)
+            if result is not None:
+                stored.update(zip(half, result, strict=True))
+                continue
+            # The directory was moved meanwhile: only this process still has it open.
+            for at in half:
+                stored[at] = yield from self._below(at, known.get(at), wants_xattrs)
+        return [stored[at] for at in positions]
+
+    def _is_worth_giving(self, left: list[int]) -> bool:
+        # A directory with directories in it has more than two links on most file systems, and exactly one on others.
+        return len(self._path) < _LONGEST_PATH and (
+            len(left) >= _ENOUGH_TO_GIVE or any(self._statuses and self._statuses[at].st_nlink != 2 for at in left)
+        )
+
+    def _task(self, half: list[int], known: dict[int, ChunkId], wants_xattrs: bool) -> Task:
+        status = os.fstat(self._directory.fd)
+        names, parents = tuple(self._names[at] for at in half), tuple(known.get(at) for at in half)
+        return Task(self._path, (status.st_dev, status.st_ino), names, parents, wants_xattrs)
+
+    def _below(self, at: int, parent: ChunkId | None, wants_xattrs: bool) -> Nested[Below]:
         """Store the directory at a position; return (tree, xattrs). One that cannot be read is stored empty."""
-        context, name, status = self._context, self._names[at], self._statuses[at]
+        context, name = self._context, self._names[at]
         path = self._prefix + name
         try:
             below = OpenDirectory(reading.open_directory(name, self._directory.fd))
             try:
+                device = os.fstat(below.fd).st_dev
                 xattrs = reading.read_xattrs(below.fd) if wants_xattrs else ()
             except OSError:
                 below.close()
                 raise
-            reason = context.selection.not_entered(path, status.st_dev, self._device)
+            reason = context.selection.not_entered(path, device, self._device)
             if reason is not None:
                 context.leave_out(path, reason)
                 context.counts.directories += 1
@@ -314,7 +365,7 @@ class Part:
             if not self._is_source and self._path.count(b"/") >= _MOST_OPEN:
                 above = os.fstat(self._directory.fd)
                 self._directory.close()
-            tree, reopened = yield self._descend(below, path, parent, status.st_dev, above)
+            tree, reopened = yield self._descend(below, path, parent, device, above)
             if reopened is not None:
                 self._directory.fd = reopened
             return tree, xattrs

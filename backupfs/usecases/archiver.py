@@ -1,4 +1,4 @@
-"""Walk, compare with the parent, read what changed, build trees: the one thread of a backup that touches sources.
+"""Walk, compare with the parent, read what changed, build trees: the part of a backup that touches sources.
 
 The walk goes by descriptors and keeps no recursion of Python's: each directory is a generator that yields the
 directories below it. Files of a directory come before its directories, so they are neighbours in blocks. An entry
@@ -11,17 +11,17 @@ import stat
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from backupfs.ids import ChunkId
 from backupfs.localfs import reading
-from backupfs.snapshots.node import NANOSECONDS, STAT_ROW, Xattrs
+from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
 from backupfs.snapshots.tree import LeafPage, TreeBuilder, leaf_pages
-from backupfs.usecases.archive_context import ArchiveContext, Counts, row_of
-from backupfs.usecases.archive_files import FileStorer, Stopped
+from backupfs.usecases.archive_context import ArchiveContext, row_of
+from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.archive_parent import ParentTrees
 from backupfs.usecases.archive_part import OpenDirectory, Part, Stored
 from backupfs.usecases.nested import Nested, run_nested
+from backupfs.usecases.scanner import Result, Root, Task
 
 # As many entries are looked at before any of them is read; it bounds memory in directories of a million entries.
 SLICE = 4096
@@ -29,40 +29,14 @@ SLICE = 4096
 _NO_MORE = object()
 
 
-@dataclass(frozen=True, slots=True)
-class Root:
-    """`/` as it was stored: the one directory that is in none."""
-
-    tree: ChunkId
-    row: bytes
-    owner: bytes
-    group: bytes
-    xattrs: Xattrs | bytes
-
-
 class Archiver:
-    """Turns sources into trees. Belongs to one thread; `counts` may be read and `stop` set by others."""
+    """Turns sources into trees. Belongs to one scanning process."""
 
-    def __init__(
-        self, context: ArchiveContext, files: FileStorer, parent: ParentTrees, flush: Callable[[], None]
-    ) -> None:
-        """Take the parts.
-
-        flush: hands out the blocks that are still open; called at the end.
-        """
+    def __init__(self, context: ArchiveContext, files: FileStorer, parent: ParentTrees) -> None:
+        """Take the parts."""
         self._context = context
         self._files = files
         self._parent = parent
-        self._flush = flush
-
-    @property
-    def counts(self) -> Counts:
-        """What the walk has seen so far."""
-        return self._context.counts
-
-    def stop(self) -> None:
-        """Ask the walk to end soon, from any thread; `archive` raises Stopped then."""
-        self._files.stop.set()
 
     def archive(self, sources: list[bytes], parent: ChunkId | None) -> "Root":
         """Store everything below the sources and return `/`.
@@ -74,7 +48,6 @@ class Archiver:
         row = row_of(status, status.st_size) if sources == [b"/"] else _row_on_the_way(status)
         tree, _ = run_nested(self._from_root(b"/", sources, parent))
         xattrs = self._context.save_xattrs(reading.read_xattrs(b"/") if sources == [b"/"] else ())
-        self._flush()
         return Root(tree, row, reading.owner_name(status.st_uid), reading.group_name(status.st_gid), xattrs)
 
     def archive_stream(self, path: bytes, read_into: Callable[[memoryview], int], time_ns: int) -> "Root":
@@ -93,9 +66,23 @@ class Archiver:
         counts = self._context.counts
         counts.files = counts.files_new = 1
         counts.size = size
-        self._flush()
         assert isinstance(content, bytes)
         return Root(ChunkId(content), row, reading.owner_name(os.getuid()), reading.group_name(os.getgid()), ())
+
+    def archive_task(self, task: Task) -> Result:
+        """Store directories that another process gave away; None if the way to them is another one now."""
+        try:
+            directory = OpenDirectory(reading.open_directory(task.path, None))
+        except OSError:
+            return None
+        try:
+            status = os.fstat(directory.fd)
+            if (status.st_dev, status.st_ino) != task.identity:
+                return None
+            part = self._part(directory, task.path, status.st_dev, list(task.names), None, 0)
+            return tuple(run_nested(part.walk_task(task.parents, task.wants_xattrs)))
+        finally:
+            directory.close()
 
     # Above the sources: directories that are only on the way.
 
@@ -144,12 +131,11 @@ class Archiver:
 
         above: the directory above, when the walk closed it and wants it back.
         """
-        if self._files.stop.is_set():
-            raise Stopped
         try:
             counts = self._context.counts
             counts.directories += 1
             counts.current = path
+            self._context.tell_counts()
             looked_ns = time.time_ns()
             names: list[bytes] = []
             selection = self._context.selection

@@ -1,10 +1,9 @@
-"""Back up files: the walk in one thread, compression and puts beside it, the snapshot last, which commits."""
+"""Back up files: scanning processes walk and read, this one compresses and puts; the snapshot last, which commits."""
 
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import trio
 
@@ -17,17 +16,31 @@ from backupfs.localfs.selection import Selection, SelectionRules
 from backupfs.repository import local
 from backupfs.repository.pack import Block
 from backupfs.repository.repository import Repository
-from backupfs.repository.writer import DEFAULT_SIZES, ChunkSaver, PackWriter, WriteSizes, WriteTotals
+from backupfs.repository.slots import Slots
+from backupfs.repository.writer import (
+    DEFAULT_SIZES,
+    ChunkSaver,
+    FilledBlock,
+    NewChunks,
+    PackWriter,
+    WriteSizes,
+    WriteTotals,
+)
 from backupfs.snapshots.listing import SnapshotList, load_snapshots, put_snapshot
 from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, Snapshot, Statistics
-from backupfs.usecases.archive_context import ArchiveContext, Counts
+from backupfs.usecases.archive_context import ArchiveContext
+from backupfs.usecases.archive_counts import Counts
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.archive_parent import ParentTrees
-from backupfs.usecases.archiver import Archiver, Root
+from backupfs.usecases.archiver import Archiver
 from backupfs.usecases.events import FileSkipped, Progress, Remark, Report
+from backupfs.usecases.scanner import Root, Scanner
+from backupfs.usecases.scanners import Scanners, scanner_count
 
-# Blocks between the walk and compression; with those being compressed they bound the bytes in flight.
+# Blocks between scanning and compression; with those being filled and compressed they bound the bytes in flight.
 _WAITING_BLOCKS = 4
+# The largest chunk that repositories are made with; a larger one, or a tree page of that size, goes by another way.
+_SLOT_SIZE = 4 << 20
 _PROGRESS_SECONDS = 0.2
 
 
@@ -69,163 +82,191 @@ class BackupResult:
         return self.data.stored_bytes + self.trees.stored_bytes
 
 
-async def backup(repository: Repository, paths: list[bytes], options: BackupOptions, report: Report) -> BackupResult:
+def backup(repository: Repository, paths: list[bytes], options: BackupOptions, report: Report) -> BackupResult:
     """Make a snapshot of some paths of this machine.
 
-    Interrupted anywhere, the repository stays valid, and the next run finds what was stored.
-    Raises: SourceError if none of the paths exists; UnknownSnapshot; StoreError.
+    It forks: call it while this process has one thread and no event loop. Interrupted anywhere, the repository stays
+    valid, and the next run finds what was stored.
+    Raises: SourceError if none of the paths exists; UnknownSnapshot; StoreError, perhaps in a group.
     """
-    started = time.monotonic_ns()
-    taken_ns = options.time_ns if options.time_ns is not None else time.time_ns()
-    await workers.io(repository.load_indexes)
-    listed = await workers.io(load_snapshots, repository)
-    paths = _existing(paths, report)
-    host = options.host or os.uname().nodename
-    parent = _parent_of(listed, options, host, paths)
-
-    def scan(run: "_Run") -> Root:
-        selection = Selection(options.rules, _identities(options.own_folders), frozenset(paths))
-        archiver = run.archiver(selection, report)
-        return archiver.archive(sources.minimal_roots(paths), None if parent is None or options.force else parent.root)
-
     run = _Run(repository, options, report)
-    root = await run.through(scan)
-    result = run.result(parent, started)
-    if options.dry_run:
-        return result
-    return await _commit(repository, listed, options, host, paths, root, taken_ns, result, report)
+    paths = _existing(paths, report)
+    parent = _parent_of(run.listed, options, run.host, paths)
+    tree = None if parent is None or options.force else parent.root
+    ordinals: dict[int, int] = {}
+    for path in paths:
+        ordinals.setdefault(os.lstat(path).st_dev, len(ordinals))
+    selection = Selection(options.rules, _identities(options.own_folders), frozenset(paths))
+    return run.through(
+        paths, parent, ordinals, selection, scanner_count(),
+        lambda archiver: archiver.archive(sources.minimal_roots(paths), tree),
+    )  # fmt: skip
 
 
-async def backup_stream(
+def backup_stream(
     repository: Repository, name: bytes, read_into: Callable[[memoryview], int], options: BackupOptions, report: Report
 ) -> BackupResult:
-    """Make a snapshot of one file, whose bytes come from a stream.
+    """Make a snapshot of one file, whose bytes come from a stream. It forks, as `backup` does.
 
     name: absolute path of the file in the snapshot.
+    read_into: fills a buffer from its start; called in another process.
     """
-    started = time.monotonic_ns()
-    taken_ns = options.time_ns if options.time_ns is not None else time.time_ns()
-    await workers.io(repository.load_indexes)
-    listed = await workers.io(load_snapshots, repository)
-    host = options.host or os.uname().nodename
-
-    def scan(run: "_Run") -> Root:
-        archiver = run.archiver(Selection(SelectionRules(), frozenset(), frozenset()), report)
-        return archiver.archive_stream(name, read_into, taken_ns)
-
     run = _Run(repository, options, report)
-    root = await run.through(scan)
-    result = run.result(None, started)
-    if options.dry_run:
-        return result
-    return await _commit(repository, listed, options, host, [name], root, taken_ns, result, report)
+    selection = Selection(SelectionRules(), frozenset(), frozenset())
+    return run.through(
+        [name], None, {}, selection, 1, lambda archiver: archiver.archive_stream(name, read_into, run.taken_ns)
+    )  # fmt: skip
 
 
 class _Run:
-    """The stages of one backup and what flows between them."""
+    """One backup: what its stages share and what flows between them."""
 
     def __init__(self, repository: Repository, options: BackupOptions, report: Report) -> None:
-        level, sizes = options.level, options.sizes
         repository.require_writable()
+        self._started = time.monotonic_ns()
         self._repository = repository
-        self._dry_run = options.dry_run
+        self._options = options
         self._report = report
-        self._host_id = local.host_id(repository.local.state)
+        self.taken_ns = options.time_ns if options.time_ns is not None else time.time_ns()
+        self.host = options.host or os.uname().nodename
+        repository.load_indexes()
+        self.listed = load_snapshots(repository)
+        level, sizes = options.level, options.sizes
+        host_id = local.host_id(repository.local.state)
         self._writers = {
-            kind: PackWriter(repository.store, repository.keyring, index, kind, self._host_id, writer_level, sizes)
+            kind: PackWriter(repository.store, repository.keyring, index, kind, host_id, writer_level, sizes)
             for kind, index, writer_level in (
                 (Kind.DATA_PACK, repository.data_index, level),
                 # Pages are small and read often: a better level costs little and pays at each mount.
                 (Kind.TREE_PACK, repository.tree_index, level if level == compression.OFF else max(level, 3)),
             )
         }
-        self._send, self._receive = trio.open_memory_channel[tuple[Kind, Block]](_WAITING_BLOCKS)
-        self._savers = {
-            kind: ChunkSaver(index, partial(self._emit, kind), sizes.block)
-            for kind, index in ((Kind.DATA_PACK, repository.data_index), (Kind.TREE_PACK, repository.tree_index))
+        self._new = {
+            Kind.DATA_PACK: NewChunks(repository.data_index),
+            Kind.TREE_PACK: NewChunks(repository.tree_index),
         }
         for kind, writer in self._writers.items():
-            writer.on_indexed = self._savers[kind].retire
-        self._archiver: Archiver | None = None
+            writer.on_indexed = self._new[kind].retire
 
-    def archiver(self, selection: Selection, report: Report) -> Archiver:
-        """Make the walk's half; called in its thread."""
-        keyring = self._repository.keyring
-        data, trees = self._savers[Kind.DATA_PACK], self._savers[Kind.TREE_PACK]
+    def through(
+        self,
+        paths: list[bytes],
+        parent: Snapshot | None,
+        ordinals: dict[int, int],
+        selection: Selection,
+        count: int,
+        archive: Callable[[Archiver], Root],
+    ) -> BackupResult:
+        """Scan in `count` processes, store what they send, commit."""
+        repository, options = self._repository, self._options
+        # Two are open in each scanner; the rest is on its way.
+        slots = Slots(2 * count + workers.CPU_THREADS + _WAITING_BLOCKS, max(options.sizes.block, _SLOT_SIZE))
+        scanners = Scanners(ordinals)
 
-        def flush() -> None:
-            data.flush()
-            trees.flush()
+        def scan(scanner: Scanner, begins: bool) -> Root | None:
+            return _scan(repository, options, slots, selection, ordinals, scanner, archive if begins else None)
 
-        context = ArchiveContext(keyring.chunk_id_key(tree=True), keyring.page_cut_key(), trees, selection, report)
-        files = FileStorer(
-            keyring.chunk_id_key(tree=False),
-            keyring.file_cut_seed(),
-            self._repository.config.cut_sizes,
-            data,
-            context.save_tree,
-            report,
+        try:
+            scanners.start(count, scan)
+            root = trio.run(self._store_all, scanners, slots)
+        finally:
+            scanners.end()
+            slots.close()
+        result = BackupResult(
+            None,
+            parent.snapshot_id if parent is not None else b"",
+            scanners.counts,
+            self._writers[Kind.DATA_PACK].totals,
+            self._writers[Kind.TREE_PACK].totals,
+            time.monotonic_ns() - self._started,
         )
-        self._archiver = Archiver(context, files, ParentTrees(self._repository.trees.load, report), flush)
-        return self._archiver
+        if options.dry_run:
+            return result
+        return _commit(repository, self.listed, options, self.host, paths, root, self.taken_ns, result, self._report)
 
-    def _emit(self, kind: Kind, block: Block) -> None:
-        trio.from_thread.run(self._send.send, (kind, block))
-
-    async def through(self, scan: "Callable[[_Run], Root]") -> Root:
-        """Run all stages to the end and return `/`; everything it needs is then in the store and indexed."""
+    async def _store_all(self, scanners: Scanners, slots: Slots) -> Root:
+        """Store what scanners send, and return `/`; everything it needs is then in the store and indexed."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._stop_when_cancelled)
-            nursery.start_soon(self._tell_progress)
+            nursery.start_soon(self._tell_progress, scanners)
+            send, receive = trio.open_memory_channel[tuple[Kind, Block, int]](256)
             async with trio.open_nursery() as stages:
                 # More than processors: a writer that waits for a put must not leave a processor idle.
                 for _ in range(workers.CPU_THREADS + 2):
-                    stages.start_soon(self._write_blocks, self._receive.clone())
-                self._receive.close()
-                async with self._send:
-                    root = await trio.to_thread.run_sync(scan, self)
-            for kind in () if self._dry_run else (Kind.DATA_PACK, Kind.TREE_PACK):
+                    stages.start_soon(self._write_blocks, receive.clone(), slots)
+                receive.close()
+
+                async def take(filled: FilledBlock) -> None:
+                    block = self._new[filled.kind].block_of(filled, slots)
+                    if block is not None:
+                        await send.send((filled.kind, block, filled.slot))
+                    elif filled.slot >= 0:
+                        slots.give_back(filled.slot)
+
+                async with send:
+                    root = await scanners.run(take, self._report)
+            for kind in () if self._options.dry_run else (Kind.DATA_PACK, Kind.TREE_PACK):
                 await self._writers[kind].flush()
             nursery.cancel_scope.cancel()
         return root
 
-    async def _write_blocks(self, blocks: "trio.MemoryReceiveChannel[tuple[Kind, Block]]") -> None:
+    async def _write_blocks(self, blocks: "trio.MemoryReceiveChannel[tuple[Kind, Block, int]]", slots: Slots) -> None:
         async with blocks:
-            async for kind, block in blocks:
-                if self._dry_run:
+            async for kind, block, slot in blocks:
+
+                def compressed(slot: int = slot) -> None:
+                    if slot >= 0:
+                        slots.give_back(slot)
+
+                if self._options.dry_run:
                     self._writers[kind].totals.chunks += len(block.chunk_ids)
                     self._writers[kind].totals.plain_bytes += block.plain_length
+                    compressed()
                 else:
-                    await self._writers[kind].add(block)
+                    await self._writers[kind].add(block, compressed)
 
-    async def _stop_when_cancelled(self) -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            if self._archiver is not None:
-                self._archiver.stop()
-
-    async def _tell_progress(self) -> None:
+    async def _tell_progress(self, scanners: Scanners) -> None:
         while True:
             await trio.sleep(_PROGRESS_SECONDS)
-            if self._archiver is not None:
-                counts = self._archiver.counts
-                self._report(Progress("backup", counts.files, counts.size, current=counts.current))
-
-    def result(self, parent: Snapshot | None, started: int) -> BackupResult:
-        """Return what was done."""
-        assert self._archiver is not None
-        return BackupResult(
-            None,
-            parent.snapshot_id if parent is not None else b"",
-            self._archiver.counts,
-            self._writers[Kind.DATA_PACK].totals,
-            self._writers[Kind.TREE_PACK].totals,
-            time.monotonic_ns() - started,
-        )
+            counts = scanners.counts
+            self._report(Progress("backup", counts.files, counts.size, current=counts.current))
 
 
-async def _commit(
+def _scan(
+    repository: Repository,
+    options: BackupOptions,
+    slots: Slots,
+    selection: Selection,
+    ordinals: dict[int, int],
+    scanner: Scanner,
+    archive: Callable[[Archiver], Root] | None,
+) -> Root | None:
+    """Be one scanning process: archive everything or nothing, then do tasks; return `/` for everything."""
+    keyring = repository.keyring
+    data = ChunkSaver(Kind.DATA_PACK, repository.data_index, slots, scanner.send, options.sizes.block)
+    trees = ChunkSaver(Kind.TREE_PACK, repository.tree_index, slots, scanner.send, options.sizes.block)
+    context = ArchiveContext(
+        keyring.chunk_id_key(tree=True), keyring.page_cut_key(), trees, selection, scanner, ordinals
+    )  # fmt: skip
+    files = FileStorer(
+        keyring.chunk_id_key(tree=False),
+        keyring.file_cut_seed(),
+        repository.config.cut_sizes,
+        data,
+        context.save_tree,
+        scanner.send,
+    )
+    archiver = Archiver(context, files, ParentTrees(repository.trees.load, scanner.send))
+    scanner.serve(archiver.archive_task)
+    root = archive(archiver) if archive is not None else None
+    if root is None:
+        scanner.work_to_the_end()
+    data.flush()
+    trees.flush()
+    context.tell_counts(at_once=True)
+    return root
+
+
+def _commit(
     repository: Repository,
     listed: SnapshotList,
     options: BackupOptions,
@@ -237,7 +278,7 @@ async def _commit(
     report: Report,
 ) -> BackupResult:
     host_id = local.host_id(repository.local.state)
-    store_now = await workers.io(repository.store.now)
+    store_now = repository.store.now()
     last = listed.last_of_host(host_id)
     counts = result.counts
     snapshot = Snapshot(
@@ -271,7 +312,7 @@ async def _commit(
         program=f"backupfs {__version__}",
         traits=HAS_XATTRS if counts.has_xattrs else 0,
     )
-    snapshot = await workers.io(put_snapshot, repository, snapshot)
+    snapshot = put_snapshot(repository, snapshot)
     highest = listed.highest_sequences()
     back = local.note_sequences(
         repository.local.state, repository.config.repository_id, {**highest, host_id: snapshot.sequence}

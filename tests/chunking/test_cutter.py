@@ -80,7 +80,7 @@ def test_cuts_join_to_the_stream_and_do_not_depend_on_how_it_was_read(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutter, "WINDOW_SIZE", window)
         at = iter(steps * 200_000)
-        chunks = list(Cutter(SMALL, seed).cut(reader(data, lambda: next(at))))
+        chunks = list(map(bytes, Cutter(SMALL, seed).cut(reader(data, lambda: next(at)))))
         assert b"".join(chunks) == data
         assert all(len(chunk) <= SMALL.max_size for chunk in chunks)
         assert all(len(chunk) >= SMALL.min_size for chunk in chunks[:-1])
@@ -94,7 +94,7 @@ def test_a_cutter_is_used_for_one_stream_after_another() -> None:
     abandoned = shared.cut(io.BytesIO(data[::-1]).readinto)
     next(abandoned)
     del abandoned
-    assert b"".join(shared.cut(io.BytesIO(data).readinto)) == data
+    assert b"".join(map(bytes, shared.cut(io.BytesIO(data).readinto))) == data
     assert [len(chunk) for chunk in shared.cut(io.BytesIO(data).readinto)] == lengths(data, SMALL, 1)
 
 
@@ -102,6 +102,6 @@ def test_a_cutter_is_used_for_one_stream_after_another() -> None:
 def test_an_insertion_changes_few_chunks(where: int, inserted: bytes) -> None:
     data = stream(150_000)
     edited = data[:where] + inserted + data[where:]
-    before = set(Cutter(SMALL, 1).cut(io.BytesIO(data).readinto))
-    after = list(Cutter(SMALL, 1).cut(io.BytesIO(edited).readinto))
+    before = set(map(bytes, Cutter(SMALL, 1).cut(io.BytesIO(data).readinto)))
+    after = list(map(bytes, Cutter(SMALL, 1).cut(io.BytesIO(edited).readinto)))
     assert sum(chunk not in before for chunk in after) <= 8

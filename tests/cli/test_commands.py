@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -324,3 +325,32 @@ def test_an_interrupted_backup_ends_with_130_and_the_next_goes_on(cli: Cli, sour
     assert cli.json("snapshots") == []
     cli("backup", source)
     assert "no damage" in cli("check", "--read-data")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("of_shell", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_signal_ends_a_backup_even_where_a_shell_made_it_ignore_ctrl_c(
+    cli: Cli, number: signal.Signals, of_shell: signal.Handlers
+) -> None:
+    backup = subprocess.Popen(
+        [sys.executable, "-m", "backupfs", "backup", "--stdin", "endless"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=cli.environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, of_shell),
+    )
+    assert backup.stdin is not None
+    assert backup.stderr is not None
+    children = Path(f"/proc/{backup.pid}/task/{backup.pid}/children")
+    while not (scanners := children.read_text().split()):
+        assert backup.poll() is None
+        time.sleep(0.01)
+    backup.stdin.write(b"some bytes")
+    backup.stdin.flush()
+    backup.send_signal(number)
+    assert backup.wait(30) == 130
+    assert b"interrupted" in backup.stderr.read()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in scanners)
+    backup.stderr.close()
+    backup.stdin.close()
+    assert not json.loads(cli("--json", "snapshots"))

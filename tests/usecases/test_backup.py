@@ -5,11 +5,9 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
-import trio
 
 from backupfs.errors import SourceError
 from backupfs.localfs import reading
@@ -51,36 +49,53 @@ def settled(path: bytes) -> bytes:
 def told(repository: object, *paths: bytes, **options: object) -> tuple[BackupResult, list[Event]]:
     """Back up and return the result and the events."""
     events: list[Event] = []
-    result = trio.run(partial(backup, repository, list(paths), small_options(**options), events.append))  # type: ignore[arg-type]
+    result = backup(repository, list(paths), small_options(**options), events.append)  # type: ignore[arg-type]
     return result, events
 
 
+class Opened:
+    """The names of the files that were opened to be read, by whatever process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.clear()
+
+    def add(self, name: bytes) -> None:
+        with open(self._path, "ab") as file:
+            file.write(name + b"\n")
+
+    def names(self) -> list[bytes]:
+        return sorted(self._path.read_bytes().splitlines())
+
+    def clear(self) -> None:
+        self._path.write_bytes(b"")
+
+
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
-    """Collect the names of the files that are opened to be read."""
-    names: list[bytes] = []
+def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Opened:
+    found = Opened(tmp_path / "opened")
     real = reading.open_file
 
     def open_file(name: bytes, dir_fd: int) -> int:
-        names.append(name)
+        found.add(name)
         return real(name, dir_fd)
 
     monkeypatch.setattr(reading, "open_file", open_file)
-    return names
+    return found
 
 
-def test_an_unchanged_file_is_not_opened(tmp_path: Path, opened: list[bytes]) -> None:
+def test_an_unchanged_file_is_not_opened(tmp_path: Path, opened: Opened) -> None:
     source = settled(build({"a": File(b"a"), "d": {"b": File(noise(1, 5000))}}, tmp_path / "s"))
     repository = new_repository()
     back_up(repository, source)
-    assert sorted(opened) == [b"a", b"b"]
+    assert opened.names() == [b"a", b"b"]
     opened.clear()
     result = run_backup(reopened(repository), source)
-    assert opened == []
+    assert opened.names() == []
     assert (result.counts.files_unchanged, result.stored_added) == (2, 0)
 
 
-def test_only_what_changed_is_opened(tmp_path: Path, opened: list[bytes]) -> None:
+def test_only_what_changed_is_opened(tmp_path: Path, opened: Opened) -> None:
     source = build({"a": File(b"a"), "d": {"b": File(b"b"), "c": File(b"c")}}, tmp_path / "s")
     settled(source)
     repository = new_repository()
@@ -89,7 +104,7 @@ def test_only_what_changed_is_opened(tmp_path: Path, opened: list[bytes]) -> Non
     Path(os.fsdecode(source), "d", "c").write_bytes(b"C")
     Path(os.fsdecode(source), "d", "new").write_bytes(b"new")
     snapshot = back_up(reopened(repository), source)
-    assert sorted(opened) == [b"c", b"new"]
+    assert opened.names() == [b"c", b"new"]
     contents = contents_of(repository, snapshot)
     assert {path: kept.content for path, kept in contents.items() if kept and kept.node.is_file} == {
         source + b"/a": b"a",
@@ -113,7 +128,7 @@ def test_a_change_that_restores_size_and_times_is_seen(tmp_path: Path) -> None:
     assert content_of(repository, node) == b"two"
 
 
-def test_a_file_as_young_as_the_look_at_it_is_racy_and_read_again(tmp_path: Path, opened: list[bytes]) -> None:
+def test_a_file_as_young_as_the_look_at_it_is_racy_and_read_again(tmp_path: Path, opened: Opened) -> None:
     source = build({"a": File(b"a")}, tmp_path / "s")
     future = time.time_ns() + 3600 * 10**9
     os.utime(source + b"/a", ns=(future, future))
@@ -122,22 +137,22 @@ def test_a_file_as_young_as_the_look_at_it_is_racy_and_read_again(tmp_path: Path
     assert find_path(snapshot, source + b"/a", repository.trees.load).flags & RACY
     opened.clear()
     back_up(reopened(repository), source)
-    assert opened == [b"a"]
+    assert opened.names() == [b"a"]
 
 
-def test_force_reads_everything_and_stores_nothing_twice(tmp_path: Path, opened: list[bytes]) -> None:
+def test_force_reads_everything_and_stores_nothing_twice(tmp_path: Path, opened: Opened) -> None:
     source = settled(build({"a": File(noise(1, 30_000)), "b": File(noise(2, 30_000))}, tmp_path / "s"))
     repository = new_repository()
     first = back_up(repository, source)
     opened.clear()
     result = run_backup(reopened(repository), source, force=True)
-    assert sorted(opened) == [b"a", b"b"]
+    assert opened.names() == [b"a", b"b"]
     assert result.data.chunks == 0
     assert result.snapshot is not None
     assert result.snapshot.root == first.root
 
 
-def test_a_directory_of_many_pages_that_did_not_change_is_the_same_tree(tmp_path: Path, opened: list[bytes]) -> None:
+def test_a_directory_of_many_pages_that_did_not_change_is_the_same_tree(tmp_path: Path, opened: Opened) -> None:
     source = settled(build({f"file-{number:05}": File(b"%d" % number) for number in range(3000)}, tmp_path / "s"))
     repository = new_repository()
     first = back_up(repository, source)
@@ -146,7 +161,7 @@ def test_a_directory_of_many_pages_that_did_not_change_is_the_same_tree(tmp_path
     opened.clear()
     result = run_backup(reopened(repository), source)
     assert result.snapshot is not None
-    assert (opened, result.snapshot.root, result.trees.chunks) == ([], first.root, 0)
+    assert (opened.names(), result.snapshot.root, result.trees.chunks) == ([], first.root, 0)
 
 
 @pytest.mark.parametrize("change", ["first", "middle", "last", "removed", "added-first", "added-last", "all-removed"])
@@ -199,7 +214,7 @@ def test_a_damaged_parent_costs_only_its_comparison(tmp_path: Path) -> None:
     }
 
 
-def test_links_of_one_file_are_read_once_and_keep_their_identity(tmp_path: Path, opened: list[bytes]) -> None:
+def test_links_of_one_file_are_read_once_and_keep_their_identity(tmp_path: Path, opened: Opened) -> None:
     source = settled(build({"a": File(noise(3, 9000)), "b": Hardlink("a"), "c": Hardlink("a")}, tmp_path / "s"))
     repository = new_repository()
     snapshot = back_up(repository, source)
@@ -262,17 +277,26 @@ def test_a_file_that_goes_on_changing_is_kept_flagged_and_told(tmp_path: Path, m
 
 def change_while_reading(monkeypatch: pytest.MonkeyPatch, path: bytes, contents: Iterator[bytes]) -> None:
     """Write to a file each time somebody has read from it."""
-    real = os.read
+    real_pread, real_preadv = os.pread, os.preadv
 
-    def read(fd: int, size: int) -> bytes:
-        data = real(fd, size)
+    def change(count: int) -> None:
         content = next(contents, None)
-        if content is not None and data:
+        if content is not None and count:
             with open(path, "wb") as file:
                 file.write(content)
+
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        data = real_pread(fd, size, offset)
+        change(len(data))
         return data
 
-    monkeypatch.setattr(os, "read", read)
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        count = real_preadv(fd, buffers, offset)
+        change(count)
+        return count
+
+    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "preadv", preadv)
 
 
 def test_patterns_sizes_and_markers_leave_out_with_the_reason(tmp_path: Path) -> None:
@@ -416,9 +440,7 @@ def test_a_stream_becomes_one_file(tmp_path: Path) -> None:
         return count
 
     repository = new_repository()
-    result = trio.run(
-        partial(backup_stream, repository, b"/a/dump.sql", read_into, small_options(), lambda _event: None)
-    )
+    result = backup_stream(repository, b"/a/dump.sql", read_into, small_options(), lambda _event: None)
     assert result.snapshot is not None
     node = find_path(result.snapshot, b"/a/dump.sql", repository.trees.load)
     assert content_of(repository, node) == data

@@ -228,7 +228,8 @@ def filed(repository: Repository, kind: Kind, chunks: list[bytes], *, indexed: b
     reader = repository.trees if id_key_is_tree else repository.data
     ids = [reader.chunk_id(chunk) for chunk in chunks]
     blocks = [
-        compress_block(Block((chunk_id,), (chunk,), len(chunk)), 1) for chunk_id, chunk in zip(ids, chunks, strict=True)
+        compress_block(Block((chunk_id,), (len(chunk),), (chunk,)), 1)
+        for chunk_id, chunk in zip(ids, chunks, strict=True)
     ]
     pack = encode_pack(kind, repository.keyring, bytes(16), blocks)
     repository.store.put(layout.key_of(kind, pack.ref.pack_id), pack.data)
@@ -313,7 +314,7 @@ def test_an_index_that_points_beside_the_chunk_is_damage(position: int, read_dat
     repository = new_repository()
     chunk_id = repository.data.chunk_id(CHUNK_BYTES)
     pack = encode_pack(
-        Kind.DATA_PACK, repository.keyring, bytes(16), [compress_block(Block((chunk_id,), (CHUNK_BYTES,), 11), 1)]
+        Kind.DATA_PACK, repository.keyring, bytes(16), [compress_block(Block((chunk_id,), (11,), (CHUNK_BYTES,)), 1)]
     )
     repository.store.put(layout.key_of(Kind.DATA_PACK, pack.ref.pack_id), pack.data)
     row = list(ROW.unpack(pack.rows))

@@ -28,7 +28,7 @@ from backupfs.localfs.exclude import parse_pattern
 from backupfs.repository import fetch
 from backupfs.repository.pack import Block
 from backupfs.repository.repository import Repository
-from backupfs.repository.writer import ChunkSaver, PackWriter
+from backupfs.repository.writer import PackWriter
 from backupfs.snapshots.node import STAT_ROW
 from backupfs.snapshots.snapshot import Snapshot, Statistics
 from backupfs.usecases import archive_context, restore_files, restore_verify
@@ -738,13 +738,9 @@ def test_a_name_given_twice_in_a_hostile_snapshot_leads_nowhere(tmp_path: Path) 
 async def filed(repository: Repository, kind: Kind, chunk_id: ChunkId, data: bytes) -> ChunkId:
     """Store bytes under an id, whether it is theirs or not."""
     index = repository.data_index if kind == Kind.DATA_PACK else repository.tree_index
-    blocks: list[Block] = []
-    saver = ChunkSaver(index, blocks.append)
-    saver.save(chunk_id, data)
-    saver.flush()
     writer = PackWriter(repository.store, repository.keyring, index, kind, b"h" * 16, DEFAULT_LEVEL)
-    for block in blocks:
-        await writer.add(block)
+    if not index.has(chunk_id):
+        await writer.add(Block((chunk_id,), (len(data),), (data,)))
     await writer.flush()
     return chunk_id
 

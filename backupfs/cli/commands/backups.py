@@ -94,8 +94,6 @@ def backup_command(
         raise UsageError("what to back up? give a PATH")
 
     repository = settings.open_repository("backupfs.usecases.backup")
-    import trio
-
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_backup
     from backupfs.usecases.backup import BackupOptions, backup, backup_stream
@@ -115,9 +113,9 @@ def backup_command(
     if stdin_name is not None:
         name = normalise(os.fsencode(stdin_name), b"/")
         read_into = partial(_read_into, sys.stdin.buffer.fileno())
-        result = trio.run(backup_stream, repository, name, read_into, options, report)
+        result = backup_stream(repository, name, read_into, options, report)
     else:
-        result = trio.run(backup, repository, sources, options, report)
+        result = backup(repository, sources, options, report)
     report.clear()
     tell_backup(settings, result, report)
     return 3 if report.skipped else 0
