@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 # An interrupted run repeats at most this much: 32 packs are 512 MiB, 5 minutes are what a slow line may lose.
 CHECKPOINT_PACKS = 32
 CHECKPOINT_SECONDS = 300.0
+# Each row waits with its id in a set, 250 bytes in all.
+CHECKPOINT_ROWS = 1 << 19
 
 # Ids of its own that a process remembers, some 30 MB: what comes again after that is sent once more and found out then.
 _MOST_RECENT = 1 << 18
@@ -253,7 +255,11 @@ class PackWriter:
         now = trio.current_time()
         if self._checkpoint_time is None:
             self._checkpoint_time = now
-        if len(self._unindexed) >= self._sizes.checkpoint_packs or now - self._checkpoint_time > CHECKPOINT_SECONDS:
+        if (
+            len(self._unindexed) >= self._sizes.checkpoint_packs
+            or sum(len(rows) for _, rows in self._unindexed) >= CHECKPOINT_ROWS * ROW.size
+            or now - self._checkpoint_time > CHECKPOINT_SECONDS
+        ):
             await self._checkpoint()
 
     def _put(self, key: str, data: bytearray) -> None:

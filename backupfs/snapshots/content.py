@@ -14,7 +14,7 @@ Every segment says its length, so a byte far inside is found without reading wha
 Pure. Source: docs/format.rst, "Content".
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from backupfs.codec.records import Field, decode_record, encode_record
@@ -48,35 +48,59 @@ class Piece(NamedTuple):
     volume: int = 0  # for an extent, whose `offset` is in the volume
 
 
-def encode_content(segments: list[Segment], save: Callable[[bytes], ChunkId]) -> Content:
-    """Return the shortest form of a list of segments.
+class ContentBuilder:
+    """Takes the segments of one file in order; memory is that of a page a level, however many there are."""
 
-    save: stores a list page as a tree chunk and returns its id.
-    """
-    if not segments:
-        return b""
-    if len(segments) == 1 and segments[0][1] == CHUNK:
-        return SINGLE_MARK + _bytes_of(segments[0][2])
-    while len(segments) > _MOST_IN_NODE:
-        segments = [_save_page(page, save) for page in _cut_pages(segments)]
-    return segments
+    def __init__(self, save: Callable[[bytes], ChunkId]) -> None:
+        """Take the parts.
 
+        save: stores a list page as a tree chunk and returns its id.
+        """
+        self._save = save
+        self._levels: list[list[Segment]] = [[]]  # of each level the page that is open; the file's segments are level 0
+        self.length = 0  # bytes of all segments
 
-def _cut_pages(segments: list[Segment]) -> Iterator[list[Segment]]:
-    page: list[Segment] = []
-    for segment in segments:
+    def add(self, segment: Segment) -> None:
+        """Take the next segment."""
+        self.length += _int_of(segment[0])
+        self._add(0, segment)
+
+    def _add(self, level: int, segment: Segment) -> None:
+        page = self._levels[level]
         page.append(segment)
         last = segment[2] if segment[1] in (CHUNK, LIST) else None
         cut_here = isinstance(last, bytes) and last[0] & _CUT_MASK == 0
         if len(page) >= _MOST_IN_PAGE or (len(page) >= _LEAST_IN_PAGE and cut_here):
-            yield page
-            page = []
-    if page:
-        yield page
+            self._close(level)
+
+    def _close(self, level: int) -> None:
+        page, self._levels[level] = self._levels[level], []
+        if level + 1 == len(self._levels):
+            self._levels.append([])
+        self._add(level + 1, [sum(_int_of(segment[0]) for segment in page), LIST, self._save(encode_record(page))])
+
+    def finish(self) -> Content:
+        """Return the shortest form of all that was added."""
+        level = 0
+        while level + 1 < len(self._levels) or len(self._levels[level]) > _MOST_IN_NODE:
+            # Where a page of a level was closed, all of the level goes into pages.
+            if self._levels[level]:
+                self._close(level)
+            level += 1
+        segments = self._levels[level]
+        if not segments:
+            return b""
+        if len(segments) == 1 and segments[0][1] == CHUNK:
+            return SINGLE_MARK + _bytes_of(segments[0][2])
+        return segments
 
 
-def _save_page(page: list[Segment], save: Callable[[bytes], ChunkId]) -> Segment:
-    return [sum(_int_of(segment[0]) for segment in page), LIST, save(encode_record(page))]
+def encode_content(segments: Iterable[Segment], save: Callable[[bytes], ChunkId]) -> Content:
+    """Return the shortest form of some segments. save: as for `ContentBuilder`."""
+    builder = ContentBuilder(save)
+    for segment in segments:
+        builder.add(segment)
+    return builder.finish()
 
 
 def pieces(

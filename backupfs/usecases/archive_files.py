@@ -6,7 +6,7 @@ again once, then kept and flagged.
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from backupfs.chunking.cutter import CutSizes, Cutter
@@ -21,8 +21,7 @@ from backupfs.snapshots.content import (
     MOST_INLINE,
     SINGLE_MARK,
     Content,
-    Segment,
-    encode_content,
+    ContentBuilder,
 )
 from backupfs.snapshots.node import CHANGED_WHILE_READ, Xattrs
 from backupfs.usecases.events import FileChanged, Report
@@ -65,8 +64,9 @@ class FileStorer:
 
     def store_stream(self, read_into: Callable[[memoryview], int]) -> tuple[Content, int]:
         """Save a stream; return (content, size)."""
-        segments = [self._save_piece(piece) for piece in self._cutter.cut(read_into)]
-        return encode_content(segments, self._save_tree), _length_of(segments)
+        builder = ContentBuilder(self._save_tree)
+        self._add_pieces(builder, self._cutter.cut(read_into))
+        return builder.finish(), builder.length
 
     def store(self, name: bytes, dir_fd: int, path: bytes, status: os.stat_result) -> FileRead:
         """Save a regular file of an open directory. Raises: OSError."""
@@ -87,10 +87,10 @@ class FileStorer:
                 if not complete or not _is_same(status, after):
                     flags = CHANGED_WHILE_READ
                     self._report(FileChanged(path))
-                    segments = self._segments_of_range(fd, 0, status.st_size)
+                    builder = ContentBuilder(self._save_tree)
+                    self._add_range(builder, fd, 0, status.st_size)
                     # The recorded size is that of the bytes that were read, or the content would not add up to it.
-                    size = _length_of(segments)
-                    content = encode_content(segments, self._save_tree)
+                    content, size = builder.finish(), builder.length
             elif linked is not None:
                 self._linked[linked] = content
             return FileRead(content, status, size, flags, reading.read_xattrs(fd))
@@ -108,19 +108,18 @@ class FileStorer:
                 return INLINE_MARK + data, len(data) == size
             chunk_id = self._read_chunk(fd, 0, size)
             return (SINGLE_MARK + chunk_id, True) if chunk_id is not None else (b"", False)
-        segments: list[Segment] = []
+        builder = ContentBuilder(self._save_tree)
         position = 0
         for start, end in reading.data_ranges(fd, size):
             if start > position:
-                segments.append([start - position, HOLE])
-            segments += self._segments_of_range(fd, start, end)
+                builder.add([start - position, HOLE])
+            self._add_range(builder, fd, start, end)
             position = end
         if position < size:
-            segments.append([size - position, HOLE])
-        length = _length_of(segments)
-        if length != size:
+            builder.add([size - position, HOLE])
+        if builder.length != size:
             return b"", False
-        return encode_content(segments, self._save_tree), True
+        return builder.finish(), True
 
     def _read_chunk(self, fd: int, start: int, length: int) -> ChunkId | None:
         """Save a range of a file as one chunk; None if the file does not give it all."""
@@ -131,17 +130,19 @@ class FileStorer:
         self._data.keep(chunk_id, length)
         return chunk_id
 
-    def _segments_of_range(self, fd: int, start: int, end: int) -> list[Segment]:
+    def _add_range(self, builder: ContentBuilder, fd: int, start: int, end: int) -> None:
         if end - start <= self._most_single:
             chunk_id = self._read_chunk(fd, start, end - start)
             if chunk_id is not None:
-                return [[end - start, CHUNK, chunk_id]]
-        return [self._save_piece(piece) for piece in self._cutter.cut(reading.range_reader(fd, start, end))]
+                builder.add([end - start, CHUNK, chunk_id])
+                return
+        self._add_pieces(builder, self._cutter.cut(reading.range_reader(fd, start, end)))
 
-    def _save_piece(self, piece: memoryview) -> Segment:
-        chunk_id = ChunkId(keyed_hash(self._id_key, piece))
-        self._data.save(chunk_id, piece)
-        return [len(piece), CHUNK, chunk_id]
+    def _add_pieces(self, builder: ContentBuilder, pieces: Iterator[memoryview]) -> None:
+        for piece in pieces:
+            chunk_id = ChunkId(keyed_hash(self._id_key, piece))
+            self._data.save(chunk_id, piece)
+            builder.add([len(piece), CHUNK, chunk_id])
 
 
 def _is_same(before: os.stat_result, after: os.stat_result) -> bool:
@@ -151,7 +152,3 @@ def _is_same(before: os.stat_result, after: os.stat_result) -> bool:
         and before.st_ctime_ns == after.st_ctime_ns
         and before.st_ino == after.st_ino
     )
-
-
-def _length_of(segments: list[Segment]) -> int:
-    return sum(segment[0] for segment in segments if isinstance(segment[0], int))

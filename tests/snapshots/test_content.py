@@ -188,3 +188,30 @@ def saved_page(record: list) -> Callable[[ChunkId], bytes]:  # type: ignore[type
 def test_content_that_does_not_make_up_the_file_is_damage(content: Content, page: list) -> None:  # type: ignore[type-arg]
     with pytest.raises(DamagedObject):
         list(pieces(content, 5, 0, 5, saved_page(page)))
+
+
+@given(st.integers(0, 3000), st.integers(0, 5))
+@settings(max_examples=60)
+def test_list_pages_made_on_the_way_are_those_of_the_whole_list(count: int, kind: int) -> None:
+    """The definition of docs/format.rst: as long as there are more than 16 segments, they go into pages."""
+    segments: list[Segment] = many_chunks(count)
+    if kind == 0:
+        segments = [[7, HOLE] for _ in segments]
+    pages = Pages()
+
+    def paged(left: list[Segment]) -> Iterator[Segment]:
+        page: list[Segment] = []
+        for number, segment in enumerate(left):
+            page.append(segment)
+            cuts = segment[1] in (CHUNK, LIST) and segment[2][0] & 0x7F == 0  # type: ignore[index]
+            if len(page) == 512 or (len(page) >= 32 and cuts) or number == len(left) - 1:
+                yield [sum(part[0] for part in page), LIST, pages.save(encode_record(page))]  # type: ignore[misc]
+                page = []
+
+    expected = segments
+    while len(expected) > 16:
+        expected = list(paged(expected))
+    found = encode_content(segments, pages.save)
+    if count == 0 or (count == 1 and kind):
+        expected = found  # these have forms of their own
+    assert found == expected
