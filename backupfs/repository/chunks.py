@@ -160,7 +160,9 @@ class ChunkReader:
         return self._try_known(chunk_id, failures) if self.index.drop_garbled_runs() else None
 
     def _try_rebuilt(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
-        return self._try_known(chunk_id, failures) if self.index.rebuild_from_packs() else None
+        # Also where another thread did it just now.
+        self.index.rebuild_from_packs()
+        return self._try_known(chunk_id, failures)
 
     def load_at(self, chunk_id: ChunkId, location: Location) -> memoryview:
         """Return the plain bytes of one copy of a chunk. Raises: DamagedObject; ObjectMissing; StoreError."""

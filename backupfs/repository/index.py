@@ -9,8 +9,9 @@ import logging
 import os
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from backupfs.codec.keys import Keyring
@@ -22,7 +23,7 @@ from backupfs.repository.objects import load_object
 from backupfs.repository.pack import ROW, PackRef, read_directory
 from backupfs.repository.run import Location, Run, open_run, run_in_memory, write_run
 from backupfs.repository.segment import Segment, decode_segment, renumber, sort_rows
-from backupfs.stores.store import Store
+from backupfs.stores.store import ObjectInfo, Store
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,14 @@ _MOST_RUNS = 8
 _MERGE_ROWS = 1 << 17
 
 _PACK_KIND = {Kind.DATA_INDEX: Kind.DATA_PACK, Kind.TREE_INDEX: Kind.TREE_PACK}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How the packs that an index names differ from those that are there."""
+
+    absent: frozenset[ObjectId]  # named, and missing or not of their size
+    unnamed: tuple[ObjectInfo, ...]  # there, and in no segment
 
 
 class Index:
@@ -47,7 +56,7 @@ class Index:
         self._keyring = keyring
         self._cache = cache
         self._runs: tuple[Run, ...] = ()
-        self._rebuilt = False
+        self._is_rebuilt = self._rebuilding_paid = False
         self._changing = threading.Lock()
         self.damaged: dict[str, str] = {}  # keys of segments that did not open → what is wrong
 
@@ -156,38 +165,63 @@ class Index:
             return True
 
     def rebuild_from_packs(self) -> bool:
-        """Read the directories of packs that no segment names; return whether chunks were found.
+        """Read the directories of packs that no segment names, once per process, when a chunk is missing.
 
-        Done once per process, when a chunk is missing: it makes a repository readable whose index was lost.
+        It makes a repository readable whose index was lost. Return whether chunks were found, now or before.
         """
         with self._changing:
-            return self._rebuild_from_packs()
+            if self._is_rebuilt:
+                return self._rebuilding_paid
+            self._is_rebuilt = True
+            kind = _PACK_KIND[self._kind]
+            segment = self.segment_of(self.compare(self._store.list(layout.prefix_of(kind))).unnamed, _any_pack)
+            if segment is not None:
+                log.info("the index was incomplete: read the directories of %d packs", len(segment.packs))
+                sources = frozenset(pack.pack_id for pack in segment.packs)
+                self._runs = (*self._runs, run_in_memory(segment, sources))
+                self._rebuilding_paid = True
+            return self._rebuilding_paid
 
-    def _rebuild_from_packs(self) -> bool:
-        if self._rebuilt:
-            return False
-        self._rebuilt = True
-        kind = _PACK_KIND[self._kind]
-        known = self.packs()
+    def compare(self, listed: Iterable[ObjectInfo]) -> Comparison:
+        """Compare the packs that segments name with a listing of them."""
+        named = self.packs()
+        unnamed: list[ObjectInfo] = []
+        intact: set[ObjectId] = set()
+        for info in listed:
+            identity = layout.id_in_key(info.key)
+            if identity is None:
+                continue
+            pack = named.get(ObjectId(identity))
+            if pack is None:
+                unnamed.append(info)
+            elif pack.size == info.size:
+                intact.add(pack.pack_id)
+        return Comparison(frozenset(named.keys() - intact), tuple(unnamed))
+
+    def leave_out(self, pack_ids: Collection[ObjectId]) -> None:
+        """Go on as if some packs were named by no segment, as long as this process lives."""
+        with self._changing:
+            self._runs = tuple(run.without(pack_ids) for run in self._runs)
+
+    def segment_of(
+        self, listed: Iterable[ObjectInfo], is_wanted: Callable[[ObjectInfo, bytes], bool]
+    ) -> Segment | None:
+        """Return what the directories of some packs say is in them; None for nothing. Raises: StoreError.
+
+        is_wanted: (pack, id of the host that wrote it) → take it. One that cannot be read is left out, and logged.
+        """
         rows = bytearray()
         packs: list[PackRef] = []
-        for info in self._store.list(layout.prefix_of(kind)):
-            pack_id = layout.id_in_key(info.key)
-            if pack_id is None or pack_id in known:
-                continue
+        for info in listed:
             try:
-                ref, own_rows = read_directory(self._store, info.key, info.size, kind, self._keyring)
+                found = read_directory(self._store, info.key, info.size, _PACK_KIND[self._kind], self._keyring)
             except (RepositoryError, ObjectMissing) as error:
                 log.warning("%s; left out of the index", error)
                 continue
-            rows += renumber(own_rows, len(packs))
-            packs.append(ref)
-        if not packs:
-            return False
-        log.info("the index was incomplete: read the directories of %d packs", len(packs))
-        segment = Segment(sort_rows(rows), tuple(packs))
-        self._runs = (*self._runs, run_in_memory(segment, frozenset(pack.pack_id for pack in packs)))
-        return True
+            if is_wanted(info, found.host_id):
+                rows += renumber(found.rows, len(packs))
+                packs.append(found.ref)
+        return Segment(sort_rows(rows), tuple(packs)) if packs else None
 
     def _open_cached(self, listed: dict[ObjectId, str]) -> None:
         if self._cache is None:
@@ -241,12 +275,13 @@ class Index:
             write_run(path, windows, packs, sources)
             return open_run(path)
         except OSError as error:
-            log.warning("the index cache %s cannot be written (%s); going on in memory", self._cache, error)
+            log.warning("the index cache %s cannot be written (%s); going on in memory", self._cache, error.strerror)
+            self._cache = None  # once is enough
             return None
 
     def _merge_small(self) -> None:
         """Merge the smaller runs into one while there are too many."""
-        if len(self._runs) <= _MOST_RUNS:
+        if len(self._runs) <= _MOST_RUNS or any(run.lacks_packs for run in self._runs):
             return
         by_size = sorted(self._runs, key=lambda run: run.rows_size)
         # All runs up to the first that is larger than everything below it together: merging costs stay logarithmic.
@@ -266,6 +301,10 @@ class Index:
         self._runs = (*(run for run in self._runs if run not in parts), merged)
         for run in parts:
             _forget_file(run)
+
+
+def _any_pack(_info: ObjectInfo, _host_id: bytes) -> bool:
+    return True
 
 
 def _forget_file(run: Run) -> None:

@@ -101,8 +101,17 @@ def encode_pack(kind: Kind, keyring: Keyring, host_id: bytes, blocks: list[Packe
     return EncodedPack(PackRef(hash_object(data), len(data), bytes(data[: HEADER.size])), data, bytes(rows))
 
 
-def read_directory(store: Store, key: str, size: int, kind: Kind, keyring: Keyring) -> tuple[PackRef, bytes]:
-    """Return a pack's reference and rows, from the pack alone: how an index is rebuilt.
+@dataclass(frozen=True, slots=True)
+class PackDirectory:
+    """What a pack says of itself."""
+
+    ref: PackRef
+    host_id: bytes  # of its writer
+    rows: bytes
+
+
+def read_directory(store: Store, key: str, size: int, kind: Kind, keyring: Keyring) -> PackDirectory:
+    """Return what a pack says of itself, from the pack alone: how an index is rebuilt.
 
     Raises: DamagedObject; StoreError.
     """
@@ -114,20 +123,20 @@ def read_directory(store: Store, key: str, size: int, kind: Kind, keyring: Keyri
     opened = OpenedHeader(header, kind, keyring, what)
     offset, length = read_trailer(store.get(key, start=size - TRAILER.size, length=TRAILER.size), size, what)
     plain = opened.unseal(store.get(key, start=offset, length=length), offset, UnitRole.DIRECTORY)
-    return PackRef(pack_id, size, header), _rows_of_directory(plain, what)
+    return PackDirectory(PackRef(pack_id, size, header), *_fields_of_directory(plain, what))
 
 
 def decode_directory(opened: OpenedHeader, data: bytes) -> bytes:
     """Return the rows that the directory of a whole pack holds. Raises: DamagedObject."""
     offset, length = read_trailer(data[-TRAILER.size :], len(data), opened.what)
     plain = opened.unseal(memoryview(data)[offset : offset + length], offset, UnitRole.DIRECTORY)
-    return _rows_of_directory(plain, opened.what)
+    return _fields_of_directory(plain, opened.what)[1]
 
 
-def _rows_of_directory(plain: bytes, what: str) -> bytes:
+def _fields_of_directory(plain: bytes, what: str) -> tuple[bytes, bytes]:
     match decode_record(plain, what):
-        case [bytes(), bytes(rows), *_] if len(rows) % ROW.size == 0:
-            return rows
+        case [bytes(host_id), bytes(rows), *_] if len(rows) % ROW.size == 0:
+            return host_id, rows
         case _:
             raise DamagedObject(f"{what} has a damaged directory")
 

@@ -14,7 +14,7 @@ import os
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +62,22 @@ class Run:
         """
         self._read = read
         self._samples = samples
+        self._absent: frozenset[int] = frozenset()
         self.rows_size = rows_size
         self.packs = packs
         self.sources = sources
         self.path = path
+
+    def without(self, pack_ids: Collection[ObjectId]) -> "Run":
+        """Return this run as if the rows of some packs were not in it."""
+        run = Run(self._read, self.rows_size, self._samples, self.packs, self.sources, self.path)
+        run._absent = frozenset(at for at, pack in enumerate(self.packs) if pack.pack_id in pack_ids)
+        return run
+
+    @property
+    def lacks_packs(self) -> bool:
+        """Tell whether rows are passed over; such a run stands for itself only and is merged with no other."""
+        return bool(self._absent)
 
     @property
     def count(self) -> int:
@@ -97,7 +109,7 @@ class Run:
             window = self._read(start, 2 * _WINDOW)
             at = window.find(chunk_id)
             while at >= 0:
-                if at % ROW.size == 0:
+                if at % ROW.size == 0 and not (self._absent and _pack_of(window, at) in self._absent):
                     yield (start + at) // ROW.size, window[at : at + ROW.size]
                 at = window.find(chunk_id, at + 1)
             if len(window) < 2 * _WINDOW or window[-ROW.size : -ROW.size + 32] > chunk_id:
@@ -129,7 +141,11 @@ class Run:
                 continue
             at = found
             fields = unpack(window, found)
-            if fields[1] < packs:
+            if fields[1] in self._absent:
+                for _, row in self._positions(chunk_id):
+                    yield unpack(row)
+                    break
+            elif fields[1] < packs:
                 yield fields
 
     def windows(self, rows: int) -> Iterator[bytes]:
@@ -153,6 +169,10 @@ class Run:
             return True  # another process merged it into a larger one; what is open here stays readable
         except (OSError, struct.error):
             return False
+
+
+def _pack_of(window: bytes, at: int) -> int:
+    return int.from_bytes(window[at + 32 : at + 36], "little")
 
 
 def run_in_memory(segment: Segment, sources: frozenset[ObjectId]) -> Run:

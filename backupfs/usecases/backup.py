@@ -1,5 +1,6 @@
 """Back up files: scanning processes walk and read, this one compresses and puts; the snapshot last, which commits."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -10,10 +11,12 @@ import trio
 from backupfs import __version__, workers
 from backupfs.codec import compression
 from backupfs.codec.sealing import Kind
+from backupfs.errors import BackupfsError
 from backupfs.ids import short
 from backupfs.localfs import reading, sources
 from backupfs.localfs.selection import Selection, SelectionRules
-from backupfs.repository import local
+from backupfs.repository import layout, local
+from backupfs.repository.index import Index
 from backupfs.repository.pack import Block
 from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
@@ -42,6 +45,10 @@ _WAITING_BLOCKS = 4
 # The largest chunk that repositories are made with; a larger one, or a tree page of that size, goes by another way.
 _SLOT_SIZE = 4 << 20
 _PROGRESS_SECONDS = 0.2
+# How long an interrupted backup may still take to put what it has.
+_SAVING_SECONDS = 20.0
+# Packs that no index names and that are older than this are nobody's work under way.
+_ORPHAN_AGE_NS = 24 * 3600 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,10 @@ def backup(repository: Repository, paths: list[bytes], options: BackupOptions, r
     run = _Run(repository, options, report)
     paths = _existing(paths, report)
     parent = _parent_of(run.listed, options, run.host, paths)
-    tree = None if parent is None or options.force else parent.root
+    # What is reused from a parent may lie in a pack that is gone.
+    if options.force or not run.is_whole:
+        parent = None
+    tree = None if parent is None else parent.root
     ordinals: dict[int, int] = {}
     for path in paths:
         ordinals.setdefault(os.lstat(path).st_dev, len(ordinals))
@@ -132,6 +142,7 @@ class _Run:
         repository.load_indexes()
         self.listed = load_snapshots(repository)
         level, sizes = options.level, options.sizes
+        indexes = ((Kind.DATA_PACK, repository.data_index), (Kind.TREE_PACK, repository.tree_index))
         host_id = local.host_id(repository.local.state)
         self._writers = {
             kind: PackWriter(repository.store, repository.keyring, index, kind, host_id, writer_level, sizes)
@@ -147,6 +158,33 @@ class _Run:
         }
         for kind, writer in self._writers.items():
             writer.on_indexed = self._new[kind].retire
+        whole = [self._compare_with_packs(kind, index, host_id) for kind, index in indexes]
+        self.is_whole = all(whole)
+
+    def _compare_with_packs(self, kind: Kind, index: Index, host_id: bytes) -> bool:
+        """Trust no index blindly: store again what lies in packs that are gone, take what is in packs without an entry.
+
+        Return whether all packs are there. Costs a listing.
+        """
+        store = self._repository.store
+        compared = index.compare(store.list(layout.prefix_of(kind)))
+        if compared.absent:
+            index.leave_out(compared.absent)
+            self._report(
+                Remark(
+                    f"{len(compared.absent)} of the packs in {layout.prefix_of(kind)} that the index names are missing "
+                    "or cut short; what they held is read and stored again as far as it is still in the sources"
+                )
+            )
+        if compared.unnamed and not self._options.dry_run:
+            # Packs of this host are what an interrupted run left; those of others may be under way until they are old.
+            old_ns = store.now() - _ORPHAN_AGE_NS
+            segment = index.segment_of(
+                compared.unnamed, lambda info, writer: writer == host_id or info.modified_ns < old_ns
+            )
+            if segment is not None:
+                self._writers[kind].name_packs(segment)
+        return not compared.absent
 
     def through(
         self,
@@ -186,6 +224,16 @@ class _Run:
 
     async def _store_all(self, scanners: Scanners, slots: Slots) -> Root:
         """Store what scanners send, and return `/`; everything it needs is then in the store and indexed."""
+        try:
+            return await self._stages(scanners, slots)
+        except BaseException:
+            # What was put so far is named, so that the next run finds it.
+            with trio.move_on_after(_SAVING_SECONDS, shield=True), contextlib.suppress(BackupfsError):
+                for writer in () if self._options.dry_run else self._writers.values():
+                    await writer.flush()
+            raise
+
+    async def _stages(self, scanners: Scanners, slots: Slots) -> Root:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tell_progress, scanners)
             send, receive = trio.open_memory_channel[tuple[Kind, Block, int]](256)

@@ -463,3 +463,51 @@ def test_snapshots_of_a_host_are_numbered_and_chained(tmp_path: Path) -> None:
     assert (first.sequence, second.sequence) == (1, 2)
     assert (first.previous, second.previous) == (b"", first.snapshot_id)
     assert not run_check(repository).damaged
+
+
+@pytest.mark.expected_log("is not in memory|cut short")
+def test_what_lay_in_lost_packs_is_stored_again(tmp_path: Path) -> None:
+    """The index may name packs that are gone; what is believed to be stored must be there."""
+    source = settled(build({"a": File(noise(1, 50_000)), "d": {"b": File(noise(2, 3000))}}, tmp_path / "s"))
+    for prefix in ("packs/data/", "packs/tree/", "packs/"):
+        for cut_short in (False, True):
+            repository = new_repository(folders=folders_in(tmp_path / f"local-{cut_short}-{prefix.replace('/', '-')}"))
+            first = back_up(repository, source)
+            for key in keys_of(repository.store, prefix):
+                data = repository.store.get(key)
+                repository.store.delete(key)
+                if cut_short:
+                    repository.store.put(key, data[:-1])
+            result, events = told(reopened(repository), source)
+            assert any(isinstance(event, Remark) and "missing or cut short" in event.text for event in events)
+            assert result.snapshot is not None
+            for snapshot in (first, result.snapshot):
+                contents = contents_of(reopened(repository), snapshot)
+                assert contents[source + b"/a"].content == noise(1, 50_000)  # type: ignore[union-attr]
+                assert contents[source + b"/d/b"].content == noise(2, 3000)  # type: ignore[union-attr]
+
+
+def test_packs_that_no_index_names_are_taken_over_by_their_host(tmp_path: Path) -> None:
+    source = settled(build({"a": File(noise(1, 50_000)), "b": File(noise(2, 3000))}, tmp_path / "s"))
+    repository = new_repository(folders=folders_in(tmp_path / "local"))
+    back_up(repository, source)
+    for key in [*keys_of(repository.store, "index/"), *keys_of(repository.store, "snapshots/")]:
+        repository.store.delete(key)
+    shutil.rmtree(tmp_path / "local" / "cache")
+    packs = keys_of(repository.store, "packs/")
+    result = run_backup(reopened(repository), source)
+    assert (result.data.chunks, keys_of(repository.store, "packs/data/")) == (
+        0,
+        [key for key in packs if "data" in key],
+    )
+    assert not run_check(reopened(repository), read_data=True).damaged
+
+
+def test_young_packs_of_another_host_are_left_alone(tmp_path: Path) -> None:
+    source = settled(build({"a": File(noise(1, 50_000))}, tmp_path / "s"))
+    repository = new_repository(folders=folders_in(tmp_path / "one"))
+    back_up(repository, source)
+    for key in [*keys_of(repository.store, "index/"), *keys_of(repository.store, "snapshots/")]:
+        repository.store.delete(key)
+    other = reopened(repository, folders=folders_in(tmp_path / "other"))
+    assert run_backup(other, source).data.chunks > 0
