@@ -12,7 +12,7 @@ import click
 
 from backupfs import __version__
 from backupfs.cli.settings import Settings, common_options
-from backupfs.errors import BackupfsError, SourceError, StoreFull, UsageError
+from backupfs.errors import BackupfsError, SourceError, StoreFull, UsageError, shown
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
@@ -55,7 +55,7 @@ class _LazyGroup(click.Group):
 
             close = difflib.get_close_matches(name, _COMMANDS, 1)
             hint = f" Did you mean {close[0]}?" if close else " `backupfs --help` lists the commands."
-            raise click.UsageError(f"there is no command {name}.{hint}")
+            raise click.UsageError(f"there is no command {shown(name)}.{hint}")
         return super().resolve_command(context, arguments)
 
 
@@ -105,24 +105,25 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; every error is one line on standard error."""
+    _open_missing_streams()
     _prepare(arguments)
     try:
         outcome = cli.main(arguments, prog_name="backupfs", standalone_mode=False)
         code = outcome if isinstance(outcome, int) else 0
         sys.stdout.flush()
     except click.exceptions.Abort:
-        return _interrupted()
+        return _interrupted(arguments)
     except click.ClickException as error:
         error.show()
         return EXIT_FAILED
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(arguments)
     except BrokenPipeError:
         # The reader of the output went away, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except BaseExceptionGroup as group:
-        return _of_group(group)
+        return _of_group(group, arguments)
     except BackupfsError as error:
         return _told(error)
     except OSError as error:
@@ -130,10 +131,10 @@ def run(arguments: list[str]) -> int:
     return code
 
 
-def _of_group(group: "BaseExceptionGroup[BaseException]") -> int:
+def _of_group(group: "BaseExceptionGroup[BaseException]", arguments: list[str]) -> int:
     leaves = list(_leaves(group))
     if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
-        return _interrupted()
+        return _interrupted(arguments)
     for kind in (StoreFull, SourceError, BackupfsError):
         for leaf in leaves:
             if isinstance(leaf, kind):
@@ -160,15 +161,14 @@ def _told(error: BackupfsError) -> int:
 
 
 def _os_error_text(error: OSError) -> str:
-    from backupfs.errors import shown
-
     name = error.filename
     where = f"{shown(name)}: " if isinstance(name, str | bytes) else ""
     return f"{where}{error.strerror or error}"
 
 
-def _interrupted() -> int:
-    sys.stderr.write("\nbackupfs: interrupted; what was stored so far is kept and reused by the next run\n")
+def _interrupted(arguments: list[str]) -> int:
+    kept = "; what was stored so far is kept and reused by the next run" if "backup" in arguments else ""
+    sys.stderr.write(f"\nbackupfs: interrupted{kept}\n")
     return EXIT_INTERRUPTED
 
 
@@ -187,7 +187,18 @@ def _prepare(arguments: list[str]) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
+    # The terminal is gone; `nohup` has it ignored.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _interrupt)
     _allow_many_files()
+
+
+def _open_missing_streams() -> None:
+    """Let words that nobody wants go nowhere, where the command was started with a closed stream."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _interrupt(_number: int, _frame: object) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -9,7 +10,7 @@ from datetime import datetime
 
 from backupfs.cli.settings import Settings
 from backupfs.errors import shown
-from backupfs.usecases.events import Event, FileChanged, FileSkipped, LeftOut, Progress, Remark
+from backupfs.usecases.events import Deleted, Event, FileChanged, FileSkipped, LeftOut, Progress, Remark
 
 Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
 
@@ -58,6 +59,14 @@ def print_json(value: Value) -> None:
     sys.stdout.flush()
 
 
+def _go_on_unheard() -> None:
+    """Let what is said from now on go nowhere: that nobody listens any more must not end long work."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, sys.stderr.fileno())
+    os.close(nowhere)
+
+
 class Reporter:
     """Takes events while a verb runs. Called from any thread."""
 
@@ -73,6 +82,12 @@ class Reporter:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
+        try:
+            self._show(event)
+        except BrokenPipeError:
+            _go_on_unheard()
+
+    def _show(self, event: Event) -> None:
         match event:
             case Progress():
                 self._show_progress(event)
@@ -91,6 +106,11 @@ class Reporter:
                     print_json({"event": "left_out", **name_value("path", path), "reason": reason})
                 elif self._settings.verbose:
                     self.line(f"left out {shown(path)}: {reason}")
+            case Deleted(path):
+                if self._settings.json:
+                    print_json({"event": "deleted", **name_value("path", path)})
+                elif self._settings.verbose:
+                    self.line(f"deleted {shown(path)}")
             case Remark(text):
                 self._say("remark", text, {"text": text})
 
@@ -125,9 +145,9 @@ class Reporter:
                     "event": "progress",
                     "verb": event.verb,
                     "files": event.files,
-                    "bytes": event.size,
+                    "size": event.size,
                     "files_total": event.files_total,
-                    "bytes_total": event.size_total,
+                    "size_total": event.size_total,
                     **name_value("current", event.current),
                 }
             )

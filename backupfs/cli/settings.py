@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from backupfs.repository.repository import Repository
     from backupfs.stores.store import Store
 
+# Looked at by the verb itself, which has better words for what is wrong.
+PATH = click.Path(readable=False, path_type=bytes)
+
 Command = TypeVar("Command", bound=Callable[..., object])
 
 

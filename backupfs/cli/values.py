@@ -26,6 +26,9 @@ def read_input(name: str) -> bytes:
         raise UsageError(f"{shown(name)} cannot be read: {error.strerror}") from error
 
 
+_LONGEST_NAME = 255
+
+
 def absolute_paths(given: Iterable[bytes], files_from: Iterable[str]) -> list[bytes]:
     """Return paths as absolute ones, those listed in files too. Raises: UsageError."""
     found = list(given)
@@ -61,11 +64,24 @@ def moment_ns(text: str) -> int:
     """Return a time in nanoseconds since 1970; without a zone it is local. Raises: UsageError."""
     try:
         moment = datetime.fromisoformat(text)
-        return int(moment.replace(microsecond=0).timestamp()) * 10**9 + moment.microsecond * 1000
+        found = int(moment.replace(microsecond=0).timestamp()) * 10**9 + moment.microsecond * 1000
     except (ValueError, OverflowError, OSError):
         raise UsageError(
             f"{shown(text)} is no time: write 2026-11-22T08:13:11, with Z or +01:00 if not local"
         ) from None
+    if not 0 <= found < 1 << 63:
+        raise UsageError(f"{shown(text)} is out of reach: a snapshot's time is between 1970 and 2262")
+    return found
+
+
+def file_path(text: bytes) -> bytes:
+    """Return the path of a file that is to be made up, absolute. Raises: UsageError."""
+    path = normalise(text, b"/")
+    if path == b"/" or text.endswith(b"/"):
+        raise UsageError(f"{shown(text)} cannot be the name of a file: give one like /dumps/postgres.sql")
+    if any(len(part) > _LONGEST_NAME for part in path.split(b"/")):
+        raise UsageError(f"{shown(text)} has a part of more than {_LONGEST_NAME} bytes: no file system could hold it")
+    return path
 
 
 def level(text: str) -> int:

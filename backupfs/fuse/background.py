@@ -14,6 +14,9 @@ from pathlib import Path
 from backupfs import errors
 from backupfs.errors import BackupfsError, MountError, shown
 
+# Stands in a message for the log, whose name the server does not know.
+THE_LOG = "the log"
+
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +46,7 @@ def serve_in_background(serve: Callable[[Callable[[], None]], None], log_file: P
         raise MountError(f"the server ended before the mount was ready; {shown(str(log_file))} may say why")
     name, message = json.loads(told)
     kind = getattr(errors, name, MountError)
-    raise kind(message)
+    raise kind(message.replace(THE_LOG, f"the log {shown(str(log_file))}"))
 
 
 def _open_log(path: Path) -> int:
@@ -81,6 +84,15 @@ def _be_server(serve: Callable[[Callable[[], None]], None], log_fd: int, pipe: i
         log.error("%s", error)
         tell(json.dumps([type(error).__name__, str(error)]).encode())
         code = error.exit_code
+    except BaseExceptionGroup as group:
+        told_one = _told_error(group)
+        if told_one is None:
+            log.critical("a fault in backupfs, please report it", exc_info=group)
+            told_one = MountError(f"a fault in backupfs: {group!r}")
+        else:
+            log.error("%s", told_one)
+        tell(json.dumps([type(told_one).__name__, str(told_one)]).encode())
+        code = told_one.exit_code
     except BaseException as error:
         log.critical("a fault in backupfs, please report it", exc_info=error)
         tell(json.dumps(["MountError", f"a fault in backupfs: {error!r}"]).encode())
@@ -88,6 +100,15 @@ def _be_server(serve: Callable[[Callable[[], None]], None], log_fd: int, pipe: i
         logging.shutdown()
         # Not sys.exit: what the parent registered for its own end is not the child's to run.
         os._exit(code)
+
+
+def _told_error(group: BaseExceptionGroup[BaseException]) -> BackupfsError | None:
+    """Return the error in a group that the user can be told, if all that is in it is one."""
+    matched, rest = group.split(BackupfsError)
+    leaf: BaseException | None = matched
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = leaf.exceptions[0]
+    return leaf if rest is None and isinstance(leaf, BackupfsError) else None
 
 
 def _log_to_stderr() -> None:

@@ -59,9 +59,13 @@ class SnapshotOperations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, view: SnapshotView, loader: Loader) -> None:
-        """Take the parts."""
+    def __init__(self, view: SnapshotView, loader: Loader, enforces_acls: bool = False) -> None:
+        """Take the parts.
+
+        enforces_acls: let the kernel read the ACLs of what it is to permit; without, it goes by modes alone.
+        """
         super().__init__()
+        self.enable_acl = enforces_acls
         self._view = view
         self._loader = loader
         # pyfuse3 copies what a handler returns before any other handler runs, so one object of each kind will do.

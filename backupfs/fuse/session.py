@@ -94,10 +94,10 @@ async def serve(
     if options.allow_other:
         wanted |= {"allow_other", "default_permissions"}
     try:
-        pyfuse3.init(SnapshotOperations(view, loader), str(mountpoint), wanted)
+        pyfuse3.init(SnapshotOperations(view, loader, options.allow_other), str(mountpoint), wanted)
     except RuntimeError as error:
         raise MountError(
-            f"{shown(str(mountpoint))} could not be mounted: {error}; libfuse said why above or in the log"
+            f"{shown(str(mountpoint))} could not be mounted ({error}): what libfuse said stands in the log"
         ) from error
     # What libfuse did to signals is its own; the mount must end cleanly on all of these.
     noted: mounted.Mount | None = None

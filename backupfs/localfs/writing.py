@@ -473,11 +473,14 @@ class Target:
         """Remove an empty directory. Raises: OSError."""
         os.rmdir(name, dir_fd=self.fd(directory))
 
-    def remove_tree(self, directory: Directory, name: bytes, kept: Callable[[bytes, bool], bool]) -> int:
+    def remove_tree(
+        self, directory: Directory, name: bytes, kept: Callable[[bytes, bool], bool], dry_run: bool = False
+    ) -> int:
         """Remove a file, or a directory with everything in it, on its own file system; return how many entries went.
 
         kept: (path below the target with a leading slash, is a directory) → leave it alone. A directory that keeps
         something stays, too.
+        dry_run: only count.
         Raises: OSError for the first that cannot be removed.
         """
         relative = self.path_of(directory, name)[len(self.path.rstrip(b"/")) :]
@@ -486,11 +489,13 @@ class Target:
         if kept(relative, stat.S_ISDIR(status.st_mode)):
             return 0
         if not stat.S_ISDIR(status.st_mode):
-            os.unlink(name, dir_fd=above)
+            if not dry_run:
+                os.unlink(name, dir_fd=above)
             return 1
         removed = 0
         root = Directory(directory, name)
         device = os.fstat(above).st_dev
+        holders = {directory}  # directories that something stays in, with all above
         stack = [(root, relative, False)]
         while stack:
             current, at, emptied = stack.pop()
@@ -499,12 +504,13 @@ class Target:
                 if current.fd >= 0 and current.parent.fd < 0:
                     self._open_above(current, current.parent)
                 self._close(current)
-                try:
-                    os.rmdir(current.name, dir_fd=self.fd(current.parent))
-                    removed += 1
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
+                if current in holders:
+                    holders.add(current.parent)
+                    continue
+                if not dry_run and not self._removed_empty(current):
+                    holders.add(current.parent)
+                    continue
+                removed += 1
                 continue
             fd = self.fd(current)
             if os.fstat(fd).st_dev != device:
@@ -515,13 +521,26 @@ class Target:
             for child, is_directory in found:
                 path = at + b"/" + child
                 if kept(path, is_directory):
+                    holders.add(current)
                     continue
                 if is_directory:
                     stack.append((Directory(current, child), path, False))
                 else:
-                    os.unlink(child, dir_fd=self.fd(current))
+                    if not dry_run:
+                        os.unlink(child, dir_fd=self.fd(current))
                     removed += 1
         return removed
+
+    def _removed_empty(self, directory: Directory) -> bool:
+        """Remove a directory; False if something came into it meanwhile. Raises: OSError."""
+        assert directory.parent is not None
+        try:
+            os.rmdir(directory.name, dir_fd=self.fd(directory.parent))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+        return True
 
     def full(self, error: OSError) -> SourceError:
         """Return the error that ends the run."""

@@ -119,6 +119,10 @@ def require_repository(store: Store) -> None:
     try:
         store.size(layout.CONFIG)
     except ObjectMissing as error:
+        if any(True for _ in store.list(layout.SNAPSHOTS)) or any(True for _ in store.list(layout.PACKS)):
+            raise NotARepository(
+                f"{store.url} holds the rest of a repository whose object config is gone: put that back from a copy"
+            ) from error
         raise NotARepository(f"there is no repository at {store.url}; `backupfs init` makes one") from error
     except StoreMissing as error:
         raise NotARepository(f"there is no repository: {error}") from error

@@ -1,5 +1,7 @@
 """Write one file, or a directory as a tar, to a stream: for scripts, and for hosts without FUSE."""
 
+import logging
+import os
 import stat
 import tarfile
 from collections import deque
@@ -11,9 +13,11 @@ from backupfs.errors import DamagedObject, UsageError, shown
 from backupfs.ids import ChunkId
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, Piece, pieces
-from backupfs.snapshots.node import Node
+from backupfs.snapshots.node import NANOSECONDS, Node
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import find_path, walk
+
+log = logging.getLogger(__name__)
 
 _AHEAD = 4  # chunks being fetched while one is written
 _ZEROS = bytes(1 << 20)
@@ -122,9 +126,13 @@ def _member(node: Node, name: str) -> tarfile.TarInfo:
     member.gname = _text(node.group)
     member.mtime = node.mtime_s
     # tarfile would write a float; the text keeps every nanosecond.
-    member.pax_headers = {"mtime": f"{node.mtime_s}.{node.mtime_part_ns:09d}"} if node.mtime_s >= 0 else {}
+    seconds, part = divmod(abs(node.mtime_ns), NANOSECONDS)
+    member.pax_headers = {"mtime": f"{'-' if node.mtime_ns < 0 else ''}{seconds}.{part:09d}"}
     for key, value in node.xattrs:
-        member.pax_headers[f"SCHILY.xattr.{_text(key)}"] = _text(value)
+        try:
+            member.pax_headers[f"SCHILY.xattr.{key.decode()}"] = _text(value)
+        except UnicodeDecodeError:
+            log.warning("%s: a tar cannot hold its attribute %s", shown(os.fsencode(name)), shown(key))
     member.type = _KINDS[node.mode & 0o170000]
     if member.type == tarfile.REGTYPE:
         member.size = node.size

@@ -21,6 +21,13 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
+class Deleted:
+    """A restore deleted something, with all that was in it; in a dry run, it would."""
+
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class FileChanged:
     """A file changed while it was read, twice; what was read is kept and flagged."""
 
@@ -46,7 +53,7 @@ class Progress:
     current: bytes = b""
 
 
-Event = FileSkipped | LeftOut | FileChanged | Remark | Progress
+Event = FileSkipped | LeftOut | Deleted | FileChanged | Remark | Progress
 Report = Callable[[Event], None]
 
 

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable
 
 from backupfs.localfs.writing import Directory, Metadata, Target
+from backupfs.usecases.events import Deleted, Report
 from backupfs.usecases.restore_items import (
     IF_CHANGED,
     IF_NEWER,
@@ -34,6 +35,7 @@ class ExistingFiles:
         options: RestoreOptions,
         counts: Counts,
         links: dict[LinkKey, Item],
+        report: Report,
         is_excluded: Callable[[bytes, bool], bool],
     ) -> None:
         """Take the parts.
@@ -45,6 +47,7 @@ class ExistingFiles:
         self._options = options
         self._counts = counts
         self._links = links
+        self._report = report
         self._is_excluded = is_excluded
         self._own_folders = _paths_below(target.path, options.own_folders) if options.delete else frozenset()
 
@@ -86,21 +89,18 @@ class ExistingFiles:
         self._count_unchanged(item)
         return True
 
-    def delete_others(self, directory: Directory, path: bytes, wanted: set[bytes]) -> list[tuple[bytes, OSError]]:
+    def delete_others(self, directory: Directory, wanted: set[bytes]) -> list[tuple[bytes, OSError]]:
         """Delete what stands in a directory under other names than those wanted, or count it in a dry run.
 
-        path: of the directory below the target, with a leading slash; empty for the target itself.
         Return (name, error) of what could not be deleted.
         """
         failed: list[tuple[bytes, OSError]] = []
         for name in sorted(name for name in directory.names if name not in wanted):
             try:
-                if self._options.dry_run:
-                    status = self._target.status(directory, name)
-                    if status is not None and not self._stays(path + b"/" + name, stat.S_ISDIR(status.st_mode)):
-                        self._counts.deleted += 1
-                else:
-                    self._counts.deleted += self._target.remove_tree(directory, name, self._stays)
+                count = self._target.remove_tree(directory, name, self._stays, self._options.dry_run)
+                if count:
+                    self._counts.deleted += count
+                    self._report(Deleted(self._target.path_of(directory, name)))
             except FileNotFoundError:
                 continue
             except OSError as error:

@@ -88,7 +88,7 @@ class Restorer:
         self.told: set[bytes] = set()  # paths that are there, but not with everything
         self.counts = Counts()
         self.stop = threading.Event()
-        self._existing = ExistingFiles(target, options, self.counts, self._links, traversal.keeps)
+        self._existing = ExistingFiles(target, options, self.counts, self._links, report, traversal.keeps)
 
     # The walk, as its visitor.
 
@@ -100,7 +100,13 @@ class Restorer:
         start.directory = self.target.root
         if not self.target.root.existed and not self._options.dry_run:
             self.target.root.metadata = metadata
-        start.seen = set() if self._options.delete and self.target.root.existed and metadata is not None else None
+        start.seen = set() if self._deletes_in(self.target.root, metadata) else None
+
+    def _deletes_in(self, directory: Directory, metadata: Metadata | None) -> bool:
+        # A directory that was only on the way to a source was not backed up itself: the snapshot does not say what is
+        # in it.
+        was_backed_up = metadata is not None and metadata.mtime_ns is not None
+        return self._options.delete and directory.existed and was_backed_up
 
     def directory(self, place: Place) -> bool:
         """Make or open a directory, unless it may turn out that nothing in it is wanted."""
@@ -159,7 +165,7 @@ class Restorer:
         directory.ordinal = place.number
         parent.pending += 1
         self.counts.current = name
-        if self._options.delete and directory.existed:
+        if self._deletes_in(directory, metadata):
             place.seen = set()
         return directory
 
@@ -209,7 +215,7 @@ class Restorer:
             return
         # A page that cannot be read may hold any name.
         if place.seen is not None and complete:
-            for name, error in self._existing.delete_others(directory, place.path, place.seen):
+            for name, error in self._existing.delete_others(directory, place.seen):
                 self._failed(self.target.path_of(directory, name), error, "it could not be deleted: ")
         place.seen = None
         self._release(directory)

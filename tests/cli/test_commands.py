@@ -9,7 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
+
+from backupfs.cli.main import cli as cli_of_main
 
 PASSWORD = "correct horse"
 
@@ -249,6 +252,11 @@ def test_the_last_key_slot_cannot_be_removed(cli: Cli) -> None:
         (["backup", "/etc", "--exclude-larger-than", "big"], {}, 1, "no size"),
         (["backup", "/etc", "--compression", "99"], {}, 1, "no compression"),
         (["backup", "/etc", "--time", "yesterday"], {}, 1, "no time"),
+        (["backup", "/etc", "--time", "9999-12-31T23:59:59Z"], {}, 1, "between 1970 and 2262"),
+        (["backup", "/etc", "--time", "1600-01-01"], {}, 1, "between 1970 and 2262"),
+        (["backup", "--stdin", "/"], {}, 1, "cannot be the name of a file"),
+        (["backup", "--stdin", "x" * 256], {}, 1, "more than 255 bytes"),
+        (["b\x1b[32mx"], {}, 1, "no command b\\x1b[32mx"),
         (["backup", "/etc", "--parent", "nothing"], {}, 1, "no snapshot nothing"),
         (["restore"], {}, 1, "SNAP"),
         (["bakcup"], {}, 1, "Did you mean backup"),
@@ -354,3 +362,86 @@ def test_a_signal_ends_a_backup_even_where_a_shell_made_it_ignore_ctrl_c(
     backup.stderr.close()
     backup.stdin.close()
     assert not json.loads(cli("--json", "snapshots"))
+
+
+def test_paths_are_looked_at_by_the_verbs_and_not_by_the_parser() -> None:
+    """One that this user may not read is named and the rest is kept; a mount whose server died can be ended."""
+    group = cli_of_main
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        for parameter in command.params:
+            if isinstance(parameter.type, click.Path):
+                assert not parameter.type.readable, f"{name} {parameter.name}"
+
+
+@pytest.mark.fuse
+def test_others_in_a_mount_may_read_what_modes_and_acls_permit(cli: Cli, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can look as somebody else")
+    stranger = 54321
+    source, mountpoint = tmp_path / "s", tmp_path / "mnt"
+    source.mkdir()
+    mountpoint.mkdir()
+    for above in (source, tmp_path):
+        above.chmod(0o755)
+    for name, mode, acl in (
+        ("denied", 0o644, f"u:{stranger}:---"), ("granted", 0o600, f"u:{stranger}:r"), ("open", 0o644, ""),
+        ("closed", 0o600, ""),
+    ):  # fmt: skip
+        (source / name).write_bytes(name.encode())
+        (source / name).chmod(mode)
+        if acl:
+            subprocess.run(["setfacl", "-m", acl, source / name], check=True)
+    cli("backup", source)
+    cli("mount", "--allow-other", mountpoint)
+    try:
+        # By way of the directory they stand in, as the way from the top is closed to strangers.
+        script = (
+            "import os,sys; os.chdir(sys.argv[1]); os.setgroups([]); os.setgid(54321); os.setuid(54321)\n"
+            "for name in sorted(os.listdir('.')):\n"
+            "  try: print(open(name).read())\n"
+            "  except PermissionError: pass"
+        )
+        inside = f"{mountpoint}/latest{source}"
+        done = subprocess.run([sys.executable, "-c", script, inside], capture_output=True, timeout=60, check=True)
+        assert done.stdout.split() == [b"granted", b"open"]
+    finally:
+        cli("umount", mountpoint)
+
+
+def test_key_slot_names_cannot_drive_the_terminal(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "new").write_text("other\n")
+    said = cli("key", "add", "--name", "a\x1b[31m\nb", "--new-password-file", tmp_path / "new")
+    assert "\x1b" not in said + cli("key", "list")
+
+
+def test_a_listener_that_goes_away_does_not_end_a_backup(cli: Cli, source: Path) -> None:
+    for number in range(2000):
+        (source / f"left-out-{number}").touch()
+    reading, writing = os.pipe()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "backupfs", "--json", "backup", "--exclude", "left-out-*", source],
+        stdout=writing,
+        env=cli.environment,
+    )
+    os.close(writing)
+    os.read(reading, 1)
+    os.close(reading)
+    running.wait(60)
+    assert len(cli.json("snapshots")) == 1
+
+
+@pytest.mark.parametrize("words", [["snapshots"], ["backup", "/etc/hostname"], ["stats"]])
+def test_closed_streams_are_no_fault(cli: Cli, words: list[str]) -> None:
+    command = " ".join([sys.executable, "-m", "backupfs", *words])
+    done = subprocess.run(["sh", "-c", f"{command} >&-"], env=cli.environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_repository_that_lost_its_config_is_not_told_to_be_made(cli: Cli, source: Path) -> None:
+    cli("backup", source)
+    (cli.repository / "config").unlink()
+    said = cli("snapshots", code=10)
+    assert "rest of a repository" in said
+    assert "init" not in said

@@ -32,7 +32,7 @@ from backupfs.repository.writer import PackWriter
 from backupfs.snapshots.node import STAT_ROW
 from backupfs.snapshots.snapshot import Snapshot, Statistics
 from backupfs.usecases import archive_context, restore_files, restore_verify
-from backupfs.usecases.events import Event, FileSkipped, Progress
+from backupfs.usecases.events import Deleted, Event, FileSkipped, Progress
 from backupfs.usecases.restore import RestoreOptions, RestoreResult, restore
 from tests.builders import (
     OLD_NS,
@@ -73,7 +73,7 @@ def run_restore(
         RestoreOptions(**options),  # type: ignore[arg-type]
         events.append,
     )
-    return result, [event for event in events if not isinstance(event, Progress)]
+    return result, [event for event in events if not isinstance(event, Progress | Deleted)]
 
 
 def saved(tmp_path: Path, tree: Tree) -> tuple[Repository, Snapshot, bytes]:
@@ -504,12 +504,47 @@ def test_delete_removes_what_the_snapshot_lacks_and_nothing_else(tmp_path: Path)
     )
     options = {"delete": True, "exclude": (parse_pattern(b"*.log"), parse_pattern(b"/d/cache"))}
     planned, _ = run_restore(repository, snapshot, source, target, **options, dry_run=True)
-    assert planned.deleted == 4  # a directory counts once here
+    assert planned.deleted == 9
     assert (tmp_path / "target" / "gone" / "x").exists()
     result, events = run_restore(repository, snapshot, source, target, **options)
     assert set(below(snapshot_of(target))) == {b"d", b"d/a", b"d/cache", b"d/cache/k", b"e", b"e/b", b"kept.log"}
     assert (events, result.deleted) == ([], 9)
     assert (tmp_path / "outside" / "precious").exists()
+
+
+def test_what_is_deleted_is_named_and_in_a_dry_run_too(tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1")})
+    target = build({"old": {"x": File(b"1"), "y": File(b"2")}, "z": File(b"3")}, tmp_path / "target")
+    for dry_run in (True, False):
+        events: list[Event] = []
+        options = RestoreOptions(delete=True, dry_run=dry_run)
+        result = trio.run(restore, repository, snapshot, source, target, options, events.append)
+        assert [event for event in events if isinstance(event, Deleted)] == [
+            Deleted(target + b"/old"),
+            Deleted(target + b"/z"),
+        ]
+        assert result.deleted == 4
+        assert os.path.exists(target + b"/z") == dry_run
+
+
+def test_delete_leaves_directories_alone_that_were_only_on_the_way(tmp_path: Path) -> None:
+    """What is beside a source was never backed up: `restore latest:/ /` must not take it away."""
+    source = build({"a": File(b"1")}, tmp_path / "above" / "s")
+    snapshot = back_up(repository := new_repository(), source)
+    other = {"etc": {"passwd": File(b"2")}, "above": {"beside": File(b"3"), "s": {"late": File(b"4")}}}
+    target = build(other, tmp_path / "target")
+    within = os.fsencode(tmp_path)
+    result, events = run_restore(repository, snapshot, within, target, delete=True)
+    assert sorted(os.listdir(target)) == [b"above", b"etc"]
+    assert os.listdir(target + b"/above") == [b"beside", b"s"] or sorted(os.listdir(target + b"/above")) == [
+        b"beside",
+        b"s",
+    ]
+    assert os.listdir(target + b"/above/s") == [b"a"]
+    assert (result.deleted, events) == (1, [])
+    result, _ = run_restore(repository, snapshot, "/", target, delete=True)
+    assert result.deleted == 0
+    assert os.listdir(target + b"/etc") == [b"passwd"]
 
 
 def test_delete_of_one_subdirectory_leaves_the_rest_of_the_target(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ import os
 
 import click
 
-from backupfs.cli.settings import Settings, with_settings
+from backupfs.cli.settings import PATH, Settings, with_settings
 from backupfs.errors import UsageError
 
 
 @click.command("backup")
-@click.argument("paths", nargs=-1, type=click.Path(path_type=bytes))
+@click.argument("paths", nargs=-1, type=PATH)
 @click.option(
     "-e",
     "--exclude",
@@ -31,13 +31,17 @@ from backupfs.errors import UsageError
     "--files-from",
     multiple=True,
     metavar="FILE",
-    help="Read paths from FILE, by line or NUL-separated; - is standard input.",
+    help="Read paths from FILE, by line (# begins a comment) or NUL-separated; - is standard input.",
 )
 @click.option("--stdin", "stdin_name", metavar="NAME", help="Back up standard input as the file NAME.")
 @click.option("--tag", multiple=True, metavar="TAG", help="Tag the snapshot.")
 @click.option("--host", default="", metavar="NAME", help="Another host name than this machine's.")
 @click.option("--time", "when", metavar="TIME", help="Another time than now: 2026-11-22T08:13:11, with Z or +01:00.")
-@click.option("--parent", metavar="SNAP", help="Compare with this snapshot instead of the newest of these paths.")
+@click.option(
+    "--parent",
+    metavar="SNAP",
+    help="Compare with this snapshot instead of the newest of these paths, or else of this host.",
+)
 @click.option("--force", is_flag=True, help="Compare with nothing and read every file.")
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
 @click.option("-n", "--dry-run", is_flag=True, help="Read and count, store nothing.")
@@ -73,7 +77,6 @@ def backup_command(
     from backupfs.cli import values
     from backupfs.localfs.exclude import check_marker
     from backupfs.localfs.selection import SelectionRules
-    from backupfs.localfs.sources import normalise
 
     markers = tuple(os.fsencode(marker) for marker in exclude_if_present)
     for marker in markers:
@@ -111,7 +114,7 @@ def backup_command(
     )
     report = Reporter(settings)
     if stdin_name is not None:
-        name = normalise(os.fsencode(stdin_name), b"/")
+        name = values.file_path(os.fsencode(stdin_name))
         read_into = partial(_read_into, sys.stdin.buffer.fileno())
         result = backup_stream(repository, name, read_into, options, report)
     else:
@@ -129,9 +132,7 @@ def _read_into(descriptor: int, buffer: memoryview) -> int:
 @click.argument("names", nargs=-1, metavar="[SNAP]...")
 @click.option("--host", multiple=True, metavar="NAME", help="Only this host's.")
 @click.option("--tag", multiple=True, metavar="TAG", help="Only those with this tag.")
-@click.option(
-    "--path", multiple=True, metavar="PATH", type=click.Path(path_type=bytes), help="Only those of this path."
-)
+@click.option("--path", multiple=True, metavar="PATH", type=PATH, help="Only those of this path.")
 @with_settings
 def snapshots_command(
     settings: Settings, names: tuple[str, ...], host: tuple[str, ...], tag: tuple[str, ...], path: tuple[bytes, ...]

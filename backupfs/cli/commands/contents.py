@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from backupfs.cli.settings import Settings, with_settings
+from backupfs.cli.settings import PATH, Settings, with_settings
 from backupfs.errors import UsageError, shown
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _found(settings: Settings, text: bytes, module: str) -> "tuple[Repository, S
 
 
 @click.command("ls")
-@click.argument("what", metavar="SNAP[:PATH]", type=click.Path(path_type=bytes))
+@click.argument("what", metavar="SNAP[:PATH]", type=PATH)
 @click.option("-l", "--long", is_flag=True, help="Modes, owners, sizes and times, too.")
 @click.option("-R", "--recursive", is_flag=True, help="Everything below, too.")
 @with_settings
@@ -67,7 +67,7 @@ def ls_command(settings: Settings, what: bytes, long: bool, recursive: bool) -> 
 
 
 @click.command("dump")
-@click.argument("what", metavar="SNAP:PATH", type=click.Path(path_type=bytes))
+@click.argument("what", metavar="SNAP:PATH", type=PATH)
 @with_settings
 def dump_command(settings: Settings, what: bytes) -> int:
     """Write a file to standard output, or a folder as a tar."""
@@ -83,8 +83,8 @@ def dump_command(settings: Settings, what: bytes) -> int:
 
 
 @click.command("restore")
-@click.argument("what", metavar="SNAP[:PATH]", type=click.Path(path_type=bytes))
-@click.argument("target", type=click.Path(path_type=bytes))
+@click.argument("what", metavar="SNAP[:PATH]", type=PATH)
+@click.argument("target", type=PATH)
 @click.option(
     "--overwrite",
     type=click.Choice(["always", "if-changed", "if-newer", "never"]),
@@ -94,7 +94,7 @@ def dump_command(settings: Settings, what: bytes) -> int:
 )
 @click.option("-i", "--include", multiple=True, metavar="PATTERN", help="Restore only what fits.")
 @click.option("-e", "--exclude", multiple=True, metavar="PATTERN", help="Leave out what fits.")
-@click.option("--delete", is_flag=True, help="Delete in TARGET what the snapshot does not have.")
+@click.option("--delete", is_flag=True, help="Delete in TARGET what the snapshot does not have (-v names it).")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--verify", is_flag=True, help="Read everything back afterwards and compare.")
 @click.option("--sparse", is_flag=True, help="Make holes of long runs of zeros, too.")

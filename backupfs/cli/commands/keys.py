@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from backupfs.cli.settings import Settings, with_settings
+from backupfs.errors import shown
 
 if TYPE_CHECKING:
     from backupfs.cli.report import Value
@@ -37,7 +38,7 @@ def list_command(settings: Settings) -> int:
     for slot in slots:
         if not settings.json:
             click.echo(
-                f"{'*' if slot.own else ' '} {slot.slot_id.hex()[:8]}  {time_text(slot.created_ns)}  {slot.name}"
+                f"{'*' if slot.own else ' '} {slot.slot_id.hex()[:8]}  {time_text(slot.created_ns)}  {shown(slot.name)}"
             )
     if settings.json:
         print_json([_value(slot) for slot in slots])
@@ -100,4 +101,4 @@ def _tell(settings: Settings, what: str, slot: "KeySlot") -> None:
     if settings.json:
         print_json({what: _value(slot)})
     elif not settings.quiet:
-        click.echo(f"{what} the key slot {slot.slot_id.hex()[:8]} {slot.name}".rstrip())
+        click.echo(f"{what} the key slot {slot.slot_id.hex()[:8]} {shown(slot.name)}".rstrip())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from backupfs.cli.settings import Settings, with_settings
+from backupfs.cli.settings import PATH, Settings, with_settings
 from backupfs.errors import shown
 
 if TYPE_CHECKING:
@@ -20,14 +20,12 @@ if TYPE_CHECKING:
 
 
 @click.command("mount")
-@click.argument("mountpoint", metavar="DIR", type=click.Path())
+@click.argument("mountpoint", metavar="DIR")
 @click.option("-f", "--foreground", is_flag=True, help="Stay here until the mount ends, and log here.")
 @click.option("--snapshot", multiple=True, metavar="SNAP", help="Show only these snapshots.")
 @click.option("--host", multiple=True, metavar="NAME", help="Show only this host's snapshots.")
 @click.option("--tag", multiple=True, metavar="TAG", help="Show only snapshots with this tag.")
-@click.option(
-    "--path", multiple=True, metavar="PATH", type=click.Path(path_type=bytes), help="Show only snapshots of this path."
-)
+@click.option("--path", multiple=True, metavar="PATH", type=PATH, help="Show only snapshots of this path.")
 @click.option("--allow-other", is_flag=True, help="Let other users in; permissions are enforced.")
 @click.option("--log-file", metavar="FILE", help="Where a mount in the background logs.")
 @with_settings
@@ -103,7 +101,7 @@ def _serve(
 
 
 @click.command("umount")
-@click.argument("mountpoint", metavar="DIR", type=click.Path())
+@click.argument("mountpoint", metavar="DIR")
 @click.option("-z", "--lazy", is_flag=True, help="Take it away now, even if something still uses it.")
 @with_settings
 def umount_command(settings: Settings, mountpoint: str, lazy: bool) -> int:
@@ -113,6 +111,10 @@ def umount_command(settings: Settings, mountpoint: str, lazy: bool) -> int:
     from backupfs.usecases.umount import umount
 
     umount(Path(os.path.abspath(mountpoint)), lazy)
-    if not settings.quiet and not settings.json:
+    if settings.json:
+        from backupfs.cli.report import print_json
+
+        print_json({"unmounted": os.path.abspath(mountpoint)})
+    elif not settings.quiet:
         click.echo(f"unmounted {shown(mountpoint)}")
     return 0
