@@ -119,7 +119,7 @@ def restore_command(
     sparse: bool,
     owner: str,
 ) -> int:
-    """Put the content of a folder, or one file, of a snapshot into the folder TARGET.
+    """Put a folder's content, or one file, into the folder TARGET.
 
     Everything comes back: owners, times, attributes, links, holes. Each file is written under a temporary name and
     renamed when it is whole. No symlink in TARGET is followed. Patterns go by paths from the restored folder on.

@@ -18,7 +18,7 @@ _NEW_PASSWORD = click.option(
 
 @click.group("key")
 def key_command() -> None:
-    """List, add, remove and change the passwords that open the repository.
+    """List, add, remove and change the repository's passwords.
 
     Each password has a key slot of its own; all of them open the same data. Nothing is encrypted again when one
     changes.

@@ -105,7 +105,10 @@ def _serve(
 @click.option("-z", "--lazy", is_flag=True, help="Take it away now, even if something still uses it.")
 @with_settings
 def umount_command(settings: Settings, mountpoint: str, lazy: bool) -> int:
-    """End a mount and wait for its server; needs no repository and no password."""
+    """End a mount, and wait until its server has ended.
+
+    Needs no repository and no password.
+    """
     from pathlib import Path
 
     from backupfs.usecases.umount import umount

@@ -36,7 +36,7 @@ def init_command(settings: Settings, slot_name: str) -> int:
 @click.option("--read-data-subset", metavar="PART", help="Read a part of the packs only: 5% or 2/10.")
 @with_settings
 def check_command(settings: Settings, read_data: bool, read_data_subset: str | None) -> int:
-    """Check that everything the snapshots need is there and is what was written.
+    """Check that all that snapshots need is there and is right.
 
     Without options: all metadata is read and authenticated, and every pack has to be there in its full size. Ends
     with 1 when something is damaged, naming the objects, the snapshots and the paths that are hit.
