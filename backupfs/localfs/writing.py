@@ -2,10 +2,13 @@
 
 Every directory is opened from its parent's descriptor, so no path is too long and none leads out of the target. New
 content gets its name only when it is whole. Only the target itself, which the user named, may be a symlink.
-Threading: a Target belongs to one thread at a time.
+Threading: a Target belongs to one thread at a time. `for_another_thread` gives one more of the same directory, with
+descriptors of its own; what the `Directory` objects hold is settled before a second thread sees them.
 """
 
+import copy
 import errno
+import itertools
 import os
 import stat
 from collections import OrderedDict
@@ -21,8 +24,10 @@ TEMPORARY_PREFIX = b".backupfs-"
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHANGE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-# Directories above them are opened again when needed; a default limit of 1024 descriptors leaves room for files.
+# Directories beyond them are opened again when needed; a default limit of 1024 descriptors leaves room for files.
 _MOST_OPEN = 128
+# The same for another thread, which needs little more than the way to where it is.
+_MOST_OPEN_APART = 32
 _ACCESS_ACL, _DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
 # These end a restore: the next file would meet them again.
 _FATAL = {
@@ -46,15 +51,14 @@ class Metadata(NamedTuple):
 
 
 class Directory:
-    """A directory at or below the target, whose descriptor may be closed for a while."""
+    """A directory at or below the target."""
 
-    __slots__ = ("existed", "fd", "identity", "inherits", "metadata", "name", "names", "ordinal", "parent", "pending")
+    __slots__ = ("existed", "identity", "inherits", "metadata", "name", "names", "ordinal", "parent", "pending")
 
     def __init__(self, parent: "Directory | None", name: bytes) -> None:
         self.parent = parent
         self.name = name
-        self.fd = -1
-        self.identity: tuple[int, int] | None = None  # (st_dev, st_ino), known once its descriptor was closed
+        self.identity: tuple[int, int] | None = None  # (st_dev, st_ino), known once it was opened
         self.existed = False  # before this run
         self.inherits = False  # gives what is made in it a group or an ACL of its own
         self.names: frozenset[bytes] | set[bytes] = frozenset()  # what was in it before this run
@@ -86,9 +90,11 @@ class Target:
         self._problem = problem
         self._own = (os.geteuid(), os.getegid())
         self._kept_bits = 0o777 & ~_umask()  # what a new file's mode keeps of the one asked for
-        self._open: OrderedDict[Directory, None] = OrderedDict()
+        self._open: OrderedDict[Directory, int] = OrderedDict()
+        self._most_open = _MOST_OPEN
+        self._root_fd = -1
         self._temporary = TEMPORARY_PREFIX + os.urandom(6).hex().encode() + b"-"
-        self._count = 0
+        self._numbers = itertools.count(1)  # `next` is atomic, so threads share them
         self.owners_kept = False  # ownership was recorded and not set, as only root may
         self.root = Directory(None, b"")
         self.exists = True
@@ -101,7 +107,7 @@ class Target:
                     return
                 _make_path(path)
             # Resolved once, here: a symlink that the user names is meant.
-            self.root.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileExistsError, NotADirectoryError) as error:
             raise SourceError(
                 f"the target {shown(path)} is not a directory: name one, or a path that is free"
@@ -111,7 +117,14 @@ class Target:
                 f"the target {shown(path)} cannot be used: {error.strerror}; choose a directory you may write to"
             ) from error
         if self.root.existed:
-            self._note_existing(self.root)
+            self._note_existing(self.root, self._root_fd)
+
+    def for_another_thread(self) -> "Target":
+        """Return the same target with descriptors of its own, to be closed before this one."""
+        other = copy.copy(self)
+        other._open = OrderedDict()
+        other._most_open = _MOST_OPEN_APART
+        return other
 
     # Directories.
 
@@ -126,36 +139,36 @@ class Target:
         return b"/".join(reversed(parts)) or b"/"
 
     def fd(self, directory: Directory) -> int:
-        """Return an open descriptor of a directory, valid until the second next call. Raises: OSError."""
-        if directory.fd >= 0:
-            if directory.parent is not None:
-                self._open.move_to_end(directory)
-            return directory.fd
-        closed = [directory]
-        above = directory.parent
-        while above is not None and above.fd < 0:
+        """Return an open descriptor of a directory, valid until the next call. Raises: OSError."""
+        fd = self._open.get(directory)
+        if fd is not None:
+            self._open.move_to_end(directory)
+            return fd
+        closed: list[Directory] = []
+        above = directory
+        while (fd := self._descriptor(above)) is None:
             closed.append(above)
+            assert above.parent is not None, "the target's own descriptor stays open"
             above = above.parent
-        assert above is not None, "the target's own descriptor stays open"
         for below in reversed(closed):
-            assert below.parent is not None
-            self._keep(below, os.open(below.name, _DIRECTORY_FLAGS, dir_fd=below.parent.fd))
-        return directory.fd
+            fd = self._keep(below, os.open(below.name, _DIRECTORY_FLAGS, dir_fd=fd))
+        return fd
 
-    def _keep(self, directory: Directory, fd: int) -> None:
-        if directory.identity is not None:
-            status = os.fstat(fd)
-            if (status.st_dev, status.st_ino) != directory.identity:
-                os.close(fd)
-                raise OSError(errno.ESTALE, "the directory was replaced while it was restored")
-        directory.fd = fd
-        self._open[directory] = None
-        while len(self._open) > _MOST_OPEN:
-            old, _ = self._open.popitem(last=False)
-            status = os.fstat(old.fd)
-            old.identity = (status.st_dev, status.st_ino)
-            os.close(old.fd)
-            old.fd = -1
+    def _descriptor(self, directory: Directory) -> int | None:
+        return self._root_fd if directory.parent is None else self._open.get(directory)
+
+    def _keep(self, directory: Directory, fd: int) -> int:
+        status = os.fstat(fd)
+        identity = (status.st_dev, status.st_ino)
+        if directory.identity is None:
+            directory.identity = identity
+        elif directory.identity != identity:
+            os.close(fd)
+            raise OSError(errno.ESTALE, "the directory was replaced while it was restored")
+        self._open[directory] = fd
+        while len(self._open) > self._most_open:
+            os.close(self._open.popitem(last=False)[1])
+        return fd
 
     def make_directory(self, parent: Directory, name: bytes) -> Directory:
         """Make a new directory, for the owner alone until `finish_directory`.
@@ -166,25 +179,24 @@ class Target:
         os.mkdir(name, 0o700, dir_fd=fd)
         directory = Directory(parent, name)
         if parent.inherits:
-            self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=fd))
+            made = self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=fd))
             for acl in (_ACCESS_ACL, _DEFAULT_ACL):
-                _remove_xattr(directory.fd, acl)
-            os.fchmod(directory.fd, 0o700)
+                _remove_xattr(made, acl)
+            os.fchmod(made, 0o700)
         return directory
 
     def open_existing(self, parent: Directory, name: bytes) -> Directory:
         """Take a directory that was there before. Raises: OSError, also for a symlink."""
         directory = Directory(parent, name)
         directory.existed = True
-        self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd(parent)))
-        self._note_existing(directory)
+        self._note_existing(directory, self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd(parent))))
         return directory
 
-    def _note_existing(self, directory: Directory) -> None:
-        directory.names = {os.fsencode(name) for name in os.listdir(directory.fd)}
-        directory.inherits = bool(os.fstat(directory.fd).st_mode & stat.S_ISGID)
+    def _note_existing(self, directory: Directory, fd: int) -> None:
+        directory.names = {os.fsencode(name) for name in os.listdir(fd)}
+        directory.inherits = bool(os.fstat(fd).st_mode & stat.S_ISGID)
         try:
-            directory.inherits |= _DEFAULT_ACL in os.listxattr(directory.fd)
+            directory.inherits |= _DEFAULT_ACL in os.listxattr(fd)
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EACCES):
                 raise
@@ -199,44 +211,42 @@ class Target:
                 if directory.existed:
                     self._remove_foreign_xattrs(fd, metadata.xattrs)
                 self._apply(fd, metadata, self.path_of(directory), (status.st_uid, status.st_gid))
-            parent = directory.parent
-            if directory.fd >= 0 and parent is not None and parent.fd < 0:
-                self._open_above(directory, parent)
+            self._open_above(directory)
         finally:
             self._close(directory)
 
-    def _open_above(self, directory: Directory, parent: Directory) -> None:
+    def _open_above(self, directory: Directory) -> None:
         # The way from the target down would cost as many calls as the directory is deep, at each level.
-        try:
-            fd = os.open(b"..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.fd)
-        except OSError:
+        below, parent = self._open.get(directory), directory.parent
+        if below is None or parent is None or self._descriptor(parent) is not None:
             return
-        status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) == parent.identity:
-            self._keep(parent, fd)
-        else:
-            os.close(fd)
+        try:
+            self._keep(parent, os.open(b"..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=below))
+        except OSError:
+            return  # it was moved, or may not be read
 
     def _close(self, directory: Directory) -> None:
-        if directory.parent is not None and directory.fd >= 0:
-            self._open.pop(directory, None)
-            os.close(directory.fd)
-            directory.fd = -1
+        fd = self._open.pop(directory, None)
+        if fd is not None:
+            os.close(fd)
+
+    def close_directories(self) -> None:
+        """Close every descriptor but that of the target itself."""
+        for directory in list(self._open):
+            self._close(directory)
 
     def close(self) -> None:
         """Close every descriptor."""
-        for directory in list(self._open):
-            self._close(directory)
-        if self.root.fd >= 0:
-            os.close(self.root.fd)
-            self.root.fd = -1
+        self.close_directories()
+        if self._root_fd >= 0:
+            os.close(self._root_fd)
+            self._root_fd = -1
 
     # Files.
 
     def temporary_name(self) -> bytes:
         """Return a name that nothing has yet."""
-        self._count += 1
-        return b"%s%d" % (self._temporary, self._count)
+        return b"%s%d" % (self._temporary, next(self._numbers))
 
     def create(self, directory: Directory, temporary: bytes) -> int:
         """Create a file under a temporary name and return its descriptor. Raises: OSError."""
@@ -249,9 +259,8 @@ class Target:
 
     def write_file(self, directory: Directory, name: bytes, data: bytes | memoryview, metadata: Metadata) -> None:
         """Write a small file at once. Raises: OSError, after which nothing of it is left."""
-        fd_above = directory.fd if directory.fd >= 0 else self.fd(directory)
-        self._count += 1
-        temporary = b"%s%d" % (self._temporary, self._count)
+        fd_above = self.fd(directory)
+        temporary = b"%s%d" % (self._temporary, next(self._numbers))
         mode, owner, group, mtime_ns, xattrs = metadata
         own = self._own
         # Most files need two calls less.
@@ -328,12 +337,14 @@ class Target:
 
     def link(self, source: Directory, source_name: bytes, directory: Directory, name: bytes) -> None:
         """Give a restored file another name. Raises: OSError."""
-        first = self.fd(source)
-        above = self.fd(directory)
-        if first == -1 or source.fd != first:
-            first = self.fd(source)
-        temporary = self.temporary_name()
-        os.link(source_name, temporary, src_dir_fd=first, dst_dir_fd=above, follow_symlinks=False)
+        # Opening the way to the one may close the other.
+        first = os.dup(self.fd(source))
+        try:
+            above = self.fd(directory)
+            temporary = self.temporary_name()
+            os.link(source_name, temporary, src_dir_fd=first, dst_dir_fd=above, follow_symlinks=False)
+        finally:
+            os.close(first)
         try:
             os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
         finally:
@@ -501,8 +512,7 @@ class Target:
             current, at, emptied = stack.pop()
             assert current.parent is not None
             if emptied:
-                if current.fd >= 0 and current.parent.fd < 0:
-                    self._open_above(current, current.parent)
+                self._open_above(current)
                 self._close(current)
                 if current in holders:
                     holders.add(current.parent)

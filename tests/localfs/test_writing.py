@@ -77,7 +77,7 @@ def test_a_directory_that_became_a_symlink_is_not_followed(tmp_path: Path, monke
     first = target.make_directory(target.root, b"d")
     target.fd(first)
     target.fd(target.make_directory(target.root, b"other"))
-    assert first.fd < 0
+    assert first not in target._open
     os.rmdir(tmp_path / "target" / "d")
     os.symlink(outside, tmp_path / "target" / "d")
     with pytest.raises(OSError, match=r"Not a directory|symbolic"):
@@ -88,6 +88,66 @@ def test_a_directory_that_became_a_symlink_is_not_followed(tmp_path: Path, monke
     with pytest.raises(OSError, match="replaced"):
         target.write_file(first, b"a", b"1", PLAIN)
     assert os.listdir(outside) == os.listdir(tmp_path / "target" / "d") == []
+    target.close()
+
+
+def test_another_thread_has_descriptors_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_MOST_OPEN_APART", 1)
+    before = len(os.listdir("/proc/self/fd"))
+    target, _ = opened(tmp_path)
+    other = target.for_another_thread()
+    first = target.make_directory(target.root, b"a")
+    second = target.make_directory(first, b"b")
+    mine = target.fd(first)
+    for directory in (first, second, first):
+        other.write_file(directory, b"x", b"1", PLAIN)
+    target.finish_directory(second)
+    other.write_file(second, b"y", b"2", PLAIN)
+    other.close_directories()
+    assert target.fd(first) == mine
+    target.write_file(first, b"z", b"3", PLAIN)
+    assert sorted(os.listdir(tmp_path / "a")) == ["b", "x", "z"]
+    assert sorted(os.listdir(tmp_path / "a" / "b")) == ["x", "y"]
+    target.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("put", ["symlink", "directory"])
+def test_another_thread_follows_nothing_that_took_a_directorys_place(put: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    target, _ = opened(tmp_path / "target")
+    other = target.for_another_thread()
+    first = target.make_directory(target.root, b"d")
+    second = target.make_directory(first, b"e")
+    target.fd(second)
+    os.rename(tmp_path / "target" / "d", tmp_path / "moved")
+    if put == "symlink":
+        os.symlink(outside, tmp_path / "target" / "d")
+    else:
+        os.mkdir(tmp_path / "target" / "d")
+    for directory in (first, second):
+        with pytest.raises(OSError, match=r"Not a directory|symbolic|replaced"):
+            other.write_file(directory, b"a", b"1", PLAIN)
+    assert os.listdir(outside) == []
+    assert os.listdir(tmp_path / "moved") == ["e"]
+    assert (tmp_path / "target" / "d").is_symlink() or os.listdir(tmp_path / "target" / "d") == []
+    other.close_directories()
+    target.close()
+
+
+def test_a_link_across_more_directories_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_MOST_OPEN", 1)
+    target, _ = opened(tmp_path)
+    ends: list[Directory] = []
+    for top in (b"a", b"b"):
+        directory = target.make_directory(target.root, top)
+        for name in (b"1", b"2"):
+            directory = target.make_directory(directory, name)
+        ends.append(directory)
+    target.write_file(ends[0], b"x", b"1", PLAIN)
+    target.link(ends[0], b"x", ends[1], b"y")
+    assert os.stat(tmp_path / "a/1/2/x").st_ino == os.stat(tmp_path / "b/1/2/y").st_ino
     target.close()
 
 
