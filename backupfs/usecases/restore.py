@@ -1,4 +1,8 @@
-"""Restore files: one thread at a time at the target, fetching and decoding beside it, packs read in order."""
+"""Restore files: packs are read in order, and whichever thread decodes a range of one writes the files in it.
+
+Threading: the walk and the ends of things belong to one thread at a time. A writing thread takes a whole range, so that
+neighbouring files, and mostly a directory, stay with one thread, and hops are few.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +15,13 @@ import trio
 from backupfs import workers
 from backupfs.errors import UsageError
 from backupfs.localfs.writing import Target
-from backupfs.repository.fetch import PackRange, WantedBlock, fetch_range
+from backupfs.repository.fetch import PackRange, fetch_range
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.usecases.events import Progress, Report
-from backupfs.usecases.restore_files import Decoded, Restorer
+from backupfs.usecases.restore_files import Restorer, Written
 from backupfs.usecases.restore_items import BY_NUMBER, OVERWRITE, RestoreOptions, Use
 from backupfs.usecases.restore_verify import Verifier
 from backupfs.usecases.restore_walk import Traversal
@@ -27,18 +31,16 @@ __all__ = ["RestoreOptions", "RestoreResult", "restore"]
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
-# Requests under way; each holds up to 8 MiB until its blocks are decoded.
+# Requests under way; each holds up to 8 MiB until it is written.
 _FETCHERS = 3
-# Decoded blocks that wait for the target, and as many as it takes at once: with those being decoded they bound memory.
-_WAITING_BLOCKS = 6
+# More would only wait for Python's lock.
+_WRITERS = min(workers.CPU_THREADS, 4)
+# Ranges that are written and wait for the target.
+_WAITING_RANGES = 8
 _PROGRESS_SECONDS = 0.2
 
-# Blocks are decoded in groups of about so many stored bytes: a hop costs as much as sealing a block.
-_GROUP_BYTES = 1 << 20
-_GROUP_BLOCKS = 4
-
-Stored = tuple[PackRange[Use], memoryview, list[WantedBlock[Use]]]
-Filled = tuple[WantedBlock[Use], Decoded]
+Stored = tuple[PackRange[Use], memoryview]
+Done = tuple[PackRange[Use], Written]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class _Run:
         else:
             self.restorer.begin(start, None)
             self._walk = traversal.one(self.restorer, start, node)
-        # The target belongs to one thread at a time: the walk and the writing take turns.
+        # The restorer belongs to one thread at a time: the walk and the settling take turns.
         self._turn = trio.Lock()
 
     def _traversal(self) -> Traversal:
@@ -137,15 +139,15 @@ class _Run:
     async def _read_and_write(self, plan: "Callable[[trio.MemorySendChannel[PackRange[Use]]], object]") -> None:
         send_range, ranges = trio.open_memory_channel[PackRange[Use]](0)
         send_stored, stored = trio.open_memory_channel[Stored](0)
-        send_filled, filled = trio.open_memory_channel[Filled](_WAITING_BLOCKS)
+        send_done, done = trio.open_memory_channel[Done](_WAITING_RANGES)
         async with trio.open_nursery() as stages:
             stages.start_soon(plan, send_range)  # type: ignore[arg-type]
             for _ in range(_FETCHERS):
-                stages.start_soon(self._fetch, ranges.clone(), send_stored.clone(), send_filled.clone())
-            for _ in range(workers.CPU_THREADS):
-                stages.start_soon(self._decode, stored.clone(), send_filled.clone())
-            stages.start_soon(self._write, filled)
-            for channel in (ranges, stored, send_stored, send_filled):
+                stages.start_soon(self._fetch, ranges.clone(), send_stored.clone(), send_done.clone())
+            for _ in range(_WRITERS):
+                stages.start_soon(self._write, stored.clone(), send_done.clone())
+            stages.start_soon(self._settle, done)
+            for channel in (ranges, stored, send_stored, send_done):
                 channel.close()
 
     async def _windows(self, send: "trio.MemorySendChannel[PackRange[Use]]") -> None:
@@ -166,39 +168,31 @@ class _Run:
         self,
         ranges: "trio.MemoryReceiveChannel[PackRange[Use]]",
         send: "trio.MemorySendChannel[Stored]",
-        failed: "trio.MemorySendChannel[Filled]",
+        failed: "trio.MemorySendChannel[Done]",
     ) -> None:
         async with ranges, send, failed:
             async for wanted in ranges:
                 stored = await workers.io(fetch_range, self._reader, wanted)
                 if stored is None:
-                    for block in wanted.blocks:
-                        await failed.send((block, []))
-                    continue
-                for group in _groups(wanted.blocks):
-                    await send.send((wanted, stored, group))
+                    await failed.send((wanted, []))
+                else:
+                    await send.send((wanted, stored))
 
-    async def _decode(
-        self, stored: "trio.MemoryReceiveChannel[Stored]", send: "trio.MemorySendChannel[Filled]"
-    ) -> None:
-        async with stored, send:
-            async for wanted, data, blocks in stored:
-                for filled in await workers.cpu(self._decode_group, wanted, data, blocks):
-                    await send.send(filled)
+    async def _write(self, stored: "trio.MemoryReceiveChannel[Stored]", send: "trio.MemorySendChannel[Done]") -> None:
+        target = self.restorer.target.for_another_thread()
+        try:
+            async with stored, send:
+                async for wanted, data in stored:
+                    written = await workers.cpu(self.restorer.write, target, wanted, data)
+                    await send.send((wanted, written))
+        finally:
+            self.restorer.owners_kept |= target.owners_kept
+            target.close_directories()
 
-    def _decode_group(self, wanted: PackRange[Use], data: memoryview, blocks: list[WantedBlock[Use]]) -> list[Filled]:
-        return [(block, self.restorer.decode(wanted, data, block)) for block in blocks]
-
-    async def _write(self, filled: "trio.MemoryReceiveChannel[Filled]") -> None:
-        async with filled:
-            async for first in filled:
-                batch = [first]
-                while len(batch) < _WAITING_BLOCKS:
-                    try:
-                        batch.append(filled.receive_nowait())
-                    except (trio.WouldBlock, trio.EndOfChannel):
-                        break
-                await self._at_target(self.restorer.store, batch)
+    async def _settle(self, done: "trio.MemoryReceiveChannel[Done]") -> None:
+        async with done:
+            async for wanted, written in done:
+                await self._at_target(self.restorer.settle, wanted, written)
 
     async def _verify(self) -> None:
         verifier = Verifier(self.restorer, self._traversal(), self._load, self._reader, self._report)
@@ -224,20 +218,6 @@ class _Run:
                     current=counts.current,
                 )
             )  # fmt: skip
-
-
-def _groups(blocks: list[WantedBlock[Use]]) -> Iterator[list[WantedBlock[Use]]]:
-    group: list[WantedBlock[Use]] = []
-    size = 0
-    for block in blocks:
-        group.append(block)
-        size += block.stored_length
-        # What compresses well is large when decoded: few blocks at once, however short they are.
-        if size >= _GROUP_BYTES or len(group) == _GROUP_BLOCKS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _is_whole(snapshot: Snapshot, path: bytes, options: RestoreOptions) -> bool:

@@ -2,7 +2,8 @@
 
 Directories and whatever needs no chunks are made during the walk; files with chunks are noted as wanted and written
 when their bytes come, in any order. A directory gets its metadata when everything in it is done.
-Threading: one thread at a time, but for `decode`, which any thread may call for blocks that were planned.
+Threading: one thread at a time, but for `write`, which any thread may call for ranges that were planned. What it writes
+has an unfinished directory, and nobody else looks at it before `settle`.
 """
 
 import errno
@@ -17,7 +18,7 @@ from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
 from backupfs.localfs.writing import Directory, Metadata, Target, is_fatal, write_at, write_sparsely
 from backupfs.repository.chunks import ChunkReader
-from backupfs.repository.fetch import PackRange, WantedBlock, WantedChunk, decode_block, plan_ranges
+from backupfs.repository.fetch import PackRange, WantedChunk, decode_block, plan_ranges
 from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, INLINE_MARK, SINGLE_MARK, Content, pieces
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
 from backupfs.snapshots.tree import LeafPage
@@ -43,14 +44,14 @@ _WINDOW_FILES = 20_000
 _WINDOW_BYTES = 256 << 20
 # How long the walk may keep the target to itself while blocks wait to be written.
 _SLICE_S = 0.02
-# Up to here a file is written by the target's own thread at once; beyond, by whatever thread decodes its block.
+# Up to here a file is made when its one chunk is there; beyond, during the walk, so that pieces can come in any order.
 _SMALL = 64 << 10
 # Descriptors of large files under way; the others are opened for each piece.
 _MOST_OPEN_FILES = 256
 _PIECES_PER_PAUSE = 256
 
 
-Decoded = list[tuple[WantedChunk[Use], memoryview]]
+Written = list[WantedChunk[Use]]
 
 
 class Restorer:
@@ -86,8 +87,10 @@ class Restorer:
         self._done = bytearray()  # a bit for each number of the walk
         self.blocked: set[int] = set()  # numbers of directories that were not entered
         self.told: set[bytes] = set()  # paths that are there, but not with everything
+        self.owners_kept = False  # by a target of another thread
         self.counts = Counts()
         self.stop = threading.Event()
+        self._telling = threading.Lock()
         self._existing = ExistingFiles(target, options, self.counts, self._links, report, traversal.keeps)
 
     # The walk, as its visitor.
@@ -421,66 +424,56 @@ class Restorer:
             self._fail(item, reason, is_damage=True)
             self._piece_done(item)
 
-    def decode(self, wanted: PackRange[Use], stored: memoryview, block: WantedBlock[Use]) -> Decoded:
-        """Take a block apart, and write what belongs into open files; safe in any thread."""
-        good = decode_block(self._reader, wanted, stored, block)
-        for chunk, data in good:
-            for use in chunk.uses:
-                if isinstance(use, PieceUse) and use.item.fd >= 0 and not use.item.failure:
-                    try:
-                        self._write_use(use, use.item.fd, data)
-                    except OSError as error:
-                        use.error = error
-                    use.written = True
-        return good
+    def write(self, target: Target, wanted: PackRange[Use], stored: memoryview) -> Written:
+        """Write what a range holds; safe in any thread that has a target of its own. Return the chunks that were good.
 
-    def _write_use(self, use: PieceUse, fd: int, data: memoryview) -> None:
-        part = data[use.offset : use.offset + use.length]
-        if len(part) != use.length:
-            raise OSError(errno.EIO, "a file's content is damaged: a chunk is shorter than the snapshot says")
-        if self._options.sparse:
-            write_sparsely(fd, part, use.at)
-        else:
-            write_at(fd, part, use.at)
-
-    def store(self, batch: list[tuple[WantedBlock[Use], Decoded]]) -> None:
-        """Write what blocks hold, and finish the files that are whole then."""
-        target = self.target
-        for block, decoded in batch:
-            if len(decoded) != len(block.chunks):
-                got = {id(chunk) for chunk, _ in decoded}
-                self._retry += [chunk for chunk in block.chunks if id(chunk) not in got]
-            for chunk, data in decoded:
+        Errors are left with the uses, for `settle`. Raises: SourceError if the target takes no more.
+        """
+        written: Written = []
+        for block in wanted.blocks:
+            if self.stop.is_set():
+                break
+            for chunk, data in decode_block(self._reader, wanted, stored, block):
                 for use in chunk.uses:
-                    if isinstance(use, PieceUse):
-                        self._store_piece(use, data)
-                        continue
                     try:
-                        if len(data) != use.size:
-                            raise OSError(errno.EIO, "its chunk is not as long as the snapshot says")
-                        target.write_file(use.directory, use.name, data, use.metadata)
+                        if isinstance(use, Item):
+                            if len(data) != use.size:
+                                raise OSError(errno.EIO, "its chunk is not as long as the snapshot says")
+                            target.write_file(use.directory, use.name, data, use.metadata)
+                        elif not use.item.failure:
+                            self._write_piece_of(target, use, data)
                     except OSError as error:
                         if is_fatal(error):
                             raise target.full(error) from error
-                        self._fail(use, error.strerror or str(error))
-                    self._piece_done(use)
+                        use.error = error
+                written.append(chunk)
+        return written
 
-    def _store_piece(self, use: PieceUse, data: memoryview) -> None:
-        item, error = use.item, use.error
-        if not use.written and not item.failure:
-            try:
-                fd = self.target.reopen(item.directory, item.temporary)
-                try:
-                    self._write_use(use, fd, data)
-                finally:
-                    os.close(fd)
-            except OSError as failed:
-                error = failed
-        if error is not None:
-            if is_fatal(error):
-                raise self.target.full(error) from error
-            self._fail(item, error.strerror or str(error))
-        self._piece_done(item)
+    def _write_piece_of(self, target: Target, use: PieceUse, data: memoryview) -> None:
+        part = data[use.offset : use.offset + use.length]
+        if len(part) != use.length:
+            raise OSError(errno.EIO, "a file's content is damaged: a chunk is shorter than the snapshot says")
+        item = use.item
+        fd = item.fd if item.fd >= 0 else target.reopen(item.directory, item.temporary)
+        try:
+            if self._options.sparse:
+                write_sparsely(fd, part, use.at)
+            else:
+                write_at(fd, part, use.at)
+        finally:
+            if item.fd < 0:
+                os.close(fd)
+
+    def settle(self, wanted: PackRange[Use], written: Written) -> None:
+        """Finish the files that are whole now, and note the chunks of a range that were not good."""
+        for chunk in written:
+            for use in chunk.uses:
+                item = use if isinstance(use, Item) else use.item
+                if use.error is not None:
+                    self._fail(item, use.error.strerror or str(use.error))
+                self._piece_done(item)
+        good = {id(chunk) for chunk in written}
+        self._retry += [chunk for block in wanted.blocks for chunk in block.chunks if id(chunk) not in good]
 
     # The ends of things.
 
@@ -588,13 +581,15 @@ class Restorer:
         self._skip(path, prefix + (error.strerror or str(error)))
 
     def _skip(self, path: bytes, reason: str, is_damage: bool = False) -> None:
-        self.counts.errors += 1
-        self.counts.damaged += is_damage
-        self._report(FileSkipped(path, reason))
+        # The threads that write tell of attributes that could not be set.
+        with self._telling:
+            self.counts.errors += 1
+            self.counts.damaged += is_damage
+            self._report(FileSkipped(path, reason))
 
     def remarks(self) -> Iterator[Remark]:
         """Yield what is worth saying once at the end."""
-        if self.target.owners_kept:
+        if self.target.owners_kept or self.owners_kept:
             yield Remark("only root can give files to their owners: they belong to the user who restored them")
 
 

@@ -30,7 +30,7 @@ class RestoreOptions:
 
 @dataclass(slots=True)
 class Counts:
-    """What was done so far; written by one thread, read by any."""
+    """What was done so far; written by one thread, but for `errors` and `damaged`, and read by any."""
 
     files: int = 0  # written, or linked, or made
     directories: int = 0
@@ -56,8 +56,8 @@ class Item:
     """A file that is not written yet, or that others are links to."""
 
     __slots__ = (
-        "content", "directory", "failure", "fd", "links", "metadata", "name", "number", "remaining", "size", "state",
-        "temporary", "unseen",
+        "content", "directory", "error", "failure", "fd", "links", "metadata", "name", "number", "remaining", "size",
+        "state", "temporary", "unseen",
     )  # fmt: skip
 
     def __init__(
@@ -72,6 +72,7 @@ class Item:
         self.temporary = b""  # its name until it is whole; empty for small files, which are written at once
         self.fd = -1
         self.remaining = 1  # pieces that are not written, and 1 while the walk adds more
+        self.error: OSError | None = None  # of writing it at once
         self.failure = ""
         self.state = State.WAITING
         self.links: list[Item] = []  # other names, to be made when this one is there
@@ -81,15 +82,14 @@ class Item:
 class PieceUse:
     """A part of a chunk that belongs at an offset of a large file."""
 
-    __slots__ = ("at", "error", "item", "length", "offset", "written")
+    __slots__ = ("at", "error", "item", "length", "offset")
 
     def __init__(self, item: Item, at: int, offset: int, length: int) -> None:
         self.item = item
         self.at = at
         self.offset = offset  # in the chunk
         self.length = length
-        self.written = False
-        self.error: OSError | None = None
+        self.error: OSError | None = None  # of writing it
 
 
 Use = Item | PieceUse

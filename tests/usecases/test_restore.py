@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backupfs import workers
 from backupfs.codec.compression import DEFAULT_LEVEL
 from backupfs.codec.records import encode_record
 from backupfs.codec.sealing import Kind
@@ -32,6 +34,7 @@ from backupfs.repository.writer import PackWriter
 from backupfs.snapshots.node import STAT_ROW
 from backupfs.snapshots.snapshot import Snapshot, Statistics
 from backupfs.usecases import archive_context, restore_files, restore_verify
+from backupfs.usecases import restore as restore_module
 from backupfs.usecases.events import Deleted, Event, FileSkipped, Progress
 from backupfs.usecases.restore import RestoreOptions, RestoreResult, restore
 from tests.builders import (
@@ -322,6 +325,8 @@ def test_any_content_comes_back(
         (writing, "_MOST_OPEN", 2),
         (fetch, "MOST_GAP", 0),
         (fetch, "MOST_RANGE", 1),
+        (restore_module, "_WRITERS", 1),
+        (restore_module, "_WRITERS", 8),
         (restore_files, "PAUSE", 1),
     ],
 )
@@ -336,6 +341,84 @@ def test_no_bound_changes_what_comes_back(
     assert snapshot_of(tmp_path / "target") == snapshot_of(source)
     assert (events, result.errors) == ([], 0)
     assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def side_by_side(monkeypatch: pytest.MonkeyPatch, writers: int) -> None:
+    """Let many small ranges be written by several threads, none of which goes on before each has begun."""
+    monkeypatch.setattr(fetch, "MOST_RANGE", 1)
+    monkeypatch.setattr(restore_module, "_WRITERS", writers)
+    monkeypatch.setattr(restore_module, "_FETCHERS", writers)
+    monkeypatch.setitem(workers._limiters, "cpu", trio.CapacityLimiter(writers))
+    real, begun = restore_files.Restorer.write, threading.Barrier(writers)
+    targets: list[object] = []
+
+    def meeting(restorer: restore_files.Restorer, target: writing.Target, *arguments: object) -> object:
+        if target not in targets and len(targets) < writers:
+            targets.append(target)
+            begun.wait(10)
+        return real(restorer, target, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(restore_files.Restorer, "write", meeting)
+
+
+def test_several_threads_write_into_the_same_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_MOST_OPEN_APART", 1)
+    tree: dict[str, Entry] = {
+        f"d{n}": {"e": {f"f{m}": File(noise(700 + 90 * m, 100 * n + m), mode=0o640 - m) for m in range(30)}}
+        for n in range(8)
+    }
+    repository, snapshot, source = saved(tmp_path, TOGETHER | tree)
+    side_by_side(monkeypatch, 4)
+    open_before = len(os.listdir("/proc/self/fd"))
+    result, events = run_restore(repository, snapshot, source, tmp_path / "target", verify=True)
+    assert snapshot_of(tmp_path / "target") == snapshot_of(source)
+    assert (events, result.errors) == ([], 0)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_each_file_that_several_threads_cannot_write_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree: dict[str, Entry] = {f"small{n:02}": File(noise(3000, n)) for n in range(40)}
+    tree |= {f"large{n}": File(noise(300_000, 100 + n)) for n in range(4)}
+    repository, snapshot, source = saved(tmp_path, tree)
+    side_by_side(monkeypatch, 4)
+
+    def failing(*_arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "write", failing)
+    monkeypatch.setattr(os, "pwrite", failing)
+    result, events = run_restore(repository, snapshot, source, tmp_path / "target")
+    assert sorted(events, key=repr) == [
+        FileSkipped(os.fsencode(tmp_path) + b"/target/" + name.encode(), "Input/output error") for name in sorted(tree)
+    ]
+    assert (result.errors, result.damaged, os.listdir(tmp_path / "target")) == (len(tree), 0, [])
+
+
+def test_a_directory_that_becomes_a_symlink_is_not_followed_by_those_who_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree: dict[str, Entry] = {f"d{n}": {f"f{m}": File(noise(3000, 10 * n + m)) for m in range(8)} for n in range(4)}
+    repository, snapshot, source = saved(tmp_path, tree)
+    side_by_side(monkeypatch, 4)
+    outside = build({}, tmp_path / "outside")
+    target = tmp_path / "target"
+    real = restore_files.Restorer.take_window
+
+    def replacing(restorer: restore_files.Restorer) -> object:
+        for n in (0, 2):
+            os.rename(target / f"d{n}", tmp_path / f"moved{n}")
+            os.symlink(outside, target / f"d{n}")
+        return real(restorer)
+
+    monkeypatch.setattr(restore_files.Restorer, "take_window", replacing)
+    result, events = run_restore(repository, snapshot, source, target)
+    lost = {os.fsencode(target) + b"/d%d/f%d" % (n, m) for n in (0, 2) for m in range(8)}
+    assert lost <= {event.path for event in events}
+    assert result.errors == len({event.path for event in events}) == len(events)
+    assert os.listdir(outside) == os.listdir(tmp_path / "moved0") == []
+    assert sorted(os.listdir(target / "d1")) == [f"f{m}" for m in range(8)]
 
 
 def test_one_file_keeps_its_name(tmp_path: Path) -> None:
@@ -1141,9 +1224,7 @@ def test_packs_are_read_in_order_in_few_requests(tmp_path: Path) -> None:
 def test_progress_has_totals_when_the_whole_snapshot_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backupfs.usecases import restore as module
-
-    monkeypatch.setattr(module, "_PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(restore_module, "_PROGRESS_SECONDS", 0)
     repository, snapshot, source = saved(tmp_path, {f"{n}": File(noise(20_000, n)) for n in range(20)})
     events: list[Event] = []
     for path in (source, b"/"):
