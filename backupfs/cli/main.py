@@ -167,7 +167,8 @@ def _os_error_text(error: OSError) -> str:
 
 
 def _interrupted(arguments: list[str]) -> int:
-    kept = "; what was stored so far is kept and reused by the next run" if "backup" in arguments else ""
+    verb = next((word for word in arguments if word in _COMMANDS), "")
+    kept = "; what was stored so far is kept and reused by the next run" if verb == "backup" else ""
     sys.stderr.write(f"\nbackupfs: interrupted{kept}\n")
     return EXIT_INTERRUPTED
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from datetime import datetime
+from typing import TextIO
 
 from backupfs.cli.settings import Settings
 from backupfs.errors import shown
@@ -59,11 +60,10 @@ def print_json(value: Value) -> None:
     sys.stdout.flush()
 
 
-def _go_on_unheard() -> None:
+def _go_on_unheard(stream: TextIO) -> None:
     """Let what is said from now on go nowhere: that nobody listens any more must not end long work."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.dup2(nowhere, sys.stderr.fileno())
+    os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
@@ -85,7 +85,7 @@ class Reporter:
         try:
             self._show(event)
         except BrokenPipeError:
-            _go_on_unheard()
+            _go_on_unheard(sys.stdout if self._settings.json else sys.stderr)
 
     def _show(self, event: Event) -> None:
         match event:

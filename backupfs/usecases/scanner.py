@@ -24,7 +24,7 @@ from backupfs.usecases.events import Event
 # A task that is taken while waiting adds to Python's stack. At this depth nothing is given away any more, so nobody
 # waits without being ready for a task: each that was given away finds somebody in the end, its giver if nobody else.
 MOST_NESTED = 16
-_LENGTH_SIZE = 4
+LENGTH_SIZE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,8 @@ class Finished:
     root: Root | None  # of the one that began
 
 
-Message = FilledBlock | Event | Waiting | Given | Done | OrdinalWanted | Counted | Logged | Failed | Finished
+Word = Event | Waiting | Given | Done | OrdinalWanted | Counted | Logged | Failed | Finished
+Message = FilledBlock | Word
 
 
 # What a scanner is sent.
@@ -146,6 +147,14 @@ class End:
 Answer = Assigned | Returned | End | int
 
 
+def write_message(pipe: int, message: Message | Answer) -> None:
+    """Write a message, after its length. Raises: BrokenPipeError."""
+    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    view = memoryview(len(data).to_bytes(LENGTH_SIZE, "little") + data)
+    while view:
+        view = view[os.write(pipe, view) :]
+
+
 class Ended(Exception):
     """The leader has no more work."""
 
@@ -168,11 +177,8 @@ class Scanner:
 
     def send(self, message: Message) -> None:
         """Tell the leader something; ends this process if there is none."""
-        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        view = memoryview(len(data).to_bytes(_LENGTH_SIZE, "little") + data)
         try:
-            while view:
-                view = view[os.write(self._outgoing, view) :]
+            write_message(self._outgoing, message)
         except BrokenPipeError:
             os._exit(1)
 
@@ -226,7 +232,7 @@ class Scanner:
                 raise Ended
 
     def _receive(self) -> Answer:
-        length = int.from_bytes(self._read(_LENGTH_SIZE), "little")
+        length = int.from_bytes(self._read(LENGTH_SIZE), "little")
         answer: Answer = pickle.loads(self._read(length))
         return answer
 

@@ -4,6 +4,7 @@ A scanner that waits is answered once: with the result it waits for, else with a
 either comes. Belongs to the event loop, but for `start`, which comes before it and before any thread.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import logging
@@ -21,6 +22,7 @@ from backupfs.repository.writer import FilledBlock
 from backupfs.usecases.archive_counts import Counts
 from backupfs.usecases.events import Report
 from backupfs.usecases.scanner import (
+    LENGTH_SIZE,
     Answer,
     Assigned,
     Counted,
@@ -36,7 +38,9 @@ from backupfs.usecases.scanner import (
     Root,
     Scanner,
     Waiting,
+    Word,
     be_scanner,
+    write_message,
 )
 
 # More than these find too little that the leader could keep up with.
@@ -143,11 +147,11 @@ class Scanners:
         async with line:
             while part := await line.receive_some(_RECEIVE_SIZE):
                 received += part
-                while len(received) >= 4:
-                    end = 4 + int.from_bytes(received[:4], "little")
+                while len(received) >= LENGTH_SIZE:
+                    end = LENGTH_SIZE + int.from_bytes(received[:LENGTH_SIZE], "little")
                     if len(received) < end:
                         break
-                    message: Message = pickle.loads(memoryview(received)[4:end].tobytes())
+                    message: Message = pickle.loads(received[LENGTH_SIZE:end])
                     del received[:end]
                     if isinstance(message, FilledBlock):
                         await take(message)
@@ -159,7 +163,7 @@ class Scanners:
                 "run the backup again, what was stored is kept"
             )
 
-    def _handle(self, member: _Member, message: Message, report: Report) -> None:
+    def _handle(self, member: _Member, message: Word, report: Report) -> None:
         match message:
             case Waiting():
                 member.is_waiting = True
@@ -185,8 +189,6 @@ class Scanners:
                     self._root = root
                     for other in self._members:
                         self._answer(other)
-            case FilledBlock():
-                raise AssertionError
             case _:
                 report(message)
 
@@ -213,13 +215,8 @@ class Scanners:
 
 def _send(member: _Member, answer: Answer) -> None:
     # It waits for this, so the pipe is empty and read: writing does not block for long.
-    data = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
-    view = memoryview(len(data).to_bytes(4, "little") + data)
-    try:
-        while view:
-            view = view[os.write(member.outgoing, view) :]
-    except BrokenPipeError:
-        return  # its end shows on the other line
+    with contextlib.suppress(BrokenPipeError):  # its end shows on the other line
+        write_message(member.outgoing, answer)
 
 
 def _prepare_child(leader: int) -> None:

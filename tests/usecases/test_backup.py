@@ -16,6 +16,7 @@ from backupfs.localfs.selection import SelectionRules
 from backupfs.snapshots.node import CHANGED_WHILE_READ, RACY
 from backupfs.snapshots.tree import leaf_pages
 from backupfs.snapshots.walk import find_path, tree_of, walk
+from backupfs.usecases import backup as backup_module
 from backupfs.usecases.backup import BackupResult, backup, backup_stream
 from backupfs.usecases.events import Event, FileChanged, FileSkipped, LeftOut, Remark
 from tests.builders import (
@@ -503,11 +504,16 @@ def test_packs_that_no_index_names_are_taken_over_by_their_host(tmp_path: Path) 
     assert not run_check(reopened(repository), read_data=True).damaged
 
 
-def test_young_packs_of_another_host_are_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_old", [False, True])
+def test_packs_of_another_host_are_taken_over_when_they_are_old(
+    tmp_path: Path, is_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_old:
+        monkeypatch.setattr(backup_module, "_ORPHAN_AGE_NS", -(10**9))
     source = settled(build({"a": File(noise(1, 50_000))}, tmp_path / "s"))
     repository = new_repository(folders=folders_in(tmp_path / "one"))
     back_up(repository, source)
     for key in [*keys_of(repository.store, "index/"), *keys_of(repository.store, "snapshots/")]:
         repository.store.delete(key)
     other = reopened(repository, folders=folders_in(tmp_path / "other"))
-    assert run_backup(other, source).data.chunks > 0
+    assert (run_backup(other, source).data.chunks == 0) == is_old
