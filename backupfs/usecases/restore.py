@@ -4,6 +4,7 @@ Threading: the walk and the ends of things belong to one thread at a time. A wri
 neighbouring files, and mostly a directory, stay with one thread, and hops are few.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,8 +34,11 @@ Arguments = TypeVarTuple("Arguments")
 
 # Requests under way; each holds up to 8 MiB until it is written.
 _FETCHERS = 3
-# More would only wait for Python's lock.
-_WRITERS = min(workers.CPU_THREADS, 4)
+# More than four would only wait for Python's lock; one more than can run, so that the next range is at hand.
+_WRITERS = min(workers.CPU_THREADS, 4) + 1
+# A thread that comes back from a system call asks for Python's lock after this time; by default that is 5 ms, in which
+# a hundred small files could have been written.
+_SWITCH_S = 0.0002
 # Ranges that are written and wait for the target.
 _WAITING_RANGES = 8
 _PROGRESS_SECONDS = 0.2
@@ -74,11 +78,14 @@ async def restore(
     node = await workers.io(find_path, snapshot, path, repository.trees.load)
     run = await workers.io(partial(_Run, repository, node, target, options, report))
     totals = (snapshot.statistics.files, snapshot.statistics.size) if _is_whole(snapshot, path, options) else (0, 0)
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
     try:
         await run.through(totals)
     except BaseExceptionGroup as group:
         raise _single(group) from None
     finally:
+        sys.setswitchinterval(switch_s)
         with trio.CancelScope(shield=True):
             await workers.io(run.restorer.clean_up)
     for remark in run.restorer.remarks():
