@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 # Left free by `fill_memory`, so that no command starts with reclaiming.
 _FREE_BYTES = 512 << 20
@@ -81,20 +82,22 @@ def measure(command: list[str], environment: dict[str, str]) -> Measure:
     return Measure(wall, usage.ru_utime + usage.ru_stime, peak)
 
 
-def fill_memory(folder: Path) -> None:
+def fill_memory(folder: Path) -> IO[bytes] | None:
     """Fill free memory with cached pages of a file of holes, as memory of a machine at work is full of cached files.
 
     The host of a virtual machine takes free pages back, and gives them again at up to seconds a GiB, at random: whoever
     is measured first pays for everybody. Pages of the cache are recycled and cost the same each time.
+    Returns the file, which has no name and whose pages are free again when it is closed; None if memory was full.
     """
     meminfo = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) << 10 for line in meminfo if line.startswith("MemFree:"))
     if free <= 2 * _FREE_BYTES:
-        return
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="filler-", delete=False) as file:
-        file.truncate(free - _FREE_BYTES)
-        while file.read(_READ_SIZE):
-            pass
+        return None
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    file.truncate(free - _FREE_BYTES)
+    while file.read(_READ_SIZE):
+        pass
+    return file
 
 
 def usage_of(pid: int) -> tuple[float, float]:

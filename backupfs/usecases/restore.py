@@ -34,7 +34,7 @@ Arguments = TypeVarTuple("Arguments")
 
 # Requests under way; each holds up to 8 MiB until it is written.
 _FETCHERS = 3
-# More than four would only wait for Python's lock; one more than can run, so that the next range is at hand.
+# More would only wait for Python's lock. On few processors one waits for a thread, so that the next range is at hand.
 _WRITERS = min(workers.CPU_THREADS, 4) + 1
 # A thread that comes back from a system call asks for Python's lock after this time; by default that is 5 ms, in which
 # a hundred small files could have been written.
