@@ -11,6 +11,7 @@ LEVELS = {
     "ids": 0,
     "": 0,
     "workers": 1,
+    "forked": 1,
     "chunking": 1,
     "codec": 1,
     "stores": 1,

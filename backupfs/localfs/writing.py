@@ -2,8 +2,7 @@
 
 Every directory is opened from its parent's descriptor, so no path is too long and none leads out of the target. New
 content gets its name only when it is whole. Only the target itself, which the user named, may be a symlink.
-Threading: a Target belongs to one thread at a time. `for_another_thread` gives one more of the same directory, with
-descriptors of its own; what the `Directory` objects hold is settled before a second thread sees them.
+Threading: a Target belongs to one thread at a time. `for_another_process` gives one more of the same directory.
 """
 
 import copy
@@ -26,7 +25,7 @@ _NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CL
 _CHANGE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 # Directories beyond them are opened again when needed; a default limit of 1024 descriptors leaves room for files.
 _MOST_OPEN = 128
-# The same for another thread, which needs little more than the way to where it is.
+# The same for another process, which needs little more than the way to where it is.
 _MOST_OPEN_APART = 32
 _ACCESS_ACL, _DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
 # These end a restore: the next file would meet them again.
@@ -94,7 +93,7 @@ class Target:
         self._most_open = _MOST_OPEN
         self._root_fd = -1
         self._temporary = TEMPORARY_PREFIX + os.urandom(6).hex().encode() + b"-"
-        self._numbers = itertools.count(1)  # `next` is atomic, so threads share them
+        self._numbers = itertools.count(1)
         self.owners_kept = False  # ownership was recorded and not set, as only root may
         self.root = Directory(None, b"")
         self.exists = True
@@ -119,11 +118,16 @@ class Target:
         if self.root.existed:
             self._note_existing(self.root, self._root_fd)
 
-    def for_another_thread(self) -> "Target":
-        """Return the same target with descriptors of its own, to be closed before this one."""
+    def for_another_process(self, number: int, problem: Callable[[bytes, str], None]) -> "Target":
+        """Return the same target for a process that was just forked; it has descriptors and temporary names of its own.
+
+        number: differs from those of all other processes.
+        """
         other = copy.copy(self)
         other._open = OrderedDict()
         other._most_open = _MOST_OPEN_APART
+        other._temporary += b"%d-" % number
+        other._problem = problem
         return other
 
     # Directories.

@@ -1,4 +1,4 @@
-"""Reading many chunks at once: which ranges of which packs hold them, and taking those apart.
+"""Reading many chunks at once: which ranges of which packs hold them, and their stored bytes.
 
 A `WantedChunk` carries whatever its user wants to remember with it. Damage in one place leads to another copy: plan
 what failed again, and the places tried are left out. Threading: a wanted chunk belongs to one thread at a time.
@@ -111,51 +111,31 @@ def _untried(reader: ChunkReader, chunk: WantedChunk[Use]) -> tuple[ChunkId, Pac
     return None
 
 
-def fetch_range(reader: ChunkReader, wanted: PackRange[Use]) -> memoryview | None:
-    """Return the stored bytes of a range; None if the pack lacks them, which every chunk in it then remembers.
+def fetch_range(
+    reader: ChunkReader, wanted: PackRange[Use]
+) -> tuple[list[tuple[PackRange[Use], bytes]], list[WantedChunk[Use]]]:
+    """Return (the range with its stored bytes; chunks that the pack lacks, each of which remembers why).
 
+    A pack that was cut short may still give the blocks before its end: then each comes as a range of its own.
     Raises: StoreError if the store does not answer.
     """
-    try:
-        return memoryview(reader.fetch(wanted.pack, wanted.start, wanted.length))
-    except (DamagedObject, ObjectMissing) as error:
-        # A pack that was cut short may still give the blocks before its end.
-        if len(wanted.blocks) > 1 and isinstance(error, DamagedObject):
-            return memoryview(b"")
-        for block in wanted.blocks:
-            give_up(block, block.chunks, error)
-        return None
-
-
-def decode_block(
-    reader: ChunkReader, wanted: PackRange[Use], stored: memoryview, block: WantedBlock[Use]
-) -> list[tuple[WantedChunk[Use], memoryview]]:
-    """Return the chunks of a block that are what their ids say; the others remember why not.
-
-    stored: from `fetch_range`. Costs what decompression and hashing cost, mostly without the GIL.
-    """
-    at = block.offset - wanted.start
-    try:
-        if stored:
-            plain = memoryview(reader.open_block(block.pack, stored[at : at + block.stored_length], block.offset))
-        else:
-            plain = memoryview(reader.read_block(block.pack, block.offset, block.stored_length))
-    except (DamagedObject, ObjectMissing) as error:
-        give_up(block, block.chunks, error)
-        return []
-    good: list[tuple[WantedChunk[Use], memoryview]] = []
-    for chunk in block.chunks:
-        data = plain[chunk.offset : chunk.offset + chunk.length]
+    got: list[tuple[PackRange[Use], bytes]] = []
+    lost: list[WantedChunk[Use]] = []
+    ranges = [wanted]
+    for part in ranges:
         try:
-            reader.check(chunk.chunk_id, data, block.pack, block.offset)
-        except DamagedObject as error:
-            give_up(block, [chunk], error)
-            continue
-        good.append((chunk, data))
-    return good
+            got.append((part, reader.fetch(part.pack, part.start, part.length)))
+        except (DamagedObject, ObjectMissing) as error:
+            if len(part.blocks) > 1 and isinstance(error, DamagedObject):
+                ranges += [PackRange(block) for block in part.blocks]
+                continue
+            for block in part.blocks:
+                give_up(block, block.chunks, error)
+                lost += block.chunks
+    return got, lost
 
 
-def give_up(block: WantedBlock[Use], chunks: Iterable[WantedChunk[Use]], error: Exception) -> None:
+def give_up(block: WantedBlock[Use], chunks: Iterable[WantedChunk[Use]], error: Exception | str) -> None:
     """Note that chunks cannot be had from a block, so that the next plan takes another copy."""
     for chunk in chunks:
         chunk.tried += ((block.pack.pack_id, block.offset),)

@@ -1,31 +1,34 @@
-"""Restore files: packs are read in order, and whichever thread decodes a range of one writes the files in it.
+"""Restore files: packs are read in order, and forked processes decode ranges of them and write the files in them.
 
-Threading: the walk and the ends of things belong to one thread at a time. A writing thread takes a whole range, so that
-neighbouring files, and mostly a directory, stay with one thread, and hops are few.
+This process walks, fetches and finishes what is whole. Threading: the walk and the ends of things belong to one thread
+at a time.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar, TypeVarTuple
 
 import trio
 
 from backupfs import workers
 from backupfs.errors import UsageError
+from backupfs.forked import Line, encoded
 from backupfs.localfs.writing import Target
+from backupfs.repository import fetch
 from backupfs.repository.fetch import PackRange, fetch_range
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.usecases.events import Progress, Report
-from backupfs.usecases.restore_files import Restorer, Written
+from backupfs.usecases.restore_files import Restorer
 from backupfs.usecases.restore_items import BY_NUMBER, OVERWRITE, RestoreOptions, Use
+from backupfs.usecases.restore_outcome import Outcome
+from backupfs.usecases.restore_range import RangeWriter, SharedRanges, Written, work_of
 from backupfs.usecases.restore_verify import Verifier
 from backupfs.usecases.restore_walk import Traversal
+from backupfs.usecases.restore_writers import RANGES_EACH, Ready, Writers, writer_count
 
 __all__ = ["RestoreOptions", "RestoreResult", "restore"]
 
@@ -34,17 +37,9 @@ Arguments = TypeVarTuple("Arguments")
 
 # Requests under way; each holds up to 8 MiB until it is written.
 _FETCHERS = 3
-# More would only wait for Python's lock. On few processors one waits for a thread, so that the next range is at hand.
-_WRITERS = min(workers.CPU_THREADS, 4) + 1
-# A thread that comes back from a system call asks for Python's lock after this time; by default that is 5 ms, in which
-# a hundred small files could have been written.
-_SWITCH_S = 0.0002
-# Ranges that are written and wait for the target.
-_WAITING_RANGES = 8
+# Ranges that wait to be fetched, about a window of the walk: the walk goes on meanwhile.
+_WAITING_RANGES = 16
 _PROGRESS_SECONDS = 0.2
-
-Stored = tuple[PackRange[Use], memoryview]
-Done = tuple[PackRange[Use], Written]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,28 +64,27 @@ async def restore(
 
     The target is made where it is missing, and gets the directory's own metadata then. Nothing outside it is ever
     touched. Interrupted anywhere, every file under its own name is whole, and no temporary file is left.
+    It forks: call it while this process has one thread.
     Raises: PathNotFound; SourceError if the target cannot be used or is full; UsageError; StoreError.
     """
     if options.overwrite not in OVERWRITE:
         raise UsageError(f"--overwrite {options.overwrite}: choose one of {', '.join(OVERWRITE)}")
     started = time.monotonic_ns()
-    await workers.io(repository.load_indexes)
-    node = await workers.io(find_path, snapshot, path, repository.trees.load)
-    run = await workers.io(partial(_Run, repository, node, target, options, report))
+    repository.load_indexes()
+    node = find_path(snapshot, path, repository.trees.load)
+    run = _Run(repository, node, target, options, report)
     totals = (snapshot.statistics.files, snapshot.statistics.size) if _is_whole(snapshot, path, options) else (0, 0)
-    switch_s = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_S)
     try:
+        run.start()
         await run.through(totals)
     except BaseExceptionGroup as group:
         raise _single(group) from None
     finally:
-        sys.setswitchinterval(switch_s)
         with trio.CancelScope(shield=True):
-            await workers.io(run.restorer.clean_up)
-    for remark in run.restorer.remarks():
+            await workers.io(run.clean_up)
+    for remark in run.outcome.remarks():
         report(remark)
-    counts = run.restorer.counts
+    counts = run.outcome.counts
     return RestoreResult(
         counts.files, counts.directories, counts.size, counts.unchanged, counts.deleted, counts.verified,
         counts.errors, counts.damaged, time.monotonic_ns() - started,
@@ -108,9 +102,10 @@ class _Run:
         self._node = node
         self._options = options
         self._report = report
-        opened = Target(target, lambda path, reason: self.restorer.problem(path, reason), make=not options.dry_run)
+        opened = Target(target, lambda path, reason: self.outcome.problem(path, reason), make=not options.dry_run)
+        self.outcome = Outcome(opened, report)
         traversal = self._traversal()
-        self.restorer = Restorer(opened, traversal, self._load, repository.data, options, report)
+        self.restorer = Restorer(self.outcome, traversal, self._load, repository.data, options, report)
         start = traversal.start()
         if node.is_directory:
             self.restorer.begin(start, traversal.metadata_of(node))
@@ -120,6 +115,27 @@ class _Run:
             self._walk = traversal.one(self.restorer, start, node)
         # The restorer belongs to one thread at a time: the walk and the settling take turns.
         self._turn = trio.Lock()
+        # Ranges that were sent to be fetched and are not settled, and what tells that there are none.
+        self._open_ranges = 0
+        self._all_settled = trio.Event()
+        count = 0 if options.dry_run else writer_count()
+        self._count = count
+        self._shared = SharedRanges(RANGES_EACH * count + _FETCHERS, fetch.MOST_RANGE)
+        self._writers = Writers(self._shared)
+
+    def start(self) -> None:
+        """Fork the processes that write."""
+        sparse = self._options.sparse
+
+        def run(number: int, line: Line) -> None:
+            RangeWriter(self._reader, self.outcome.target, number, self._shared, sparse).run(line)
+
+        self._writers.start(self._count, run)
+
+    def clean_up(self) -> None:
+        """End all processes, then remove what is not whole, and close everything."""
+        self._writers.end()
+        self.outcome.clean_up()
 
     def _traversal(self) -> Traversal:
         return Traversal(
@@ -135,71 +151,69 @@ class _Run:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._stop_when_cancelled)
             nursery.start_soon(self._tell_progress, totals)
-            await self._read_and_write(self._windows)
-            # What could not be read from its first place is read from others, as long as there are any.
-            while ranges := await self._at_target(self.restorer.take_retries):
-                await self._read_and_write(partial(self._send_all, ranges))
+            await self._read_and_write()
             if self._options.verify and not self._options.dry_run:
                 await self._verify()
             nursery.cancel_scope.cancel()
 
-    async def _read_and_write(self, plan: "Callable[[trio.MemorySendChannel[PackRange[Use]]], object]") -> None:
-        send_range, ranges = trio.open_memory_channel[PackRange[Use]](0)
-        send_stored, stored = trio.open_memory_channel[Stored](0)
-        send_done, done = trio.open_memory_channel[Done](_WAITING_RANGES)
+    async def _read_and_write(self) -> None:
+        send_range, ranges = trio.open_memory_channel[PackRange[Use]](_WAITING_RANGES)
+        send_ready, ready = trio.open_memory_channel[Ready](0)
         async with trio.open_nursery() as stages:
-            stages.start_soon(plan, send_range)  # type: ignore[arg-type]
+            stages.start_soon(self._plan, send_range)
             for _ in range(_FETCHERS):
-                stages.start_soon(self._fetch, ranges.clone(), send_stored.clone(), send_done.clone())
-            for _ in range(_WRITERS):
-                stages.start_soon(self._write, stored.clone(), send_done.clone())
-            stages.start_soon(self._settle, done)
-            for channel in (ranges, stored, send_stored, send_done):
-                channel.close()
+                stages.start_soon(self._fetch, ranges.clone(), send_ready.clone())
+            self._writers.run_in(stages, ready, self._settle)
+            ranges.close()
+            send_ready.close()
 
-    async def _windows(self, send: "trio.MemorySendChannel[PackRange[Use]]") -> None:
-        more = True
+    async def _plan(self, send: "trio.MemorySendChannel[PackRange[Use]]") -> None:
         async with send:
+            more = True
             while more:
                 more = await self._at_target(self.restorer.advance, self._walk)
                 if self.restorer.is_full or not more:
-                    for wanted in await self._at_target(self.restorer.take_window):
-                        await send.send(wanted)
+                    await self._send_all(await self._at_target(self.restorer.take_window), send)
+            # What could not be read from its first place is read from others, as long as there are any.
+            while ranges := await self._retries():
+                await self._send_all(ranges, send)
+
+    async def _retries(self) -> list[PackRange[Use]]:
+        while self._open_ranges:
+            self._all_settled = trio.Event()
+            await self._all_settled.wait()
+        return await self._at_target(self.restorer.take_retries)
 
     async def _send_all(self, ranges: list[PackRange[Use]], send: "trio.MemorySendChannel[PackRange[Use]]") -> None:
-        async with send:
-            for wanted in ranges:
-                await send.send(wanted)
+        for wanted in ranges:
+            self._open_ranges += 1
+            await send.send(wanted)
+
+    def _close_range(self) -> None:
+        self._open_ranges -= 1
+        if not self._open_ranges:
+            self._all_settled.set()
 
     async def _fetch(
-        self,
-        ranges: "trio.MemoryReceiveChannel[PackRange[Use]]",
-        send: "trio.MemorySendChannel[Stored]",
-        failed: "trio.MemorySendChannel[Done]",
+        self, ranges: "trio.MemoryReceiveChannel[PackRange[Use]]", send: "trio.MemorySendChannel[Ready]"
     ) -> None:
-        async with ranges, send, failed:
+        async with ranges, send:
             async for wanted in ranges:
-                stored = await workers.io(fetch_range, self._reader, wanted)
-                if stored is None:
-                    await failed.send((wanted, []))
-                else:
-                    await send.send((wanted, stored))
+                got, lost = await workers.io(fetch_range, self._reader, wanted)
+                for part, stored in got:
+                    slot = await self._writers.free.receive()
+                    message = await workers.io(self._message, part, slot, stored)
+                    self._open_ranges += 1
+                    await send.send((part, slot, message))
+                await self._at_target(self.restorer.give_up_chunks, lost)
+                self._close_range()
 
-    async def _write(self, stored: "trio.MemoryReceiveChannel[Stored]", send: "trio.MemorySendChannel[Done]") -> None:
-        target = self.restorer.target.for_another_thread()
-        try:
-            async with stored, send:
-                async for wanted, data in stored:
-                    written = await workers.cpu(self.restorer.write, target, wanted, data)
-                    await send.send((wanted, written))
-        finally:
-            self.restorer.owners_kept |= target.owners_kept
-            target.close_directories()
+    def _message(self, wanted: PackRange[Use], slot: int, stored: bytes) -> bytes:
+        return encoded(work_of(wanted, self._shared.put(slot, stored)))
 
-    async def _settle(self, done: "trio.MemoryReceiveChannel[Done]") -> None:
-        async with done:
-            async for wanted, written in done:
-                await self._at_target(self.restorer.settle, wanted, written)
+    async def _settle(self, wanted: PackRange[Use], written: Written) -> None:
+        await self._at_target(self.restorer.settle, wanted, written)
+        self._close_range()
 
     async def _verify(self) -> None:
         verifier = Verifier(self.restorer, self._traversal(), self._load, self._reader, self._report)
@@ -218,7 +232,7 @@ class _Run:
     async def _tell_progress(self, totals: tuple[int, int]) -> None:
         while True:
             await trio.sleep(_PROGRESS_SECONDS)
-            counts = self.restorer.counts
+            counts = self.outcome.counts
             self._report(
                 Progress(
                     "restore", counts.files + counts.unchanged, counts.size + counts.unchanged_size, *totals,

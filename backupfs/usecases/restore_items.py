@@ -30,7 +30,7 @@ class RestoreOptions:
 
 @dataclass(slots=True)
 class Counts:
-    """What was done so far; written by one thread, but for `errors` and `damaged`, and read by any."""
+    """What was done so far; written by one thread at a time and read by any."""
 
     files: int = 0  # written, or linked, or made
     directories: int = 0
@@ -56,7 +56,7 @@ class Item:
     """A file that is not written yet, or that others are links to."""
 
     __slots__ = (
-        "content", "directory", "error", "failure", "fd", "links", "metadata", "name", "number", "remaining", "size",
+        "content", "directory", "error", "failure", "links", "metadata", "name", "number", "remaining", "size",
         "state", "temporary", "unseen",
     )  # fmt: skip
 
@@ -69,10 +69,9 @@ class Item:
         self.content = content
         self.size = size
         self.number = number
-        self.temporary = b""  # its name until it is whole; empty for small files, which are written at once
-        self.fd = -1
+        self.temporary = b""  # its name until it is whole; empty for files of one chunk, which are written at once
         self.remaining = 1  # pieces that are not written, and 1 while the walk adds more
-        self.error: OSError | None = None  # of writing it at once
+        self.error = ""  # of writing it at once
         self.failure = ""
         self.state = State.WAITING
         self.links: list[Item] = []  # other names, to be made when this one is there
@@ -89,7 +88,7 @@ class PieceUse:
         self.at = at
         self.offset = offset  # in the chunk
         self.length = length
-        self.error: OSError | None = None  # of writing it
+        self.error = ""  # of writing it
 
 
 Use = Item | PieceUse

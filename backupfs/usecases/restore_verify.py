@@ -57,7 +57,7 @@ class Verifier:
         """Compare a directory; go in wherever the restore went."""
         if place.number in self._restorer.blocked:
             return False
-        if self._restorer.is_done(place.number):
+        if self._restorer.outcome.is_done(place.number):
             directory = self._directory_of(place)
             self._compared(directory, b"", lambda: self._compare_directory(directory, place.metadata))
         return True
@@ -79,7 +79,7 @@ class Verifier:
         for number, at in enumerate(positions, first):
             if number % PAUSE == 0:
                 yield None
-            if self._restorer.is_done(number):
+            if self._restorer.outcome.is_done(number):
                 yield from self._file(self._directory_of(place), page, at)
 
     def left(self, place: Place, complete: bool) -> None:  # noqa: ARG002
@@ -144,14 +144,14 @@ class Verifier:
         return f"it cannot be read: {error.strerror}"
 
     def _note(self, directory: Directory, name: bytes, problem: str | None) -> None:
-        counts = self._restorer.counts
+        counts = self._restorer.outcome.counts
         if problem is None:
             return
         if not problem:
             counts.verified += 1
             return
         path = self._target.path_of(directory, name)
-        if path not in self._restorer.told:
+        if path not in self._restorer.outcome.told:
             counts.errors += 1
             self._report(FileSkipped(path, f"it does not read back as restored: {problem}"))
 

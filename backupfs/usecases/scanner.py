@@ -8,13 +8,10 @@ result it takes tasks: two scanners that wait for each other work for each other
 Nothing here is kept when a scanner is killed, and nothing is lost: only its leader writes.
 """
 
-import logging
-import os
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
 
+from backupfs.forked import Line
 from backupfs.ids import ChunkId
 from backupfs.repository.writer import FilledBlock
 from backupfs.snapshots.node import Xattrs
@@ -24,7 +21,6 @@ from backupfs.usecases.events import Event
 # A task that is taken while waiting adds to Python's stack. At this depth nothing is given away any more, so nobody
 # waits without being ready for a task: each that was given away finds somebody in the end, its giver if nobody else.
 MOST_NESTED = 16
-LENGTH_SIZE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +89,6 @@ class Counted:
 
 
 @dataclass(frozen=True, slots=True)
-class Logged:
-    """A line for the log."""
-
-    logger: str
-    level: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Failed:
     """The scanner cannot go on: the whole backup ends with this error."""
 
@@ -115,7 +102,7 @@ class Finished:
     root: Root | None  # of the one that began
 
 
-Word = Event | Waiting | Given | Done | OrdinalWanted | Counted | Logged | Failed | Finished
+Word = Event | Waiting | Given | Done | OrdinalWanted | Counted | Failed | Finished
 Message = FilledBlock | Word
 
 
@@ -147,14 +134,6 @@ class End:
 Answer = Assigned | Returned | End | int
 
 
-def write_message(pipe: int, message: Message | Answer) -> None:
-    """Write a message, after its length. Raises: BrokenPipeError."""
-    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    view = memoryview(len(data).to_bytes(LENGTH_SIZE, "little") + data)
-    while view:
-        view = view[os.write(pipe, view) :]
-
-
 class Ended(Exception):
     """The leader has no more work."""
 
@@ -162,13 +141,12 @@ class Ended(Exception):
 class Scanner:
     """The scanning end of the line to the leader."""
 
-    def __init__(self, incoming: int, outgoing: int, hungry: memoryview) -> None:
+    def __init__(self, line: Line, hungry: memoryview) -> None:
         """Take the parts.
 
         hungry: its first byte says how many scanners wait for a task; kept by the leader.
         """
-        self._incoming = incoming
-        self._outgoing = outgoing
+        self._line = line
         self._hungry = hungry
         self._run: Callable[[Task], Result] | None = None
         self._given = 0
@@ -176,11 +154,8 @@ class Scanner:
         self._results: dict[int, Result] = {}
 
     def send(self, message: Message) -> None:
-        """Tell the leader something; ends this process if there is none."""
-        try:
-            write_message(self._outgoing, message)
-        except BrokenPipeError:
-            os._exit(1)
+        """Tell the leader something."""
+        self._line.send(message)
 
     def is_wanted(self) -> bool:
         """Tell whether somebody waits for a task. Costs next to nothing."""
@@ -232,58 +207,6 @@ class Scanner:
                 raise Ended
 
     def _receive(self) -> Answer:
-        length = int.from_bytes(self._read(LENGTH_SIZE), "little")
-        answer: Answer = pickle.loads(self._read(length))
+        answer = self._line.receive()
+        assert isinstance(answer, Assigned | Returned | End | int)
         return answer
-
-    def _read(self, length: int) -> bytes:
-        data = b""
-        while len(data) < length:
-            part = os.read(self._incoming, length - len(data))
-            if not part:
-                os._exit(1)  # there is no leader any more
-            data += part
-        return data
-
-
-def be_scanner(scanner: Scanner, scan: Callable[[Scanner], Root | None]) -> NoReturn:
-    """Be a scanning process to its end.
-
-    scan: does everything, and returns `/` in the process that began with it.
-    """
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-    root.addHandler(_Forwarder(scanner))
-    code = 1
-    try:
-        scanner.send(Finished(scan(scanner)))
-        code = 0
-    except Exception as error:
-        scanner.send(Failed(_portable(error)))
-    finally:
-        os._exit(code)
-
-
-def _portable(error: Exception) -> Exception:
-    """Return an error that can be sent, with what led to it as its note."""
-    import traceback
-
-    error.add_note("in a scanning process:\n" + "".join(traceback.format_tb(error.__traceback__)))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
-class _Forwarder(logging.Handler):
-    """Sends the lines of the log to the leader, whose handlers decide."""
-
-    def __init__(self, scanner: Scanner) -> None:
-        super().__init__()
-        self._scanner = scanner
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send one line."""
-        self._scanner.send(Logged(record.name, record.levelno, record.getMessage()))

@@ -4,25 +4,19 @@ A scanner that waits is answered once: with the result it waits for, else with a
 either comes. Belongs to the event loop, but for `start`, which comes before it and before any thread.
 """
 
-import contextlib
-import ctypes
-import fcntl
-import logging
 import mmap
 import os
-import pickle
-import signal
 from collections import deque
 from collections.abc import Awaitable, Callable
 
 import trio
 
 from backupfs.errors import BackupfsError
+from backupfs.forked import Forked, Line, fork
 from backupfs.repository.writer import FilledBlock
 from backupfs.usecases.archive_counts import Counts
 from backupfs.usecases.events import Report
 from backupfs.usecases.scanner import (
-    LENGTH_SIZE,
     Answer,
     Assigned,
     Counted,
@@ -31,24 +25,16 @@ from backupfs.usecases.scanner import (
     Failed,
     Finished,
     Given,
-    Logged,
-    Message,
     OrdinalWanted,
     Returned,
     Root,
     Scanner,
     Waiting,
     Word,
-    be_scanner,
-    write_message,
 )
 
 # More than these find too little that the leader could keep up with.
 MOST_SCANNERS = 4
-_RECEIVE_SIZE = 1 << 16
-_F_SETPIPE_SZ = 1031
-_PIPE_SIZE = 1 << 20  # what an ordinary user may have; a block's ids fit in several times
-_PR_SET_PDEATHSIG = 1
 
 
 def scanner_count() -> int:
@@ -59,13 +45,11 @@ def scanner_count() -> int:
 class _Member:
     """One scanning process, as its leader knows it."""
 
-    __slots__ = ("counts", "ended", "incoming", "is_waiting", "number", "outgoing", "pid", "results")
+    __slots__ = ("counts", "ended", "is_waiting", "number", "process", "results")
 
-    def __init__(self, number: int, pid: int, incoming: int, outgoing: int) -> None:
+    def __init__(self, number: int, process: Forked) -> None:
         self.number = number
-        self.pid = pid
-        self.incoming = incoming
-        self.outgoing = outgoing
+        self.process = process
         self.counts = Counts()
         self.is_waiting = False
         self.results: deque[Returned] = deque()
@@ -92,22 +76,13 @@ class Scanners:
         scan: (the line to here, whether this one begins) → `/`, from the one that begins.
         """
         for number in range(count):
-            to_scanner, to_leader = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
-            leader = os.getpid()
-            pid = os.fork()
-            if pid == 0:
-                _prepare_child(leader)
-                for other in self._members:
-                    os.close(other.incoming)
-                    os.close(other.outgoing)
-                os.close(to_scanner[1])
-                os.close(to_leader[0])
-                scanner = Scanner(to_scanner[0], to_leader[1], self._hungry)
-                be_scanner(scanner, lambda line, begins=number == 0: scan(line, begins))  # type: ignore[misc]
-            os.close(to_scanner[0])
-            os.close(to_leader[1])
-            _widen(to_leader[0])
-            self._members.append(_Member(number, pid, to_leader[0], to_scanner[1]))
+
+            def run(line: Line, begins: bool = number == 0) -> None:
+                scanner = Scanner(line, self._hungry)
+                scanner.send(Finished(scan(scanner, begins)))
+
+            process = fork(run, Failed, [member.process for member in self._members])
+            self._members.append(_Member(number, process))
 
     @property
     def counts(self) -> Counts:
@@ -130,33 +105,18 @@ class Scanners:
         return self._root
 
     def end(self) -> None:
-        """End all processes, whatever they do. May be called again."""
+        """End all processes, whatever they do: they have nothing that could be lost. May be called again."""
         for member in self._members:
-            if member.pid:
-                # It has nothing that could be lost.
-                os.kill(member.pid, signal.SIGKILL)
-                os.waitpid(member.pid, 0)
-                member.pid = 0
-                os.close(member.outgoing)
-                if member.incoming >= 0:
-                    os.close(member.incoming)
+            member.process.kill()
 
     async def _listen(self, member: _Member, take: Callable[[FilledBlock], Awaitable[None]], report: Report) -> None:
-        received = bytearray()
-        line, member.incoming = trio.lowlevel.FdStream(member.incoming), -1
-        async with line:
-            while part := await line.receive_some(_RECEIVE_SIZE):
-                received += part
-                while len(received) >= LENGTH_SIZE:
-                    end = LENGTH_SIZE + int.from_bytes(received[:LENGTH_SIZE], "little")
-                    if len(received) < end:
-                        break
-                    message: Message = pickle.loads(received[LENGTH_SIZE:end])
-                    del received[:end]
-                    if isinstance(message, FilledBlock):
-                        await take(message)
-                    else:
-                        self._handle(member, message, report)
+        async def handle(message: object) -> None:
+            if isinstance(message, FilledBlock):
+                await take(message)
+            else:
+                self._handle(member, message, report)  # type: ignore[arg-type]
+
+        await member.process.listen(handle)
         if not member.ended:
             raise BackupfsError(
                 "a scanning process ended before its work did, killed perhaps for want of memory: "
@@ -178,8 +138,6 @@ class Scanners:
                 member.counts = counts
             case OrdinalWanted(device):
                 _send(member, self._ordinals.setdefault(device, len(self._ordinals)))
-            case Logged(logger, level, text):
-                logging.getLogger(logger).log(level, "%s", text)
             case Failed(error):
                 member.ended = True
                 raise error
@@ -214,22 +172,4 @@ class Scanners:
 
 
 def _send(member: _Member, answer: Answer) -> None:
-    # It waits for this, so the pipe is empty and read: writing does not block for long.
-    with contextlib.suppress(BrokenPipeError):  # its end shows on the other line
-        write_message(member.outgoing, answer)
-
-
-def _prepare_child(leader: int) -> None:
-    # Ctrl-C goes to the whole group; the leader decides what follows from it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != leader:
-        os._exit(1)
-
-
-def _widen(pipe: int) -> None:
-    try:
-        fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_SIZE)
-    except OSError:
-        return  # the user has many of them open already
+    member.process.send_now(answer)

@@ -91,11 +91,11 @@ def test_a_directory_that_became_a_symlink_is_not_followed(tmp_path: Path, monke
     target.close()
 
 
-def test_another_thread_has_descriptors_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_has_descriptors_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "_MOST_OPEN_APART", 1)
     before = len(os.listdir("/proc/self/fd"))
     target, _ = opened(tmp_path)
-    other = target.for_another_thread()
+    other = target.for_another_process(1, lambda path, reason: None)
     first = target.make_directory(target.root, b"a")
     second = target.make_directory(first, b"b")
     mine = target.fd(first)
@@ -113,11 +113,11 @@ def test_another_thread_has_descriptors_of_its_own(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("put", ["symlink", "directory"])
-def test_another_thread_follows_nothing_that_took_a_directorys_place(put: str, tmp_path: Path) -> None:
+def test_another_process_follows_nothing_that_took_a_directorys_place(put: str, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     target, _ = opened(tmp_path / "target")
-    other = target.for_another_thread()
+    other = target.for_another_process(1, lambda path, reason: None)
     first = target.make_directory(target.root, b"d")
     second = target.make_directory(first, b"e")
     target.fd(second)

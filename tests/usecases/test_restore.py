@@ -1,13 +1,13 @@
 """Restores over real trees: what comes back, what is left alone, and what never happens."""
 
 import errno
+import multiprocessing
 import os
 import random
 import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,6 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupfs import workers
 from backupfs.codec.compression import DEFAULT_LEVEL
 from backupfs.codec.records import encode_record
 from backupfs.codec.sealing import Kind
@@ -37,6 +36,7 @@ from backupfs.usecases import archive_context, restore_files, restore_verify
 from backupfs.usecases import restore as restore_module
 from backupfs.usecases.events import Deleted, Event, FileSkipped, Progress
 from backupfs.usecases.restore import RestoreOptions, RestoreResult, restore
+from backupfs.usecases.restore_range import RangeWriter, Work, Written
 from tests.builders import (
     OLD_NS,
     Directory,
@@ -320,18 +320,20 @@ def test_any_content_comes_back(
         (restore_files, "_WINDOW_FILES", 1),
         (restore_files, "_WINDOW_BYTES", 1),
         (restore_files, "_SLICE_S", 0),
-        (restore_files, "_MOST_OPEN_FILES", 0),
-        (restore_files, "_SMALL", 0),
+        (restore_files, "_FIRST_WINDOW_FILES", 1),
         (writing, "_MOST_OPEN", 2),
         (fetch, "MOST_GAP", 0),
         (fetch, "MOST_RANGE", 1),
-        (restore_module, "_WRITERS", 1),
-        (restore_module, "_WRITERS", 8),
+        (restore_module, "writer_count", lambda: 1),
+        (restore_module, "writer_count", lambda: 8),
+        (restore_module, "_FETCHERS", 1),
+        (restore_module, "_WAITING_RANGES", 0),
+        (restore_module, "RANGES_EACH", 1),
         (restore_files, "PAUSE", 1),
     ],
 )
 def test_no_bound_changes_what_comes_back(
-    module: ModuleType, name: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, name: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, name, value)
     tree = TOGETHER | {"a": File(BIG), "b": {"c": {"d": {"a": Hardlink("a")}, "e": File(b"1")}, "f": Hardlink("a")}}
@@ -344,24 +346,22 @@ def test_no_bound_changes_what_comes_back(
 
 
 def side_by_side(monkeypatch: pytest.MonkeyPatch, writers: int) -> None:
-    """Let many small ranges be written by several threads, none of which goes on before each has begun."""
+    """Let many small ranges be written by several processes, none of which goes on before each has begun."""
     monkeypatch.setattr(fetch, "MOST_RANGE", 1)
-    monkeypatch.setattr(restore_module, "_WRITERS", writers)
-    monkeypatch.setattr(restore_module, "_FETCHERS", writers)
-    monkeypatch.setitem(workers._limiters, "cpu", trio.CapacityLimiter(writers))
-    real, begun = restore_files.Restorer.write, threading.Barrier(writers)
-    targets: list[object] = []
+    monkeypatch.setattr(restore_module, "writer_count", lambda: writers)
+    real, begun = RangeWriter.write, multiprocessing.get_context("fork").Barrier(writers)
+    waited: list[int] = []
 
-    def meeting(restorer: restore_files.Restorer, target: writing.Target, *arguments: object) -> object:
-        if target not in targets and len(targets) < writers:
-            targets.append(target)
+    def meeting(writer: RangeWriter, work: Work) -> Written:
+        if not waited:
+            waited.append(1)
             begun.wait(10)
-        return real(restorer, target, *arguments)  # type: ignore[arg-type]
+        return real(writer, work)
 
-    monkeypatch.setattr(restore_files.Restorer, "write", meeting)
+    monkeypatch.setattr(RangeWriter, "write", meeting)
 
 
-def test_several_threads_write_into_the_same_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_write_into_the_same_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "_MOST_OPEN_APART", 1)
     tree: dict[str, Entry] = {
         f"d{n}": {"e": {f"f{m}": File(noise(700 + 90 * m, 100 * n + m), mode=0o640 - m) for m in range(30)}}
@@ -376,7 +376,7 @@ def test_several_threads_write_into_the_same_directories(tmp_path: Path, monkeyp
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 
-def test_each_file_that_several_threads_cannot_write_is_told_once(
+def test_each_file_that_several_processes_cannot_write_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree: dict[str, Entry] = {f"small{n:02}": File(noise(3000, n)) for n in range(40)}
@@ -384,8 +384,12 @@ def test_each_file_that_several_threads_cannot_write_is_told_once(
     repository, snapshot, source = saved(tmp_path, tree)
     side_by_side(monkeypatch, 4)
 
-    def failing(*_arguments: object) -> None:
-        raise OSError(errno.EIO, "Input/output error")
+    real = os.write
+
+    def failing(fd: int, *arguments: object) -> int:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "write", failing)
     monkeypatch.setattr(os, "pwrite", failing)

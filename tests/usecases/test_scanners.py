@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from backupfs.usecases.archiver import Archiver
 from backupfs.usecases.events import FileSkipped
 from backupfs.usecases.scanner import MOST_NESTED, Assigned, Result, Scanner, Task
 from tests.builders import File, Hardlink, build, contents_of, keys_of, new_repository, noise, run_backup, run_check
+from tests.processes import runs
 from tests.usecases.test_backup import told
 
 
@@ -29,17 +29,6 @@ def tree(width: int, depth: int, seed: int = 0) -> dict[str, object]:
         for number in range(width):
             entries[f"dir-{number}"] = tree(width, depth - 1, seed * width + number + 1)
     return entries
-
-
-def children_of_this_process() -> list[str]:
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-
-
-@pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
-    before = children_of_this_process()
-    yield
-    assert children_of_this_process() == before
 
 
 @pytest.fixture
@@ -211,7 +200,7 @@ def test_scanners_end_with_their_leader(tmp_path: Path) -> None:
             time.sleep(60)
         scanners = Scanners({})
         scanners.start(2, scan)
-        print(*(member.pid for member in scanners._members), flush=True)
+        print(*(member.process.pid for member in scanners._members), flush=True)
         time.sleep(60)
         """
     )
@@ -223,13 +212,6 @@ def test_scanners_end_with_their_leader(tmp_path: Path) -> None:
     leader.wait()
     leader.stdout.close()
     end = time.monotonic() + 10
-    while any(_runs(pid) for pid in pids):
+    while any(runs(pid) for pid in pids):
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def _runs(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -1,0 +1,220 @@
+"""Processes that are forked from this one, each with a line of messages to it and one back.
+
+Python runs one thread at a time; work that is Python and system calls scales by processes only. Forked ones have all
+that was opened before, so nothing is set up twice, and messages are plain Python values.
+Fork while the process has one thread: a lock that another holds would stay locked in the child.
+The side that forks reads in an event loop, the forked side waits for one message after the other.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import logging
+import os
+import pickle
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+import trio
+
+_LENGTH_SIZE = 4
+_RECEIVE_SIZE = 1 << 18
+_F_SETPIPE_SZ = 1031
+_PIPE_SIZE = 1 << 20  # what an ordinary user may have
+_PR_SET_PDEATHSIG = 1
+
+
+class LeaderGone(BaseException):
+    """The process that forked this one is there no more, or wants nothing more of it. Nobody is to handle it."""
+
+
+class Line:
+    """The forked process's end: what it is told, and what it tells."""
+
+    def __init__(self, incoming: int, outgoing: int) -> None:
+        self._incoming = incoming
+        self._outgoing = outgoing
+
+    def send(self, message: object) -> None:
+        """Tell the leader something. Raises: LeaderGone."""
+        try:
+            _write(self._outgoing, encoded(message))
+        except BrokenPipeError:
+            raise LeaderGone from None
+
+    def receive(self) -> object:
+        """Wait for the next message. Raises: LeaderGone."""
+        return pickle.loads(self._read(int.from_bytes(self._read(_LENGTH_SIZE), "little")))
+
+    def _read(self, length: int) -> bytes:
+        data = b""
+        while len(data) < length:
+            part = os.read(self._incoming, length - len(data))
+            if not part:
+                raise LeaderGone
+            data += part
+        return data
+
+
+class Forked:
+    """The leader's end of the line to one forked process."""
+
+    def __init__(self, pid: int, incoming: int, outgoing: int) -> None:
+        self.pid = pid
+        self._incoming = incoming
+        self._outgoing = outgoing
+
+    def send_now(self, message: object) -> None:
+        """Send a message to a process that waits for one: its line is empty, so this does not block for long."""
+        with contextlib.suppress(BrokenPipeError):  # its end shows on the other line
+            _write(self._outgoing, encoded(message))
+
+    async def send_all(self, messages: "trio.MemoryReceiveChannel[bytes]") -> None:
+        """Send messages, `encoded` before, as fast as the process takes them; it is told the end by their end."""
+        line, self._outgoing = trio.lowlevel.FdStream(self._outgoing), -1
+        async with messages, line:
+            # A process that is gone shows on the other line.
+            with contextlib.suppress(trio.BrokenResourceError):
+                async for message in messages:
+                    await line.send_all(message)
+
+    async def listen(self, take: Callable[[object], Awaitable[None]]) -> None:
+        """Pass on what the process sends, until it closes its end; lines of its log go to the log here."""
+        received = bytearray()
+        line, self._incoming = trio.lowlevel.FdStream(self._incoming), -1
+        async with line:
+            while part := await line.receive_some(_RECEIVE_SIZE):
+                received += part
+                while len(received) >= _LENGTH_SIZE:
+                    end = _LENGTH_SIZE + int.from_bytes(received[:_LENGTH_SIZE], "little")
+                    if len(received) < end:
+                        break
+                    message = pickle.loads(memoryview(received)[_LENGTH_SIZE:end])
+                    del received[:end]
+                    if isinstance(message, _Logged):
+                        logging.getLogger(message.logger).log(message.level, "%s", message.text)
+                    else:
+                        await take(message)
+
+    def forget_lines(self) -> None:
+        """Close this end of the lines."""
+        for pipe in (self._incoming, self._outgoing):
+            if pipe >= 0:
+                os.close(pipe)
+        self._incoming = self._outgoing = -1
+
+    def kill(self) -> None:
+        """End the process, whatever it does. May be called again."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the process has ended. May be called again."""
+        if self.pid:
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+        self.forget_lines()
+
+
+def fork(run: Callable[[Line], None], failed: Callable[[Exception], object], others: Sequence[Forked]) -> Forked:
+    """Fork a process that does one thing and ends.
+
+    run: what it does.
+    failed: makes the message that tells the leader of an exception out of `run`.
+    others: processes forked before, whose lines are none of its business.
+    """
+    to_child, to_leader = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    leader = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _prepare_child(leader)
+        for other in others:
+            other.forget_lines()
+        os.close(to_child[1])
+        os.close(to_leader[0])
+        _be_child(Line(to_child[0], to_leader[1]), run, failed)
+    os.close(to_child[0])
+    os.close(to_leader[1])
+    for pipe in (to_child[1], to_leader[0]):
+        _widen(pipe)
+    return Forked(pid, to_leader[0], to_child[1])
+
+
+def _prepare_child(leader: int) -> None:
+    # Ctrl-C goes to the whole group; the leader decides what follows from it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != leader:
+        os._exit(1)
+
+
+def _be_child(line: Line, run: Callable[[Line], None], failed: Callable[[Exception], object]) -> NoReturn:
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    root.addHandler(_Forwarder(line))
+    code = 1
+    try:
+        run(line)
+        code = 0
+    except LeaderGone:
+        pass
+    except Exception as error:
+        with contextlib.suppress(LeaderGone):
+            line.send(failed(_portable(error)))
+    finally:
+        os._exit(code)
+
+
+class _Logged(NamedTuple):
+    """A line for the leader's log."""
+
+    logger: str
+    level: int
+    text: str
+
+
+class _Forwarder(logging.Handler):
+    """Sends the lines of the log to the leader, whose handlers decide."""
+
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one line."""
+        self._line.send(_Logged(record.name, record.levelno, record.getMessage()))
+
+
+def encoded(message: object) -> bytes:
+    """Return a message as it goes over a line."""
+    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    return len(data).to_bytes(_LENGTH_SIZE, "little") + data
+
+
+def _write(pipe: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(pipe, view) :]
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that can be sent, with what led to it as its note."""
+    import traceback
+
+    error.add_note("in a forked process:\n" + "".join(traceback.format_tb(error.__traceback__)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _widen(pipe: int) -> None:
+    try:
+        fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_SIZE)
+    except OSError:
+        return  # the user has many of them open already
