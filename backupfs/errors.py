@@ -73,6 +73,10 @@ class StoreFull(StoreUnavailable):
     errno = errno.ENOSPC
 
 
+class ObjectArchived(StoreError):
+    """The object is in a class of storage that must be thawed before it can be read."""
+
+
 class RepositoryError(BackupfsError):
     """What is in the store cannot be used as a repository."""
 

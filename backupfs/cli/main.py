@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 
 import click
 
@@ -84,7 +85,7 @@ Environment:
     cls=_LazyGroup, epilog=_ENVIRONMENT + "\n" + _EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(__version__, message="backupfs %(version)s")
-@common_options
+@partial(common_options, shows_all=True)
 @click.pass_context
 def cli(context: click.Context, /, **arguments: object) -> None:
     """Incremental, encrypted backups that mount as a read-only filesystem.

@@ -36,6 +36,14 @@ class Settings:
     password_file: str | None = None
     password_command: str | None = None
     cache_dir: str | None = None
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    addressing: str | None = None
+    ca_bundle: str | None = None
+    connections: int | None = None
+    storage_class: str | None = None
+    encryption: str | None = None
 
     def merged(self, later: "Settings") -> "Settings":
         """Return these settings with those that were given after the verb on top."""
@@ -55,9 +63,19 @@ class Settings:
 
     def store(self) -> "Store":
         """Return the repository's store. Raises: UsageError."""
+        from backupfs.codec.sealing import Kind
+        from backupfs.repository import layout
         from backupfs.stores.opening import open_store
+        from backupfs.stores.s3 import DEFAULT_CONNECTIONS, S3Options
 
-        return open_store(self.url())
+        # Only data may be in a class that is slow or dear to read: everything else is read all the time.
+        classes = ((layout.prefix_of(Kind.DATA_PACK), self.storage_class),) if self.storage_class else ()
+        options = S3Options(
+            self.endpoint_url or "", self.region or "", self.profile or "", self.addressing or "auto",
+            self.ca_bundle or "", DEFAULT_CONNECTIONS if self.connections is None else self.connections,
+            classes, self.encryption or "",
+        )  # fmt: skip
+        return open_store(self.url(), options)
 
     def folders(self) -> "LocalFolders":
         """Return where this client keeps its cache and state."""
@@ -94,7 +112,9 @@ class Settings:
 
 
 _OPTIONS = (
-    click.option("-r", "--repository", metavar="REPO", help="Where the repository is: a folder, or file:///FOLDER."),
+    click.option(
+        "-r", "--repository", metavar="REPO", help="Where the repository is: a folder, or s3://BUCKET/PREFIX."
+    ),
     click.option("--json", is_flag=True, help="Print JSON: one object, or one a line, on standard output."),
     click.option("-q", "--quiet", is_flag=True, help="No progress and no report, only errors."),
     click.option("-v", "--verbose", count=True, help="Say more; twice: what the store does, too."),
@@ -103,9 +123,23 @@ _OPTIONS = (
     click.option("--cache-dir", metavar="FOLDER", help="Where the cache is; it can be deleted at any time."),
 )
 
+# Of object storage. Given before or after the verb like the others, but told of in `backupfs --help` only.
+_S3_OPTIONS = (
+    ("--endpoint-url", {"metavar": "URL", "help": "Where object storage is, if not at AWS."}),
+    ("--region", {"metavar": "NAME", "help": "Its region."}),
+    ("--profile", {"metavar": "NAME", "help": "The profile of ~/.aws/config and credentials to use."}),
+    ("--addressing", {"metavar": "HOW", "help": "Where the bucket's name stands: path, virtual (host) or auto."}),
+    ("--ca-bundle", {"metavar": "FILE", "help": "Trust the certificates in FILE instead of the system's."}),
+    ("--connections", {"type": int, "metavar": "N", "help": "At most N connections at once (default: 16)."}),
+    ("--storage-class", {"metavar": "CLASS", "help": "Put file content into CLASS; what is read often stays hot."}),
+    ("--encryption", {"metavar": "KIND", "help": "Encryption by the server, too: AES256, aws:kms or aws:kms:KEY."}),
+)
 
-def common_options(function: Command) -> Command:
+
+def common_options(function: Command, shows_all: bool = False) -> Command:
     """Add the common options to a command or group."""
+    for name, arguments in reversed(_S3_OPTIONS):
+        function = click.option(name, hidden=not shows_all, **arguments)(function)
     for option in reversed(_OPTIONS):
         function = option(function)
     return function

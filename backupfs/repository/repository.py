@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from backupfs.chunking.cutter import CutSizes
 from backupfs.codec import keys
@@ -26,11 +27,14 @@ from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.config import Config, check_mac, encode_config, read_config, unknown_features
 from backupfs.repository.index import Index
 from backupfs.repository.local import LocalFolders
+from backupfs.stores.caching import CachingStore
 from backupfs.stores.store import Store
 
 # What decoded blocks may take; trees are asked for again and again, data mostly once.
 TREE_CACHE_SIZE = 32 << 20
 DATA_CACHE_SIZE = 48 << 20
+# What trees, snapshots and notes of a store that is far away may take on this machine's disk.
+HOT_CACHE_SIZE = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,14 @@ class Repository:
         self.slot_id = slot_id
         self.local = local
         cache = local.cache / config.repository_id.hex() if local.cache is not None else None
+        self.hot = _cached(store, cache)
         self.tree_index = Index(store, Kind.TREE_INDEX, keyring, cache / "index-tree" if cache else None)
         self.data_index = Index(store, Kind.DATA_INDEX, keyring, cache / "index-data" if cache else None)
-        self.trees = ChunkReader(store, keyring, self.tree_index, Kind.TREE_PACK, TREE_CACHE_SIZE)
+        self.trees = ChunkReader(self.hot, keyring, self.tree_index, Kind.TREE_PACK, TREE_CACHE_SIZE)
         self.data = ChunkReader(store, keyring, self.data_index, Kind.DATA_PACK, DATA_CACHE_SIZE)
+
+    # `store` is what is there; `hot` is the same with what is read often kept on this machine, for objects that are
+    # never rewritten. Who checks the store asks `store`.
 
     def require_writable(self) -> None:
         """Raise UnknownVersion if this program may only read the repository."""
@@ -112,6 +120,14 @@ class Repository:
         """Delete a key slot; the caller makes sure that another one opens."""
         self.require_writable()
         self.store.delete(layout.slot_key(slot_id))
+
+
+def _cached(store: Store, cache: Path | None) -> Store:
+    if cache is None or store.folder is not None:
+        return store
+    return CachingStore(
+        store, cache / "objects", (layout.SNAPSHOTS, layout.NOTES), (layout.prefix_of(Kind.TREE_PACK),), HOT_CACHE_SIZE
+    )
 
 
 def require_repository(store: Store) -> None:

@@ -18,6 +18,7 @@ from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.snapshot import FILES, Snapshot, decode_snapshot, encode_snapshot
+from backupfs.stores.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class SnapshotList:
     """The snapshots of a repository, oldest first; `refresh` reads only what is new."""
 
     repository: Repository
+    store: Store | None = None  # to look into; None: what is kept on this machine is as good as the store's
     snapshots: list[Snapshot] = field(default_factory=list)  # without the forgotten ones
     damaged: dict[str, str] = field(default_factory=dict)  # key → what is wrong
     _loaded: dict[SnapshotId, Snapshot] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class SnapshotList:
 
     def _load(self, key: str, snapshot_id: SnapshotId, damaged: dict[str, str]) -> Snapshot | None:
         try:
-            return load_snapshot(self.repository, snapshot_id)
+            return load_snapshot(self.repository, snapshot_id, self.store or self.repository.hot)
         except (RepositoryError, ObjectMissing) as error:
             # A live mount asks again and again; one line is enough.
             if self.damaged.get(key) != str(error):
@@ -74,7 +76,9 @@ class SnapshotList:
         for info in self.repository.store.list(layout.NOTES):
             if info.key not in self._notes:
                 try:
-                    self._notes[info.key] = notes.load_note(self.repository, info.key)
+                    self._notes[info.key] = notes.load_note(
+                        self.repository, info.key, self.store or self.repository.hot
+                    )
                 except WrongPassword as error:
                     # A slot that may not destroy cannot read what only the maintain key may have written.
                     log.debug("%s; it is ignored", error)
@@ -149,10 +153,13 @@ def load_snapshots(repository: Repository) -> SnapshotList:
     return listed
 
 
-def load_snapshot(repository: Repository, snapshot_id: SnapshotId) -> Snapshot:
-    """Return one snapshot. Raises: DamagedObject; ObjectMissing; StoreError."""
+def load_snapshot(repository: Repository, snapshot_id: SnapshotId, store: Store | None = None) -> Snapshot:
+    """Return one snapshot; `store` is where to look, the repository's own by default.
+
+    Raises: DamagedObject; ObjectMissing; StoreError.
+    """
     key = layout.key_of(Kind.SNAPSHOT, snapshot_id)
-    data = load_object(repository.store, key)
+    data = load_object(store or repository.store, key)
     return decode_snapshot(unseal_record(data, Kind.SNAPSHOT, repository.keyring, f"the object {key}"), snapshot_id)
 
 
@@ -160,7 +167,7 @@ def put_snapshot(repository: Repository, snapshot: Snapshot) -> Snapshot:
     """Store a snapshot, which commits it, and return it with its id. Raises: StoreError."""
     data = seal_record(Kind.SNAPSHOT, repository.keyring, encode_snapshot(snapshot))
     snapshot_id = SnapshotId(hash_object(data))
-    repository.store.put(layout.key_of(Kind.SNAPSHOT, snapshot_id), data)
+    repository.hot.put(layout.key_of(Kind.SNAPSHOT, snapshot_id), data)
     return replace(snapshot, snapshot_id=snapshot_id)
 
 

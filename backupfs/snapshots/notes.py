@@ -15,6 +15,7 @@ from backupfs.ids import SnapshotId
 from backupfs.repository import layout
 from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
+from backupfs.stores.store import Store
 
 FORMAT = 1
 FORGET = "forget"
@@ -51,14 +52,14 @@ def new_note(snapshot_id: SnapshotId, kind: str) -> Note:
     return Note(snapshot_id, kind, time.time_ns(), os.uname().nodename)
 
 
-def load_note(repository: Repository, key: str) -> Note:
-    """Return the note under a key.
+def load_note(repository: Repository, key: str, store: Store | None = None) -> Note:
+    """Return the note under a key; `store` is where to look, the repository's own by default.
 
     Raises: DamagedObject, also for a destructive note that is not under the maintain key; WrongPassword where this key
     slot lacks the key; UnknownVersion; StoreError.
     """
     what = f"the object {key}"
-    data = load_object(repository.store, key)
+    data = load_object(store or repository.store, key)
     header = data[: HEADER.size]
     sealed_as = Kind.MAINTENANCE_NOTE if len(header) > 5 and header[5] == Kind.MAINTENANCE_NOTE else Kind.NOTE
     record = decode_record(unseal_record(data, sealed_as, repository.keyring, what), what)

@@ -25,7 +25,9 @@ class ObjectInfo:
 
     key: str
     size: int
-    modified_ns: int  # nanoseconds since 1970 by the store's clock, a moment between start and end of the put
+    # Nanoseconds since 1970 by the store's clock, a moment between start and end of the put; some stores count in
+    # seconds and round up.
+    modified_ns: int
 
 
 class Store(abc.ABC):

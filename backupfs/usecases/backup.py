@@ -145,7 +145,7 @@ class _Run:
         indexes = ((Kind.DATA_PACK, repository.data_index), (Kind.TREE_PACK, repository.tree_index))
         host_id = local.host_id(repository.local.state)
         self._writers = {
-            kind: PackWriter(repository.store, repository.keyring, index, kind, host_id, writer_level, sizes)
+            kind: PackWriter(repository.hot, repository.keyring, index, kind, host_id, writer_level, sizes)
             for kind, index, writer_level in (
                 (Kind.DATA_PACK, repository.data_index, level),
                 # Pages are small and read often: a better level costs little and pays at each mount.

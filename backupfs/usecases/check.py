@@ -206,7 +206,7 @@ class _Check:
 
     def _load_snapshots(self) -> None:
         repository = self._repository
-        listed = SnapshotList(repository)
+        listed = SnapshotList(repository, repository.store)
         try:
             listed.refresh()
         except StoreError:
@@ -237,9 +237,9 @@ class _Check:
                     try:
                         identity = layout.id_in_key(info.key)
                         if prefix == layout.NOTES:
-                            load_note(repository, info.key)
+                            load_note(repository, info.key, repository.store)
                         elif identity is not None:
-                            self._snapshots.append(load_snapshot(repository, SnapshotId(identity)))
+                            self._snapshots.append(load_snapshot(repository, SnapshotId(identity), repository.store))
                     except WrongPassword:
                         continue  # a note that only the maintain key opens
                     except (RepositoryError, StoreError) as error:

@@ -1,0 +1,59 @@
+"""Counting what a store costs in requests: providers charge for each, by kind."""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCounts:
+    """Requests as they went over the network, tries that failed included, and bytes of objects."""
+
+    put: int = 0
+    get: int = 0  # heads, too: they cost the same
+    list: int = 0
+    delete: int = 0
+    sent: int = 0  # bytes
+    received: int = 0
+
+    def __add__(self, other: "RequestCounts") -> "RequestCounts":
+        return RequestCounts(
+            self.put + other.put, self.get + other.get, self.list + other.list, self.delete + other.delete,
+            self.sent + other.sent, self.received + other.received,
+        )  # fmt: skip
+
+
+class Requests:
+    """Counts of one process; safe in threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._put = self._get = self._list = self._delete = self._sent = self._received = 0
+
+    def count(self, request: Any, **_: object) -> None:
+        """Take a request that is about to be sent, as boto3 tells of it."""
+        with self._lock:
+            if request.method == "DELETE":
+                self._delete += 1
+            elif request.method in ("PUT", "POST"):
+                self._put += 1
+            elif "list-type=2" in request.url:
+                self._list += 1
+            else:
+                self._get += 1
+
+    def add_sent(self, size: int) -> None:
+        """Take bytes of an object that was put."""
+        with self._lock:
+            self._sent += size
+
+    def add_received(self, size: int) -> None:
+        """Take bytes of an object that came."""
+        with self._lock:
+            self._received += size
+
+    @property
+    def counts(self) -> RequestCounts:
+        """What was counted so far."""
+        with self._lock:
+            return RequestCounts(self._put, self._get, self._list, self._delete, self._sent, self._received)

@@ -1,0 +1,122 @@
+"""A store that tries again what may go better the next time, around one that tries once."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from backupfs.errors import ObjectExists, StoreFull, StoreMissing, StoreUnavailable
+from backupfs.stores.store import ObjectInfo, Store
+
+Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
+
+# Seconds between tries, each with up to as much again at random: clients that failed together must not come back
+# together. In all a minute and a half at most, in which a server restarts.
+_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+
+
+class RetryingStore(Store):
+    """Passes everything on; what fails with StoreUnavailable is tried again, but for a full or missing store."""
+
+    def __init__(self, inner: Store, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Take the store inside.
+
+        sleep: takes seconds.
+        """
+        self.inner = inner
+        self._sleep = sleep
+
+    @property
+    def url(self) -> str:
+        """Where the store inside is."""
+        return self.inner.url
+
+    @property
+    def folder(self) -> str | None:
+        """The folder of the store inside."""
+        return self.inner.folder
+
+    def create(self) -> None:
+        """Make the place."""
+        self._try(self.inner.create)
+
+    def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
+        """Store an object; one whose answer was lost is not mistaken for somebody else's."""
+        failed = False
+
+        def put() -> None:
+            nonlocal failed
+            try:
+                self.inner.put(key, data, if_absent=if_absent)
+            except StoreUnavailable:
+                failed = True
+                raise
+            except ObjectExists:
+                # The try before this may have stored it, and only its answer was lost.
+                if not (failed and self.inner.get(key) == data):
+                    raise
+
+        self._try(put)
+
+    def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
+        """Return a range of an object."""
+        return self._try(lambda: self.inner.get(key, start=start, length=length))
+
+    def size(self, key: str) -> int:
+        """Return the length of an object."""
+        return self._try(lambda: self.inner.size(key))
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield objects; a listing that breaks off is begun anew, and what was yielded is passed over."""
+        last = ""
+        found: Iterator[ObjectInfo] | None = None
+
+        def step() -> ObjectInfo | None:
+            nonlocal found
+            try:
+                if found is None:
+                    found = self.inner.list(prefix)
+                for info in found:
+                    if info.key > last:
+                        return info
+            except StoreUnavailable:
+                found = None
+                raise
+            return None
+
+        while (info := self._try(step)) is not None:
+            last = info.key
+            yield info
+
+    def now(self) -> int:
+        """Return the store's time."""
+        return self._try(self.inner.now)
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        self._try(lambda: self.inner.delete(key))
+
+    def close(self) -> None:
+        """Close the store inside."""
+        self.inner.close()
+
+    def _try(self, call: Callable[[], Result]) -> Result:
+        started = time.monotonic()
+        for pause_s in _PAUSES_S:
+            try:
+                return call()
+            except (StoreFull, StoreMissing):
+                raise
+            except StoreUnavailable as error:
+                _log.info("%s; trying again", error)
+            self._sleep(pause_s * (1 + random.random()))
+        try:
+            return call()
+        except (StoreFull, StoreMissing):
+            raise
+        except StoreUnavailable as error:
+            tries = len(_PAUSES_S) + 1
+            raise StoreUnavailable(f"{error} ({tries} tries in {time.monotonic() - started:.0f} s)") from error

@@ -1,0 +1,424 @@
+"""A store in a bucket of object storage that speaks S3: AWS, Swift, Ceph, SeaweedFS, MinIO and their like.
+
+Servers differ in what they check and what they refuse. What one can do is found out from its answers, never asked of
+the user, and nothing rests on it: each put carries the MD5 of its bytes, which every real server checks, and whoever
+reads checks seals and ids. One attempt is made of everything: trying again is `RetryingStore`'s.
+One client is shared by all threads of a process. A forked process goes on with the client it has, but over connections
+of its own.
+"""
+
+import calendar
+import contextlib
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from backupfs.errors import (
+    AccessDenied,
+    ObjectArchived,
+    ObjectExists,
+    ObjectMissing,
+    StoreError,
+    StoreFull,
+    StoreMissing,
+    StoreUnavailable,
+    UsageError,
+    shown,
+)
+from backupfs.stores.requests import Requests
+from backupfs.stores.store import MAX_KEY_LENGTH, ObjectInfo, Store, is_key, range_length, validate_key
+
+DEFAULT_CONNECTIONS = 16
+ADDRESSING = ("auto", "path", "virtual")
+
+# A connection that does not come about, and one on which nothing moves.
+_CONNECT_S = 10
+_READ_S = 60
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_KEY_START = re.compile(rf"[A-Za-z0-9._/-]{{0,{MAX_KEY_LENGTH}}}")
+
+# What servers answer, by what follows from it. Codes are those of S3 and of the servers that speak it.
+_NO_BUCKET = frozenset({"NoSuchBucket"})
+_NO_OBJECT = frozenset({"NoSuchKey", "404", "NotFound"})
+_EXISTS = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
+_NOT_ABLE = frozenset({"NotImplemented", "501"})
+_ARCHIVED = frozenset({"InvalidObjectState"})
+_FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507", "EntityTooLarge"})
+_CLOCK = frozenset({"RequestTimeTooSkewed"})
+_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
+_REFUSED = frozenset(
+    {
+        "AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidAccessKeyId", "SignatureDoesNotMatch",
+        "InvalidToken", "InvalidSecurity", "Forbidden", "403", "401", "Unauthorized", "MethodNotAllowed",
+    }
+)  # fmt: skip
+# A body that was garbled on its way: the next may not be.
+_GARBLED = frozenset({"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout"})
+
+
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """What a user can say about object storage; the rest is found by boto3's own chain."""
+
+    endpoint_url: str = ""  # empty: that of the profile or the environment, else AWS
+    region: str = ""
+    profile: str = ""
+    addressing: str = "auto"  # where the bucket's name stands: in the path, or in the host's name
+    ca_bundle: str = ""  # a file of certificates to trust; empty: the system's
+    connections: int = DEFAULT_CONNECTIONS
+    classes: tuple[tuple[str, str], ...] = ()  # (start of the key, storage class) for objects not of the usual class
+    encryption: str = ""  # by the server: AES256, aws:kms or aws:kms:KEY
+
+
+class S3Store(Store):
+    """Objects of a bucket whose keys begin with a prefix."""
+
+    def __init__(self, bucket: str, prefix: str, options: S3Options) -> None:
+        """Take the parts; no network is needed yet.
+
+        prefix: empty, or segments of a key.
+        """
+        self._bucket = bucket
+        self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
+        self._options = options
+        self._lock = threading.Lock()
+        self._made: Any = None  # the client
+        self._pid = 0  # of the process that the client's connections are of
+        self._has_conditional_put = True  # until it says otherwise
+        self._etag_is_md5: bool | None = None  # unknown until the first put
+        self.requests = Requests()
+
+    @property
+    def url(self) -> str:
+        """The bucket and what the keys begin with, as the user gave it."""
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    # The contract.
+
+    def create(self) -> None:
+        """Make the bucket if it is missing and the credentials allow that."""
+        client = self._client()
+        try:
+            with self._translated(f"look at the bucket {shown(self._bucket)}"):
+                client.head_bucket(Bucket=self._bucket)
+            return
+        except (StoreMissing, ObjectMissing):
+            pass
+        arguments: dict[str, Any] = {}
+        region = client.meta.region_name
+        if region not in ("us-east-1", "aws-global"):
+            arguments["CreateBucketConfiguration"] = {"LocationConstraint": region}
+        with self._translated(f"make the bucket {shown(self._bucket)}"):
+            try:
+                client.create_bucket(Bucket=self._bucket, **arguments)
+            except client.exceptions.BucketAlreadyOwnedByYou:
+                return
+
+    def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
+        """Send an object with the MD5 of its bytes, and compare what the server has of it."""
+        validate_key(key)
+        if if_absent:
+            # Asked first, as some servers take no condition and say nothing.
+            self._require_absent(key)
+        body = bytes(data) if isinstance(data, memoryview) else data
+        digest = hashlib.md5(body, usedforsecurity=False)
+        arguments = self._arguments_of(key)
+        if if_absent and self._has_conditional_put:
+            arguments["IfNoneMatch"] = "*"
+        client = self._client()
+        with self._translated(f"store object {key}"):
+            try:
+                answer = client.put_object(
+                    Bucket=self._bucket, Key=self._prefix + key, Body=body,
+                    ContentMD5=_base64(digest.digest()), **arguments,
+                )  # fmt: skip
+            except client.exceptions.ClientError as error:
+                if "IfNoneMatch" not in arguments or _code(error) not in _NOT_ABLE:
+                    raise
+                self._has_conditional_put = False
+                answer = None
+        if answer is None:
+            self.put(key, data)
+            return
+        self.requests.add_sent(len(body))
+        self._compare_tag(key, body, digest.hexdigest(), str(answer.get("ETag", "")).strip('"'))
+
+    def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
+        """Return a range of an object; a body that ends early is an error, as the next one may not."""
+        validate_key(key)
+        if start < 0 or (length is not None and length < 0):
+            raise ValueError(f"a range has no negative start or length: {start}, {length}")
+        if length == 0:
+            range_length(key, self.size(key), start, length)
+            return b""
+        arguments: dict[str, Any] = {}
+        if start or length is not None:
+            arguments["Range"] = f"bytes={start}-" if length is None else f"bytes={start}-{start + length - 1}"
+        client = self._client()
+        with self._translated(f"read object {key}", key):
+            try:
+                answer = client.get_object(Bucket=self._bucket, Key=self._prefix + key, **arguments)
+            except client.exceptions.ClientError as error:
+                if _status(error) != 416:
+                    raise
+                answer = None
+            if answer is not None:
+                with contextlib.closing(answer["Body"]) as stream:
+                    body: bytes = stream.read()
+        if answer is None:
+            # Nothing of the range is there: an error, but for what begins right at the end.
+            range_length(key, self.size(key), start, length)
+            return b""
+        self.requests.add_received(len(body))
+        if len(body) != answer["ContentLength"]:
+            raise StoreUnavailable(
+                f"cannot read object {key} in {shown(self.url)}: {len(body)} bytes came instead of "
+                f"{answer['ContentLength']}"
+            )
+        return self._asked_for(key, body, answer, start, length)
+
+    def _asked_for(self, key: str, body: bytes, answer: Mapping[str, Any], start: int, length: int | None) -> bytes:
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
+        if found is None:
+            # The whole object, asked for or not.
+            wanted = range_length(key, len(body), start, length)
+            return body if wanted == len(body) else body[start : start + wanted]
+        if int(found[1]) != start:
+            raise StoreUnavailable(f"cannot read object {key} in {shown(self.url)}: other bytes came than asked for")
+        range_length(key, int(found[3]), start, length)
+        return body
+
+    def size(self, key: str) -> int:
+        """Ask for an object's length."""
+        validate_key(key)
+        with self._translated(f"look at object {key}", key):
+            answer = self._client().head_object(Bucket=self._bucket, Key=self._prefix + key)
+        return int(answer["ContentLength"])
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield objects, a page of up to a thousand a request; times are to the second."""
+        if not _KEY_START.fullmatch(prefix):
+            return
+        arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        client = self._client()
+        while True:
+            with self._translated(f"list the objects under {shown(prefix)}"):
+                page = client.list_objects_v2(**arguments)
+            # SeaweedFS goes folder by folder; that differs for names with '-' or '.', of which a repository has none.
+            for entry in sorted(page.get("Contents", ()), key=lambda entry: str(entry["Key"])):
+                key = entry["Key"][len(self._prefix) :]
+                if is_key(key) and key.startswith(prefix):
+                    moment = entry["LastModified"]
+                    seconds = calendar.timegm(moment.utctimetuple())
+                    yield ObjectInfo(key, entry["Size"], seconds * 10**9 + moment.microsecond * 1000)
+            if not page.get("IsTruncated"):
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+    def now(self) -> int:
+        """Return the time that the server gives with its answers, to the second."""
+        from email.utils import parsedate_to_datetime
+
+        with self._translated(f"look at the bucket {shown(self._bucket)}"):
+            answer = self._client().head_bucket(Bucket=self._bucket)
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+        try:
+            return int(parsedate_to_datetime(date).timestamp()) * 10**9
+        except (TypeError, ValueError):
+            raise StoreError(f"{shown(self.url)} does not tell the time with its answers") from None
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        validate_key(key)
+        with self._translated(f"delete object {key}"), contextlib.suppress(ObjectMissing):
+            self._client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+    def close(self) -> None:
+        """Close the connections of this process."""
+        with self._lock:
+            client, self._made = self._made, None
+        if client is not None:
+            client.close()
+
+    # Parts of a put.
+
+    def _arguments_of(self, key: str) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        for start, storage_class in self._options.classes:
+            if key.startswith(start):
+                arguments["StorageClass"] = storage_class
+        kind, _, kms_key = self._options.encryption.rpartition("aws:kms:")
+        if kms_key and kind == "" and self._options.encryption.startswith("aws:kms:"):
+            arguments |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key}
+        elif self._options.encryption:
+            arguments["ServerSideEncryption"] = self._options.encryption
+        return arguments
+
+    def _require_absent(self, key: str) -> None:
+        try:
+            self.size(key)
+        except ObjectMissing:
+            return
+        raise ObjectExists(f"object {key} is in {shown(self.url)} already")
+
+    def _compare_tag(self, key: str, body: bytes | bytearray, digest: str, tag: str) -> None:
+        """Compare the server's word about what it stored with what was sent, where its word is an MD5.
+
+        With some kinds of encryption it is not; what it means is found out once, by reading an object back.
+        """
+        if self._etag_is_md5 is False or not _MD5.fullmatch(tag):
+            return
+        if tag == digest:
+            self._etag_is_md5 = True
+            return
+        if self._etag_is_md5 is None and self.get(key) == body:
+            self._etag_is_md5 = False
+            return
+        raise StoreUnavailable(f"cannot store object {key} in {shown(self.url)}: the server has other bytes than sent")
+
+    # The client.
+
+    def _client(self) -> Any:
+        if self._pid == os.getpid() and self._made is not None:
+            return self._made
+        with self._lock:
+            if self._made is None:
+                self._made = _make_client(self._options, self.requests)
+            elif self._pid != os.getpid():
+                # Connections of the process that forked this one are not to be touched; closing lets go of them here.
+                self._made.close()
+            self._pid = os.getpid()
+            return self._made
+
+    @contextlib.contextmanager
+    def _translated(self, what: str, key: str = "") -> Iterator[None]:
+        """Raise what a failure means to the user, or to whoever tries again."""
+        from botocore import exceptions as boto
+
+        about = f"cannot {what} in {shown(self.url)}"
+        try:
+            yield
+        except boto.ClientError as error:
+            raise self._meaning(error, about, key) from error
+        except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
+            raise AccessDenied(
+                f"{about}: there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a "
+                "profile of ~/.aws/credentials with --profile"
+            ) from error
+        except (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.UnauthorizedSSOTokenError) as error:
+            raise AccessDenied(f"{about}: {_text(error)}; log in again") from error
+        except boto.SSLError as error:
+            raise StoreError(
+                f"{about}: the connection is not to be trusted ({_text(error)}); for a certificate of your own "
+                "give --ca-bundle FILE"
+            ) from error
+        except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError) as error:
+            raise StoreUnavailable(f"{about}: {_text(error)}") from error
+        except boto.BotoCoreError as error:
+            raise StoreError(f"{about}: {_text(error)}") from error
+
+    def _meaning(self, error: Any, about: str, key: str) -> StoreError:
+        code, status = _code(error), _status(error)
+        said = _said(error)
+        if code in _NO_BUCKET or (status == 404 and not key):
+            return StoreMissing(
+                f"there is no bucket {shown(self._bucket)} at {shown(self._endpoint())}: "
+                "check the name, or make it with `backupfs init`"
+            )
+        if code in _NO_OBJECT or status == 404:
+            if code not in ("NoSuchKey",):
+                # The answer to a look has no body: it may be the bucket that is missing.
+                with self._translated(f"look at the bucket {shown(self._bucket)}"):
+                    self._client().head_bucket(Bucket=self._bucket)
+            return ObjectMissing(f"object {key} is not in {shown(self.url)}")
+        if code in _EXISTS or status == 412:
+            return ObjectExists(f"object {key} is in {shown(self.url)} already")
+        if code in _ARCHIVED:
+            return ObjectArchived(f"{about}: it is in an archive class ({said}) and must be thawed first")
+        if code in _FULL or status == 507:
+            return StoreFull(f"{about}: there is no room left: {said}")
+        if code in _CLOCK:
+            return AccessDenied(f"{about}: the clock of this machine is not that of the server: set it ({said})")
+        if code in _EXPIRED:
+            return AccessDenied(f"{about}: the credentials have expired: get new ones ({said})")
+        if code in _GARBLED or status >= 500 or status == 429 or code in ("SlowDown", "Throttling"):
+            return StoreUnavailable(f"{about}: {said}")
+        if code in _REFUSED or status in (401, 403):
+            return AccessDenied(f"{about}: the server refuses it to these credentials: {said}")
+        return StoreError(f"{about}: {said}")
+
+    def _endpoint(self) -> str:
+        return str(self._client().meta.endpoint_url)
+
+
+def _make_client(options: S3Options, requests: Requests) -> Any:
+    """Return a boto3 client. Raises: UsageError."""
+    import boto3
+    import botocore.session
+    from botocore import exceptions as boto
+    from botocore.config import Config
+
+    try:
+        core = botocore.session.Session(profile=options.profile or None)
+        endpoint = (
+            options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            or core.get_scoped_config().get("endpoint_url") or ""
+        )  # fmt: skip
+        addressing = options.addressing
+        if addressing == "auto" and endpoint and ".amazonaws.com" not in endpoint:
+            # Few servers but Amazon's have a host name for each bucket.
+            addressing = "path"
+        config = Config(
+            s3={"addressing_style": addressing, "payload_signing_enabled": False},
+            signature_version="s3v4",
+            max_pool_connections=options.connections,
+            # Trailers of checksums are what older servers do not understand; the MD5 is sent with each put.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            retries={"mode": "standard", "total_max_attempts": 1},
+            connect_timeout=_CONNECT_S,
+            read_timeout=_READ_S,
+            tcp_keepalive=True,
+        )
+        client = boto3.Session(botocore_session=core).client(
+            "s3",
+            region_name=options.region or core.get_config_variable("region") or "us-east-1",
+            endpoint_url=endpoint or None,
+            verify=options.ca_bundle or None,
+            config=config,
+        )
+    except boto.ProfileNotFound as error:
+        raise UsageError(f"{_text(error)}: name one of ~/.aws/config with --profile") from error
+    except ValueError as error:
+        raise UsageError(f"--endpoint-url {shown(options.endpoint_url)}: {_text(error)}") from error
+    except boto.BotoCoreError as error:
+        raise UsageError(f"object storage cannot be used: {_text(error)}") from error
+    client.meta.events.register("before-send.s3", requests.count)
+    return client
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _said(error: Any) -> str:
+    message = str(error.response.get("Error", {}).get("Message", "")).strip().rstrip(".")
+    return shown(f"{_status(error)} {_code(error)}" + (f", {message}" if message else ""))
+
+
+def _text(error: Exception) -> str:
+    return shown(" ".join(str(error).split())).rstrip(".")
+
+
+def _base64(data: bytes) -> str:
+    import base64
+
+    return base64.b64encode(data).decode()

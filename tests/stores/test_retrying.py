@@ -1,0 +1,109 @@
+"""What is tried again, how often, and what is not."""
+
+from collections.abc import Callable
+
+import pytest
+
+from backupfs.errors import AccessDenied, ObjectExists, StoreFull, StoreMissing, StoreUnavailable
+from backupfs.stores.memory import MemoryStore
+from backupfs.stores.retrying import RetryingStore
+from backupfs.stores.store import Store
+from tests.faults import CountingStore, Fault, FaultyStore, PassingStore
+
+VERBS: dict[str, Callable[[Store], object]] = {
+    "put": lambda store: store.put("b", b"2"),
+    "get": lambda store: store.get("a"),
+    "size": lambda store: store.size("a"),
+    "list": lambda store: list(store.list("")),
+    "now": lambda store: store.now(),
+    "delete": lambda store: store.delete("a"),
+    "create": lambda store: store.create(),
+}
+
+
+def around(inner: Store) -> tuple[RetryingStore, list[float]]:
+    pauses: list[float] = []
+    return RetryingStore(inner, sleep=pauses.append), pauses
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("times", [1, 7])
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_fails_for_a_while_succeeds(verb: str, times: int, after: bool) -> None:
+    inner = MemoryStore()
+    inner.put("a", b"1")
+    store, pauses = around(FaultyStore(inner, Fault(verb, 1, times=times, after=after)))
+    VERBS[verb](store)
+    assert len(pauses) == times
+    assert pauses == sorted(pauses) or times == 1
+    assert 0 < sum(pauses) < 120
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_fails_on_and_on_is_an_error_that_says_how_often_it_was_tried(verb: str) -> None:
+    inner = MemoryStore()
+    inner.put("a", b"1")
+    store, pauses = around(FaultyStore(inner, Fault(verb, 1, times=100)))
+    with pytest.raises(StoreUnavailable, match=r"failed by rule .* \(8 tries in 0 s\)"):
+        VERBS[verb](store)
+    assert len(pauses) == 7
+
+
+@pytest.mark.parametrize("error", [StoreFull("full"), StoreMissing("gone"), AccessDenied("no")])
+def test_what_trying_again_does_not_mend_is_told_at_once(error: Exception) -> None:
+    class Failing(PassingStore):
+        def around(self, verb: str, key: str, call: Callable[[], object]) -> object:  # type: ignore[override]
+            raise error
+
+    store, pauses = around(Failing(MemoryStore()))
+    for call in VERBS.values():
+        with pytest.raises(type(error)):
+            call(store)
+    assert pauses == []
+
+
+def test_a_put_whose_answer_was_lost_is_not_taken_for_somebody_elses() -> None:
+    inner = MemoryStore()
+    store, _ = around(FaultyStore(inner, Fault("put", 1, after=True)))
+    store.put("config", b"mine", if_absent=True)
+    assert inner.get("config") == b"mine"
+    with pytest.raises(ObjectExists):
+        store.put("config", b"mine", if_absent=True)
+
+
+def test_somebody_elses_object_is_not_taken_for_the_one_that_was_put() -> None:
+    inner = MemoryStore()
+    inner.put("config", b"theirs")
+    store, _ = around(FaultyStore(inner, Fault("put", 1)))
+    with pytest.raises(ObjectExists):
+        store.put("config", b"mine", if_absent=True)
+    assert inner.get("config") == b"theirs"
+
+
+def test_a_listing_that_breaks_off_yields_each_object_once() -> None:
+    class Breaking(PassingStore):
+        left = 3
+
+        def list(self, prefix: str):  # type: ignore[no-untyped-def]
+            for number, info in enumerate(self.inner.list(prefix)):
+                if number == 5 and self.left:
+                    self.left -= 1
+                    raise StoreUnavailable("broken off")
+                yield info
+
+    inner = MemoryStore()
+    for number in range(12):
+        inner.put(f"a/{number:02}", b"")
+    store, pauses = around(Breaking(inner))
+    assert [info.key for info in store.list("a/")] == [f"a/{number:02}" for number in range(12)]
+    assert len(pauses) == 3
+
+
+def test_nothing_is_done_twice_that_did_not_fail() -> None:
+    counting = CountingStore(MemoryStore())
+    store, pauses = around(counting)
+    counting.inner.put("a", b"1")
+    for call in VERBS.values():
+        call(store)
+    assert set(counting.calls.values()) == {1}
+    assert pauses == []
