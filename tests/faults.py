@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from backupfs.errors import StoreUnavailable
+from backupfs.stores.requests import RequestCounts
 from backupfs.stores.store import ObjectInfo, Store
 
 Result = TypeVar("Result")
@@ -29,6 +30,14 @@ class PassingStore(Store):
     @property
     def url(self) -> str:
         return self.inner.url
+
+    @property
+    def is_far(self) -> bool:
+        return self.inner.is_far
+
+    @property
+    def requests(self) -> RequestCounts:
+        return self.inner.requests
 
     def create(self) -> None:
         self.around("create", "", self.inner.create)

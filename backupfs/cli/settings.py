@@ -102,10 +102,10 @@ class Settings:
 
         keep_freed_memory()
         store = self.store()
-        require_repository(store)
+        config = require_repository(store)
         password = read_password(self.password_file, self.password_command)
         with ThreadPoolExecutor(1) as pool:
-            opening = pool.submit(open_repository, store, password, self.folders())
+            opening = pool.submit(open_repository, store, password, self.folders(), config)
             import_module(module)
             gc.freeze()  # what is loaded stays: no need to look through it ever again
             return opening.result()

@@ -12,6 +12,7 @@ from backupfs.ids import short
 from backupfs.snapshots.listing import has_doubtful_time
 from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import Snapshot
+from backupfs.stores.requests import RequestCounts
 
 if TYPE_CHECKING:
     from backupfs.usecases.backup import BackupResult
@@ -108,6 +109,7 @@ def tell_backup(settings: Settings, result: "BackupResult", report: Reporter) ->
                 "stored_added": result.stored_added,
                 "packs": result.data.packs + result.trees.packs,
                 "left_out": len(report.left_out),
+                "requests": asdict(result.requests),
                 "duration_ns": result.duration_ns,
             }
         )
@@ -130,7 +132,16 @@ def tell_backup(settings: Settings, result: "BackupResult", report: Reporter) ->
         click.echo(f"  left out {line}")
     if report.skipped:
         click.echo(f"  skipped  {len(report.skipped):,} that could not be read; each is named above")
+    _tell_requests(result.requests)
     click.echo(f"  time     {duration_text(result.duration_ns)}")
+
+
+def _tell_requests(requests: RequestCounts) -> None:
+    if requests:
+        click.echo(
+            f"  requests {requests.put:,} put, {requests.get:,} get, {requests.list:,} list, {requests.delete:,} delete"
+            f"; {size_text(requests.sent)} sent, {size_text(requests.received)} received"
+        )
 
 
 def tell_forget(settings: Settings, result: "ForgetResult", dry_run: bool) -> None:
@@ -170,6 +181,7 @@ def tell_restore(settings: Settings, result: "RestoreResult", dry_run: bool) -> 
     if result.errors:
         damaged = f", {result.damaged:,} of them because the repository is damaged" if result.damaged else ""
         click.echo(f"  failed   {result.errors:,}{damaged}; each is named above")
+    _tell_requests(result.requests)
     click.echo(f"  time     {duration_text(result.duration_ns)}")
 
 
@@ -207,6 +219,7 @@ def tell_check(settings: Settings, result: "CheckResult") -> None:
         f"checked {result.snapshots:,} snapshots, {result.tree_chunks:,} tree pages, {result.entries:,} entries,"
         f" {result.packs:,} packs in {duration_text(result.duration_ns)}"
     )
+    _tell_requests(result.requests)
     if result.packs_read:
         click.echo(f"read {result.packs_read:,} packs whole, {size_text(result.bytes_read)}")
     click.echo("DAMAGED: see above" if result.damaged else "no damage found")

@@ -1,12 +1,15 @@
 """What this machine keeps of its own: the cache (deletable at any time) and the host's identity (its state).
 
 CACHE/REPOSITORY-ID/index-data/*.run, index-tree/*.run
+CACHE/REPOSITORY-ID/objects/   what is kept of a store that is far away (stores/caching.py)
+CACHE/REPOSITORY-ID/listed-*   empty; touched when packs were listed
 STATE/host       a record [host id, hash of the machine id]
 STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequence this machine saw of each host
 """
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +79,28 @@ def note_sequences(state: Path | None, repository_id: bytes, highest: dict[bytes
         with contextlib.suppress(OSError):
             write_privately(path, encode_record([[host, sequence] for host, sequence in sorted(merged.items())]))
     return back
+
+
+def is_due(folder: Path | None, name: str, every_s: float) -> bool:
+    """Tell whether something that costs should be done again, by the file `name` that was touched when it was last.
+
+    Without a folder it is always due.
+    """
+    if folder is None:
+        return True
+    try:
+        age_s = time.time() - (folder / name).stat().st_mtime
+    except OSError:
+        return True
+    return not 0 <= age_s < every_s
+
+
+def note_done(folder: Path | None, name: str) -> None:
+    """Remember that something was done now."""
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (folder / name).touch(mode=0o600)
 
 
 def write_privately(path: Path, data: bytes) -> None:

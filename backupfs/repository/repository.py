@@ -70,6 +70,7 @@ class Repository:
         self.slot_id = slot_id
         self.local = local
         cache = local.cache / config.repository_id.hex() if local.cache is not None else None
+        self.cache = cache  # this repository's own folder on this machine
         self.hot = _cached(store, cache)
         self.tree_index = Index(store, Kind.TREE_INDEX, keyring, cache / "index-tree" if cache else None)
         self.data_index = Index(store, Kind.DATA_INDEX, keyring, cache / "index-data" if cache else None)
@@ -123,17 +124,20 @@ class Repository:
 
 
 def _cached(store: Store, cache: Path | None) -> Store:
-    if cache is None or store.folder is not None:
+    if cache is None or not store.is_far:
         return store
     return CachingStore(
         store, cache / "objects", (layout.SNAPSHOTS, layout.NOTES), (layout.prefix_of(Kind.TREE_PACK),), HOT_CACHE_SIZE
     )
 
 
-def require_repository(store: Store) -> None:
-    """Raise NotARepository unless there is one; before a password is asked for in vain. Raises: StoreError."""
+def require_repository(store: Store) -> bytes:
+    """Return the config of the repository, for `open_repository`; before a password is asked for in vain.
+
+    Raises: NotARepository; StoreError.
+    """
     try:
-        store.size(layout.CONFIG)
+        return store.get(layout.CONFIG)
     except ObjectMissing as error:
         if any(True for _ in store.list(layout.SNAPSHOTS)) or any(True for _ in store.list(layout.PACKS)):
             raise NotARepository(
@@ -185,13 +189,15 @@ def create_repository(
     return Repository(store, config, keyring, slot_id, local)
 
 
-def open_repository(store: Store, password: bytes, local: LocalFolders) -> Repository:
+def open_repository(
+    store: Store, password: bytes, local: LocalFolders, encoded_config: bytes | None = None
+) -> Repository:
     """Open a repository with a password; indexes are not loaded yet.
 
+    encoded_config: from `require_repository`, if that was called.
     Raises: NotARepository; WrongPassword; UnknownVersion; DamagedObject; StoreError.
     """
-    require_repository(store)
-    config, mac = read_config(store.get(layout.CONFIG))
+    config, mac = read_config(require_repository(store) if encoded_config is None else encoded_config)
     unreadable, unwritable = unknown_features(config, _added_features(store))
     if unreadable:
         names = ", ".join(sorted(map(shown, unreadable)))

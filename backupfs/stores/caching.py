@@ -22,6 +22,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from backupfs.errors import DamagedObject
+from backupfs.stores.requests import RequestCounts
 from backupfs.stores.store import ObjectInfo, Store, range_length
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,16 @@ class CachingStore(Store):
     def folder(self) -> str | None:
         """The folder of the store inside."""
         return self.inner.folder
+
+    @property
+    def is_far(self) -> bool:
+        """As the store inside."""
+        return self.inner.is_far
+
+    @property
+    def requests(self) -> RequestCounts:
+        """What the store inside asked of a server."""
+        return self.inner.requests
 
     def create(self) -> None:
         """Make the place."""

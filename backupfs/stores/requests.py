@@ -16,6 +16,15 @@ class RequestCounts:
     sent: int = 0  # bytes
     received: int = 0
 
+    def __bool__(self) -> bool:
+        return self != RequestCounts()
+
+    def __sub__(self, other: "RequestCounts") -> "RequestCounts":
+        return RequestCounts(
+            self.put - other.put, self.get - other.get, self.list - other.list, self.delete - other.delete,
+            self.sent - other.sent, self.received - other.received,
+        )  # fmt: skip
+
     def __add__(self, other: "RequestCounts") -> "RequestCounts":
         return RequestCounts(
             self.put + other.put, self.get + other.get, self.list + other.list, self.delete + other.delete,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from backupfs.errors import ObjectExists, StoreFull, StoreMissing, StoreUnavailable
+from backupfs.stores.requests import RequestCounts
 from backupfs.stores.store import ObjectInfo, Store
 
 Result = TypeVar("Result")
@@ -16,6 +17,8 @@ _log = logging.getLogger(__name__)
 # Seconds between tries, each with up to as much again at random: clients that failed together must not come back
 # together. In all a minute and a half at most, in which a server restarts.
 _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+# From this pause on the user is told.
+_QUIET_S = 2.0
 
 
 class RetryingStore(Store):
@@ -38,6 +41,16 @@ class RetryingStore(Store):
     def folder(self) -> str | None:
         """The folder of the store inside."""
         return self.inner.folder
+
+    @property
+    def is_far(self) -> bool:
+        """As the store inside."""
+        return self.inner.is_far
+
+    @property
+    def requests(self) -> RequestCounts:
+        """What the store inside asked of a server."""
+        return self.inner.requests
 
     def create(self) -> None:
         """Make the place."""
@@ -111,7 +124,9 @@ class RetryingStore(Store):
             except (StoreFull, StoreMissing):
                 raise
             except StoreUnavailable as error:
-                _log.info("%s; trying again", error)
+                # What goes by in a moment is nobody's business.
+                level = logging.INFO if pause_s < _QUIET_S else logging.WARNING
+                _log.log(level, "%s; trying again", error)
             self._sleep(pause_s * (1 + random.random()))
         try:
             return call()

@@ -29,7 +29,7 @@ from backupfs.errors import (
     UsageError,
     shown,
 )
-from backupfs.stores.requests import Requests
+from backupfs.stores.requests import RequestCounts, Requests
 from backupfs.stores.store import MAX_KEY_LENGTH, ObjectInfo, Store, is_key, range_length, validate_key
 
 DEFAULT_CONNECTIONS = 16
@@ -90,12 +90,22 @@ class S3Store(Store):
         self._pid = 0  # of the process that the client's connections are of
         self._has_conditional_put = True  # until it says otherwise
         self._etag_is_md5: bool | None = None  # unknown until the first put
-        self.requests = Requests()
+        self._requests = Requests()
 
     @property
     def url(self) -> str:
         """The bucket and what the keys begin with, as the user gave it."""
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    @property
+    def is_far(self) -> bool:
+        """It is."""
+        return True
+
+    @property
+    def requests(self) -> RequestCounts:
+        """What was asked of the server, tries that failed included."""
+        return self._requests.counts
 
     # The contract.
 
@@ -144,7 +154,7 @@ class S3Store(Store):
         if answer is None:
             self.put(key, data)
             return
-        self.requests.add_sent(len(body))
+        self._requests.add_sent(len(body))
         self._compare_tag(key, body, digest.hexdigest(), str(answer.get("ETag", "")).strip('"'))
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
@@ -173,7 +183,7 @@ class S3Store(Store):
             # Nothing of the range is there: an error, but for what begins right at the end.
             range_length(key, self.size(key), start, length)
             return b""
-        self.requests.add_received(len(body))
+        self._requests.add_received(len(body))
         if len(body) != answer["ContentLength"]:
             raise StoreUnavailable(
                 f"cannot read object {key} in {shown(self.url)}: {len(body)} bytes came instead of "
@@ -287,7 +297,7 @@ class S3Store(Store):
             return self._made
         with self._lock:
             if self._made is None:
-                self._made = _make_client(self._options, self.requests)
+                self._made = _make_client(self._options, self._requests)
             elif self._pid != os.getpid():
                 # Connections of the process that forked this one are not to be touched; closing lets go of them here.
                 self._made.close()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from backupfs.errors import DamagedObject, StoreError, shown
+from backupfs.stores.requests import RequestCounts
 
 # Room for a 64-digit name below a few folders; every file system and object store takes names of this length.
 MAX_KEY_LENGTH = 200
@@ -47,6 +48,16 @@ class Store(abc.ABC):
     def folder(self) -> str | None:
         """The folder of this machine that holds the objects, which a backup of this machine leaves out."""
         return None
+
+    @property
+    def is_far(self) -> bool:
+        """Tell whether each call takes a network's time and costs a request."""
+        return False
+
+    @property
+    def requests(self) -> RequestCounts:
+        """What this process has asked of a server so far; all zero where there is none."""
+        return RequestCounts()
 
     @abc.abstractmethod
     def create(self) -> None:

@@ -1,6 +1,8 @@
 """What a walk counts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from backupfs.stores.requests import RequestCounts
 
 
 @dataclass(slots=True)
@@ -15,6 +17,7 @@ class Counts:
     files_unchanged: int = 0
     files_skipped: int = 0
     has_xattrs: bool = False
+    requests: RequestCounts = field(default_factory=RequestCounts)  # to the store
     current: bytes = b""  # where it is
 
     def add(self, other: "Counts") -> None:
@@ -27,4 +30,5 @@ class Counts:
         self.files_unchanged += other.files_unchanged
         self.files_skipped += other.files_skipped
         self.has_xattrs |= other.has_xattrs
+        self.requests += other.requests
         self.current = self.current or other.current

@@ -31,6 +31,7 @@ from backupfs.repository.writer import (
 )
 from backupfs.snapshots.listing import SnapshotList, load_snapshots, put_snapshot
 from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, Snapshot, Statistics
+from backupfs.stores.requests import RequestCounts
 from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_counts import Counts
 from backupfs.usecases.archive_files import FileStorer
@@ -47,6 +48,8 @@ _SLOT_SIZE = 4 << 20
 _PROGRESS_SECONDS = 0.2
 # How long an interrupted backup may still take to put what it has.
 _SAVING_SECONDS = 20.0
+# How often packs are listed where each thousand of them costs a request.
+_LISTING_AGE_S = 24 * 3600
 # Packs that no index names and that are older than this are nobody's work under way.
 _ORPHAN_AGE_NS = 24 * 3600 * 10**9
 
@@ -76,6 +79,7 @@ class BackupResult:
     counts: Counts
     data: WriteTotals
     trees: WriteTotals
+    requests: RequestCounts  # of all processes
     duration_ns: int
 
     @property
@@ -164,10 +168,16 @@ class _Run:
     def _compare_with_packs(self, kind: Kind, index: Index, host_id: bytes) -> bool:
         """Trust no index blindly: store again what lies in packs that are gone, take what is in packs without an entry.
 
-        Return whether all packs are there. Costs a listing.
+        Return whether all packs are there. Costs a listing, a request for each thousand packs on object storage, where
+        it is done once a day.
         """
         store = self._repository.store
+        mark = f"listed-{kind.name.lower()}s"
+        if store.is_far and not local.is_due(self._repository.cache, mark, _LISTING_AGE_S):
+            return True
         compared = index.compare(store.list(layout.prefix_of(kind)))
+        if not compared.absent:
+            local.note_done(self._repository.cache, mark)
         if compared.absent:
             index.leave_out(compared.absent)
             self._report(
@@ -216,10 +226,11 @@ class _Run:
             scanners.counts,
             self._writers[Kind.DATA_PACK].totals,
             self._writers[Kind.TREE_PACK].totals,
+            RequestCounts(),
             time.monotonic_ns() - self._started,
         )
         if options.dry_run:
-            return result
+            return replace(result, requests=repository.store.requests + result.counts.requests)
         return _commit(repository, self.listed, options, self.host, paths, root, self.taken_ns, result, self._report)
 
     async def _store_all(self, scanners: Scanners, slots: Slots) -> Root:
@@ -290,6 +301,7 @@ def _scan(
 ) -> Root | None:
     """Be one scanning process: archive everything or nothing, then do tasks; return `/` for everything."""
     keyring = repository.keyring
+    before = repository.store.requests  # of the process that was forked
     data = ChunkSaver(Kind.DATA_PACK, repository.data_index, slots, scanner.send, options.sizes.block)
     trees = ChunkSaver(Kind.TREE_PACK, repository.tree_index, slots, scanner.send, options.sizes.block)
     context = ArchiveContext(
@@ -310,6 +322,7 @@ def _scan(
         scanner.work_to_the_end()
     data.flush()
     trees.flush()
+    context.counts.requests = repository.store.requests - before
     context.tell_counts(at_once=True)
     return root
 
@@ -367,7 +380,8 @@ def _commit(
     )
     for other in back:
         report(Remark(f"snapshots of the host with the id {short(other)} that were here before are gone"))
-    return replace(result, snapshot=snapshot)
+    requests = repository.store.requests + counts.requests
+    return replace(result, snapshot=snapshot, requests=requests)
 
 
 def _existing(paths: list[bytes], report: Report) -> list[bytes]:

@@ -32,6 +32,7 @@ from backupfs.repository.repository import Repository
 from backupfs.snapshots.listing import SnapshotList, load_snapshot
 from backupfs.snapshots.notes import load_note
 from backupfs.snapshots.snapshot import Snapshot
+from backupfs.stores.requests import RequestCounts
 from backupfs.usecases.check_copies import INDEX_KIND, Copies
 from backupfs.usecases.check_trees import TreeCheck
 from backupfs.usecases.events import Progress, Report
@@ -66,6 +67,7 @@ class CheckResult:
     bytes_read: int  # of those
     unnamed_packs: int  # in no index
     unnamed_bytes: int
+    requests: RequestCounts
     duration_ns: int
 
 
@@ -173,6 +175,7 @@ class _Check:
             bytes_read=self._bytes_read,
             unnamed_packs=sum(item.unnamed.packs for item in copies),
             unnamed_bytes=sum(item.unnamed.size for item in copies),
+            requests=self._repository.store.requests,
             duration_ns=duration_ns,
         )
 

@@ -21,6 +21,7 @@ from backupfs.repository.repository import Repository
 from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import find_path, tree_of
+from backupfs.stores.requests import RequestCounts
 from backupfs.usecases.events import Progress, Report
 from backupfs.usecases.restore_files import Restorer
 from backupfs.usecases.restore_items import BY_NUMBER, OVERWRITE, RestoreOptions, Use
@@ -54,6 +55,7 @@ class RestoreResult:
     verified: int  # files and directories that were read back and are as in the snapshot
     errors: int  # paths that are not, or not wholly, as in the snapshot: exit code 3
     damaged: int  # of those, the ones for which the repository has no good bytes: exit code 1
+    requests: RequestCounts
     duration_ns: int
 
 
@@ -87,7 +89,7 @@ async def restore(
     counts = run.outcome.counts
     return RestoreResult(
         counts.files, counts.directories, counts.size, counts.unchanged, counts.deleted, counts.verified,
-        counts.errors, counts.damaged, time.monotonic_ns() - started,
+        counts.errors, counts.damaged, repository.store.requests, time.monotonic_ns() - started,
     )  # fmt: skip
 
 

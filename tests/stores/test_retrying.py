@@ -26,6 +26,7 @@ def around(inner: Store) -> tuple[RetryingStore, list[float]]:
     return RetryingStore(inner, sleep=pauses.append), pauses
 
 
+@pytest.mark.expected_log("failed by rule .*; trying again")
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("times", [1, 7])
 @pytest.mark.parametrize("verb", VERBS)
@@ -39,6 +40,7 @@ def test_what_fails_for_a_while_succeeds(verb: str, times: int, after: bool) -> 
     assert 0 < sum(pauses) < 120
 
 
+@pytest.mark.expected_log("failed by rule .*; trying again")
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_fails_on_and_on_is_an_error_that_says_how_often_it_was_tried(verb: str) -> None:
     inner = MemoryStore()
@@ -107,3 +109,14 @@ def test_nothing_is_done_twice_that_did_not_fail() -> None:
         call(store)
     assert set(counting.calls.values()) == {1}
     assert pauses == []
+
+
+@pytest.mark.expected_log("WARNING .*failed by rule before get a; trying again")
+def test_the_user_is_told_of_what_takes_longer_than_a_moment(caplog: pytest.LogCaptureFixture) -> None:
+    inner = MemoryStore()
+    inner.put("a", b"1")
+    for times, warnings in ((3, 0), (4, 1), (6, 3)):
+        caplog.clear()
+        store, _ = around(FaultyStore(inner, Fault("get", 1, times=times)))
+        store.get("a")
+        assert len([record for record in caplog.records if record.levelname == "WARNING"]) == warnings

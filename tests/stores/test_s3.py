@@ -262,7 +262,7 @@ def test_classes_and_encryption_go_with_the_objects_they_are_for(
 def test_requests_are_counted_as_they_go_over_the_network(once: S3Store, proxy: FaultProxy) -> None:
     for _, call in VERBS.values():
         call(once)
-    counts = once.requests.counts
+    counts = once.requests
     assert (counts.put, counts.get, counts.list, counts.delete) == (1, 4, 1, 1)
     assert counts.sent == len(DATA)
     assert counts.received == len(DATA) + 1000

@@ -1,0 +1,135 @@
+"""The main job with a repository in a real server's bucket, by the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.buckets import options_of
+from tests.builders import Entry, File, Hardlink, Symlink, Tree, build, snapshot_of
+from tests.servers import Server
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def runner(server: Server, folder: Path, bucket: str) -> Run:
+    options = options_of(server)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("BACKUPFS_", "AWS_"))} | {
+        "AWS_SHARED_CREDENTIALS_FILE": os.environ["AWS_SHARED_CREDENTIALS_FILE"],
+        "AWS_PROFILE": options.profile,
+        "AWS_ENDPOINT_URL": server.endpoint_url,
+        "BACKUPFS_PASSWORD": "a password",
+        "BACKUPFS_CACHE_DIR": str(folder / "cache"),
+        "BACKUPFS_REPOSITORY": f"s3://{bucket}/host/a",
+        "XDG_STATE_HOME": str(folder / "state"),
+    }
+    if server.ca_bundle:
+        environment["AWS_CA_BUNDLE"] = str(server.ca_bundle)
+
+    def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "backupfs", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        return done
+
+    return run
+
+
+def built(tree: Tree, path: Path) -> str:
+    return os.fsdecode(build(tree, path))
+
+
+def summary_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(params=["swift", "swift_tls", "swift_old_tls", "seaweedfs"])
+def server(request: pytest.FixtureRequest) -> Server:
+    found: Server = request.getfixturevalue(request.param)
+    return found
+
+
+def test_back_up_mount_restore_and_check(server: Server, tmp_path: Path) -> None:
+    tree: dict[str, Entry] = {
+        "a": File(os.urandom(3 << 20)),
+        "d": {f"f{number}": File(os.urandom(3000)) for number in range(50)} | {"link": Hardlink("a")},
+        "s": Symlink("a"),
+    }
+    source = built(tree, tmp_path / "source")
+    run = runner(server, tmp_path, f"bucket-{server.endpoint_url.rpartition(':')[2]}")
+    assert "there is no bucket" in run("snapshots", code=10).stderr
+    run("init")
+    assert "holds a repository" in run("init", code=1).stderr
+    first = summary_of(run("--json", "backup", source))
+    assert first["requests"]["put"] >= 5
+    assert first["requests"]["sent"] >= first["stored_added"]
+    second = summary_of(run("--json", "backup", source))
+    assert (second["plain_added"], second["files_unchanged"]) == (0, first["files"])
+    # Nothing is fetched that this machine has put: the config, a key slot, listings and the time.
+    assert second["requests"]["put"] == 1
+    assert second["requests"]["get"] + second["requests"]["list"] <= 10
+    assert second["requests"]["received"] < 10_000
+    assert "requests 1 put" in run("backup", source).stdout
+
+    restored = summary_of(run("--json", "restore", f"latest:{source}", str(tmp_path / "restored"), "--verify"))
+    assert (restored["errors"], restored["verified"]) == (0, restored["files"] + restored["directories"])
+    assert snapshot_of(tmp_path / "restored") == snapshot_of(Path(source))
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    run("mount", str(mount))
+    try:
+        subprocess.run(["diff", "-r", source, f"{mount}/latest{source}"], check=True)
+    finally:
+        run("umount", str(mount))
+    assert summary_of(run("--json", "check", "--read-data"))["damaged"] is False
+
+
+def test_what_is_kept_on_this_machine_hides_no_loss(swift: Server, tmp_path: Path) -> None:
+    source = built({"d": {f"f{number}": File(os.urandom(700)) for number in range(9)}}, tmp_path / "source")
+    run = runner(swift, tmp_path, "losing")
+    run("init")
+    run("backup", source)
+    run("ls", "-R", "latest")
+    client = swift.client()
+    lost = [
+        entry["Key"]
+        for entry in client.list_objects_v2(Bucket="losing", Prefix="host/a/")["Contents"]
+        if "/packs/tree/" in entry["Key"] or "/snapshots/" in entry["Key"]
+    ]
+    tree = next(key for key in lost if "/packs/tree/" in key)
+    client.delete_object(Bucket="losing", Key=tree)
+    found = run("check", code=1).stdout
+    assert tree.removeprefix("host/a/") in found
+    snapshot = next(key for key in lost if "/snapshots/" in key)
+    client.put_object(Bucket="losing", Key=snapshot, Body=b"garbled")
+    found = run("check", code=1).stdout
+    assert snapshot.removeprefix("host/a/") in found
+
+
+def test_packs_are_listed_once_a_day_and_their_loss_is_noticed_then(swift: Server, tmp_path: Path) -> None:
+    source = built({f"f{number}": File(os.urandom(7000)) for number in range(9)}, tmp_path / "source")
+    run = runner(swift, tmp_path, "daily")
+    run("init")
+    lists = [summary_of(run("--json", "backup", source))["requests"]["list"] for _ in range(3)]
+    assert lists[0] == lists[1] + 2 == lists[2] + 2
+    client = swift.client()
+    for entry in client.list_objects_v2(Bucket="daily", Prefix="host/a/packs/data/")["Contents"]:
+        client.delete_object(Bucket="daily", Key=entry["Key"])
+    assert summary_of(run("--json", "backup", source))["plain_added"] == 0
+    for path in (tmp_path / "cache").glob("*/listed-*"):
+        os.utime(path, (1, 1))
+    assert "missing or cut short" in run("backup", source).stderr
+    restored = summary_of(run("--json", "restore", f"latest:{source}", str(tmp_path / "restored"), "--verify"))
+    assert restored["errors"] == 0
