@@ -16,7 +16,7 @@ Use = TypeVar("Use")
 Place = tuple[ObjectId, int]  # a pack and the offset of a block in it
 
 # Reading what is between two blocks costs less than another request up to about here (20 ms at 400 Mbit/s).
-MOST_GAP = 1 << 20
+MOST_GAP = 128 << 10
 # One request; several of them are under way at once, and their bytes are held in memory.
 MOST_RANGE = 8 << 20
 

@@ -24,6 +24,7 @@ from backupfs.repository.pack import ROW, PackRef, read_directory
 from backupfs.repository.run import Location, Run, open_run, run_in_memory, write_run
 from backupfs.repository.segment import Segment, decode_segment, renumber, sort_rows
 from backupfs.stores.store import ObjectInfo, Store
+from backupfs.stores.together import each
 
 log = logging.getLogger(__name__)
 
@@ -127,20 +128,27 @@ class Index:
         present = set(listed.values())
         self.damaged = {key: what for key, what in self.damaged.items() if key in present}
         fresh = []
-        for segment_id, key in listed.items():
-            if segment_id in known or key in self.damaged:
-                continue
-            try:
-                segment = decode_segment(load_object(self._store, key), self._kind, self._keyring, f"the object {key}")
-            except (RepositoryError, ObjectMissing) as error:
-                log.warning("%s; the index goes on without it", error)
-                self.damaged[key] = str(error)
-                continue
-            fresh.append(self._keep(segment, frozenset([segment_id])))
+        wanted = [
+            (segment_id, key)
+            for segment_id, key in listed.items()
+            if segment_id not in known and key not in self.damaged
+        ]
+        for (segment_id, _), segment in zip(wanted, each(self._store, self._load, wanted), strict=True):
+            if segment is not None:
+                fresh.append(self._keep(segment, frozenset([segment_id])))
         if fresh:
             self._runs = (*self._runs, *fresh)
             self._merge_small()
         return bool(fresh)
+
+    def _load(self, segment: tuple[ObjectId, str]) -> Segment | None:
+        _, key = segment
+        try:
+            return decode_segment(load_object(self._store, key), self._kind, self._keyring, f"the object {key}")
+        except (RepositoryError, ObjectMissing) as error:
+            log.warning("%s; the index goes on without it", error)
+            self.damaged[key] = str(error)
+            return None
 
     def add(self, segment: Segment, segment_id: ObjectId) -> None:
         """Take in a segment that this process has just put."""

@@ -19,6 +19,7 @@ from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.snapshot import FILES, Snapshot, decode_snapshot, encode_snapshot
 from backupfs.stores.store import Store
+from backupfs.stores.together import each
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +42,14 @@ class SnapshotList:
         """Read what is new in the store; return whether anything changed. Raises: StoreError."""
         before = list(self.snapshots)
         store = self.repository.store
-        present: dict[SnapshotId, Snapshot] = {}
         damaged: dict[str, str] = {}
-        for info in store.list(layout.SNAPSHOTS):
-            identity = layout.id_in_key(info.key)
-            if identity is None:
-                continue
-            snapshot_id = SnapshotId(identity)
-            snapshot = self._loaded.get(snapshot_id) or self._load(info.key, snapshot_id, damaged)
+        identities = (layout.id_in_key(info.key) for info in store.list(layout.SNAPSHOTS))
+        listed = [SnapshotId(identity) for identity in identities if identity is not None]
+        fresh = [snapshot_id for snapshot_id in listed if snapshot_id not in self._loaded]
+        loaded = dict(zip(fresh, each(store, lambda snapshot_id: self._load(snapshot_id, damaged), fresh), strict=True))
+        present: dict[SnapshotId, Snapshot] = {}
+        for snapshot_id in listed:
+            snapshot = self._loaded.get(snapshot_id) or loaded.get(snapshot_id)
             if snapshot is not None:
                 present[snapshot_id] = snapshot
         self._loaded = present
@@ -60,7 +61,8 @@ class SnapshotList:
         )
         return self.snapshots != before
 
-    def _load(self, key: str, snapshot_id: SnapshotId, damaged: dict[str, str]) -> Snapshot | None:
+    def _load(self, snapshot_id: SnapshotId, damaged: dict[str, str]) -> Snapshot | None:
+        key = layout.key_of(Kind.SNAPSHOT, snapshot_id)
         try:
             return load_snapshot(self.repository, snapshot_id, self.store or self.repository.hot)
         except (RepositoryError, ObjectMissing) as error:
@@ -73,31 +75,33 @@ class SnapshotList:
     def _forgotten(self) -> set[SnapshotId]:
         forgets: dict[SnapshotId, set[bytes]] = {}
         undone: dict[SnapshotId, set[bytes]] = {}
-        for info in self.repository.store.list(layout.NOTES):
-            if info.key not in self._notes:
-                try:
-                    self._notes[info.key] = notes.load_note(
-                        self.repository, info.key, self.store or self.repository.hot
-                    )
-                except WrongPassword as error:
-                    # A slot that may not destroy cannot read what only the maintain key may have written.
-                    log.debug("%s; it is ignored", error)
-                    self._notes[info.key] = None
-                except (RepositoryError, ObjectMissing) as error:
-                    log.warning("%s; it is ignored", error)
-                    self._notes[info.key] = None
-                    self._damaged_notes[info.key] = str(error)
-            note = self._notes[info.key]
+        store = self.repository.store
+        listed = [info.key for info in store.list(layout.NOTES)]
+        fresh = [key for key in listed if key not in self._notes]
+        self._notes.update(zip(fresh, each(store, self._load_note, fresh), strict=True))
+        for key in listed:
+            note = self._notes[key]
             if note is None or note.kind not in (notes.FORGET, notes.UNDELETE):
                 continue
             # No clock decides: an undelete names the notes that it takes back.
             if note.kind == notes.FORGET:
-                forgets.setdefault(note.snapshot_id, set()).add(layout.id_in_key(info.key) or b"")
+                forgets.setdefault(note.snapshot_id, set()).add(layout.id_in_key(key) or b"")
             else:
                 undone.setdefault(note.snapshot_id, set()).update(
                     argument for argument in note.arguments if isinstance(argument, bytes)
                 )
         return {snapshot_id for snapshot_id, note_ids in forgets.items() if note_ids - undone.get(snapshot_id, set())}
+
+    def _load_note(self, key: str) -> notes.Note | None:
+        try:
+            return notes.load_note(self.repository, key, self.store or self.repository.hot)
+        except WrongPassword as error:
+            # A slot that may not destroy cannot read what only the maintain key may have written.
+            log.debug("%s; it is ignored", error)
+        except (RepositoryError, ObjectMissing) as error:
+            log.warning("%s; it is ignored", error)
+            self._damaged_notes[key] = str(error)
+        return None
 
     def find(self, name: str) -> Snapshot:
         """Return the snapshot that a user's name means: an id, its prefix, `latest` or `HOST:latest`.

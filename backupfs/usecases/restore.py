@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
 # Requests under way; each holds up to 8 MiB until it is written.
-_FETCHERS = 3
+_FETCHERS = 4
 # Ranges that wait to be fetched, about a window of the walk: the walk goes on meanwhile.
 _WAITING_RANGES = 16
 _PROGRESS_SECONDS = 0.2

@@ -14,8 +14,6 @@ from backupfs.view.loading import Loader
 WINDOW_SIZE = 16 << 20
 _MOST_PIECES = 4096
 
-# How far sequential reads of a large file are read ahead, in bytes: about three blocks.
-AHEAD_SIZE = 3 << 20
 # The kernel's own read-ahead asks out of order by no more than this.
 _SEQUENTIAL_SLACK = 2 << 20
 
@@ -147,9 +145,10 @@ class FileReader:
 
     def _read_ahead(self, state: _LargeRead, content: Content, size: int, start: int) -> None:
         # In steps of half the distance, so that not every request looks.
-        if start <= state.ahead_until - AHEAD_SIZE // 2 and state.ahead_until <= start + 2 * AHEAD_SIZE:
+        distance = self._loader.far_ahead
+        if start <= state.ahead_until - distance // 2 and state.ahead_until <= start + 2 * distance:
             return
-        end = min(start + AHEAD_SIZE, size)
+        end = min(start + distance, size)
         state.ahead_until = end
         number = start // WINDOW_SIZE
         if start < end and (number in state.windows):

@@ -207,7 +207,8 @@ def test_programs_copy_a_snapshot_out_of_the_mount(world: Mounted) -> None:
         for path, blocks in wanted_on_disk.items():
             assert os.lstat(os.fsencode(copy) + b"/" + path).st_blocks <= blocks + 16
 
-    run("cp", "-a", top, world.folder / "copied")
+    # Newer versions of cp ask the file system for holes, and FUSE as Python has it tells of none.
+    run("cp", "-a", "--sparse=always", top, world.folder / "copied")
     check(world.folder / "copied")
     run("rsync", "-aHAXS", f"{top}/", world.folder / "synced")
     check(world.folder / "synced")

@@ -1,0 +1,52 @@
+"""Asking for many things at once: the answers in order, and no thread is left."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from backupfs.errors import ObjectMissing
+from backupfs.stores.memory import MemoryStore
+from backupfs.stores.together import each
+from tests.builders import File, back_up, build, new_repository, reopened
+from tests.faults import CountingStore, PassingStore
+
+
+class Far(PassingStore):
+    is_far = True  # type: ignore[assignment]
+
+
+def test_answers_come_in_order_and_several_are_asked_for_at_once() -> None:
+    together = threading.Barrier(8)
+
+    def ask(number: int) -> int:
+        together.wait(10)
+        return number * number
+
+    before = threading.active_count()
+    assert list(each(Far(MemoryStore()), ask, range(40))) == [number * number for number in range(40)]
+    assert threading.active_count() == before
+
+
+def test_a_store_at_hand_is_asked_in_this_thread() -> None:
+    here = threading.get_ident()
+    assert set(each(MemoryStore(), lambda _: threading.get_ident(), range(5))) == {here}
+
+
+def test_what_an_answer_raises_is_raised() -> None:
+    inner = MemoryStore()
+    inner.put("a", b"1")
+    with pytest.raises(ObjectMissing):
+        list(each(Far(inner), inner.get, ["a", "b", "a"]))
+
+
+def test_a_repository_that_is_far_opens_as_one_at_hand(tmp_path: Path) -> None:
+    repository = new_repository()
+    for number in range(20):
+        back_up(repository, build({"a": File(b"%d" % number)}, tmp_path / f"s{number}"))
+    counting = CountingStore(repository.store)
+    from backupfs.snapshots.listing import load_snapshots
+
+    near, far = load_snapshots(reopened(repository.store)), load_snapshots(reopened(Far(counting)))
+    assert near.snapshots == far.snapshots
+    assert len(far.snapshots) == 20
