@@ -44,6 +44,8 @@ class Settings:
     connections: int | None = None
     storage_class: str | None = None
     encryption: str | None = None
+    limit_upload: str | None = None
+    limit_download: str | None = None
 
     def merged(self, later: "Settings") -> "Settings":
         """Return these settings with those that were given after the verb on top."""
@@ -63,6 +65,7 @@ class Settings:
 
     def store(self) -> "Store":
         """Return the repository's store. Raises: UsageError."""
+        from backupfs.cli.values import size
         from backupfs.codec.sealing import Kind
         from backupfs.repository import layout
         from backupfs.stores.opening import open_store
@@ -73,7 +76,7 @@ class Settings:
         options = S3Options(
             self.endpoint_url or "", self.region or "", self.profile or "", self.addressing or "auto",
             self.ca_bundle or "", DEFAULT_CONNECTIONS if self.connections is None else self.connections,
-            classes, self.encryption or "",
+            classes, self.encryption or "", size(self.limit_upload or "0"), size(self.limit_download or "0"),
         )  # fmt: skip
         return open_store(self.url(), options)
 
@@ -132,6 +135,8 @@ _S3_OPTIONS = (
     ("--ca-bundle", {"metavar": "FILE", "help": "Trust the certificates in FILE instead of the system's."}),
     ("--connections", {"type": int, "metavar": "N", "help": "At most N connections at once (default: 16)."}),
     ("--storage-class", {"metavar": "CLASS", "help": "Put file content into CLASS; what is read often stays hot."}),
+    ("--limit-upload", {"metavar": "RATE", "help": "At most so many bytes a second: 500K, 2M."}),
+    ("--limit-download", {"metavar": "RATE", "help": "The same for what is read."}),
     ("--encryption", {"metavar": "KIND", "help": "Encryption by the server, too: AES256, aws:kms or aws:kms:KEY."}),
 )
 

@@ -64,4 +64,6 @@ def _open_bucket(url: str, options: S3Options) -> S3Store:
         raise UsageError(f"--addressing {shown(options.addressing)}: choose one of {', '.join(ADDRESSING)}")
     if options.connections < 1:
         raise UsageError(f"--connections {options.connections}: at least one is needed")
+    if options.limit_upload < 0 or options.limit_download < 0:
+        raise UsageError("a limit is a number of bytes a second, 0 is none")
     return S3Store(bucket, prefix, options)

@@ -29,6 +29,7 @@ from backupfs.errors import (
     UsageError,
     shown,
 )
+from backupfs.stores.pace import Pace, PacedBody
 from backupfs.stores.requests import RequestCounts, Requests
 from backupfs.stores.store import MAX_KEY_LENGTH, ObjectInfo, Store, is_key, range_length, validate_key
 
@@ -72,6 +73,8 @@ class S3Options:
     connections: int = DEFAULT_CONNECTIONS
     classes: tuple[tuple[str, str], ...] = ()  # (start of the key, storage class) for objects not of the usual class
     encryption: str = ""  # by the server: AES256, aws:kms or aws:kms:KEY
+    limit_upload: int = 0  # bytes a second; 0: no limit
+    limit_download: int = 0
 
 
 class S3Store(Store):
@@ -91,6 +94,7 @@ class S3Store(Store):
         self._has_conditional_put = True  # until it says otherwise
         self._etag_is_md5: bool | None = None  # unknown until the first put
         self._requests = Requests()
+        self._up, self._down = Pace(options.limit_upload), Pace(options.limit_download)
 
     @property
     def url(self) -> str:
@@ -143,7 +147,8 @@ class S3Store(Store):
         with self._translated(f"store object {key}"):
             try:
                 answer = client.put_object(
-                    Bucket=self._bucket, Key=self._prefix + key, Body=body,
+                    Bucket=self._bucket, Key=self._prefix + key,
+                    Body=PacedBody(body, self._up) if self._up.rate else body,
                     ContentMD5=_base64(digest.digest()), **arguments,
                 )  # fmt: skip
             except client.exceptions.ClientError as error:
@@ -178,7 +183,7 @@ class S3Store(Store):
                 answer = None
             if answer is not None:
                 with contextlib.closing(answer["Body"]) as stream:
-                    body: bytes = stream.read()
+                    body = self._received(stream)
         if answer is None:
             # Nothing of the range is there: an error, but for what begins right at the end.
             range_length(key, self.size(key), start, length)
@@ -201,6 +206,15 @@ class S3Store(Store):
             raise StoreUnavailable(f"cannot read object {key} in {shown(self.url)}: other bytes came than asked for")
         range_length(key, int(found[3]), start, length)
         return body
+
+    def _received(self, stream: Any) -> bytes:
+        if not self._down.rate:
+            return bytes(stream.read())
+        parts = []
+        while part := stream.read(self._down.step):
+            self._down.pass_on(len(part))
+            parts.append(part)
+        return b"".join(parts)
 
     def size(self, key: str) -> int:
         """Ask for an object's length."""

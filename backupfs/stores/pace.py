@@ -1,0 +1,83 @@
+"""Not faster than so many bytes a second, all threads of a process together."""
+
+import io
+import threading
+import time
+from collections.abc import Callable
+
+# A step is no longer than this, so that others get their turn and the line sees an even flow.
+_STEP_S = 0.05
+_LEAST_STEP = 4 << 10
+_MOST_STEP = 256 << 10
+
+
+class Pace:
+    """Lets bytes pass at a rate."""
+
+    def __init__(
+        self,
+        rate: int,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Take the rate, in bytes a second; 0 is no bound."""
+        self.rate = rate
+        self.step = max(_LEAST_STEP, min(_MOST_STEP, int(rate * _STEP_S))) if rate else _MOST_STEP
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def pass_on(self, size: int) -> None:
+        """Return when so many bytes may have passed."""
+        if not self.rate:
+            return
+        with self._lock:
+            now = self._clock()
+            self._free_at = max(now, self._free_at) + size / self.rate
+            wait_s = self._free_at - now
+        self._sleep(wait_s)
+
+
+class PacedBody(io.RawIOBase):
+    """Bytes as a file that is read at a pace."""
+
+    def __init__(self, data: bytes | bytearray, pace: Pace) -> None:
+        super().__init__()
+        self._data = memoryview(data)
+        self._pace = pace
+        self._at = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is: whoever sends it may ask for its length that way."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        self._at = max(0, min(len(self._data), base + offset))
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Return bytes from the position on, when it is their time."""
+        left = len(self._data) - self._at
+        size = left if size < 0 else min(size, left)
+        parts = []
+        while size:
+            part = self._data[self._at : self._at + min(size, self._pace.step)]
+            self._pace.pass_on(len(part))
+            self._at += len(part)
+            size -= len(part)
+            parts.append(part)
+        return b"".join(parts)
