@@ -23,6 +23,7 @@ _RECEIVE_SIZE = 1 << 18
 _F_SETPIPE_SZ = 1031
 _PIPE_SIZE = 1 << 20  # what an ordinary user may have
 _PR_SET_PDEATHSIG = 1
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class LeaderGone(BaseException):
@@ -127,9 +128,15 @@ def fork(run: Callable[[Line], None], failed: Callable[[Exception], object], oth
     """
     to_child, to_leader = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
     leader = os.getpid()
-    pid = os.fork()
+    # Python calls hooks of its own around a fork, and an interrupt that is raised in one of them is lost.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _prepare_child(leader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if pid == 0:
-        _prepare_child(leader)
         for other in others:
             other.forget_lines()
         os.close(to_child[1])

@@ -70,6 +70,7 @@ class FaultProxy:
         self.latency_s = latency_s
         self.rules: list[Rule] = []
         self.seen: list[tuple[str, str]] = []  # (method, path) of each request
+        self.passed = {"up": 0, "down": 0}  # bytes of bodies
         self._lock = threading.Lock()
         self._lines = {"up": _Line(rate), "down": _Line(rate)}
         proxy = self
@@ -109,7 +110,13 @@ class FaultProxy:
 
     def passes(self, way: str) -> Callable[[int], None]:
         """Return what takes a number of bytes and returns when the line has taken them."""
-        return self._lines[way].take
+
+        def take(size: int) -> None:
+            self._lines[way].take(size)
+            with self._lock:
+                self.passed[way] += size
+
+        return take
 
 
 class _Line:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from backupfs.errors import StoreUnavailable
-from backupfs.stores.requests import RequestCounts
+from backupfs.stores.passing import PassingStore
 from backupfs.stores.store import ObjectInfo, Store
 
 Result = TypeVar("Result")
@@ -18,26 +18,11 @@ class Crash(BaseException):
     """The process died here: no `except Exception` may catch it, and no later call reaches the store."""
 
 
-class PassingStore(Store):
+class AroundStore(PassingStore):
     """Hands every call to the store inside through `around`, which the wrappers below replace."""
-
-    def __init__(self, inner: Store) -> None:
-        self.inner = inner
 
     def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
         return call()
-
-    @property
-    def url(self) -> str:
-        return self.inner.url
-
-    @property
-    def is_far(self) -> bool:
-        return self.inner.is_far
-
-    @property
-    def requests(self) -> RequestCounts:
-        return self.inner.requests
 
     def create(self) -> None:
         self.around("create", "", self.inner.create)
@@ -61,11 +46,8 @@ class PassingStore(Store):
     def delete(self, key: str) -> None:
         self.around("delete", key, lambda: self.inner.delete(key))
 
-    def close(self) -> None:
-        self.inner.close()
 
-
-class CountingStore(PassingStore):
+class CountingStore(AroundStore):
     """Counts the calls of each verb, also those that fail, and the bytes of those that succeed."""
 
     def __init__(self, inner: Store) -> None:
@@ -104,7 +86,7 @@ class Fault:
     kills: bool = False  # a Crash; from then on every call is one
 
 
-class FaultyStore(PassingStore):
+class FaultyStore(AroundStore):
     """Lets calls fail by rules, each counting on its own the calls that fit it."""
 
     def __init__(self, inner: Store, *rules: Fault) -> None:
@@ -138,7 +120,7 @@ class FaultyStore(PassingStore):
             return found
 
 
-class SlowStore(PassingStore):
+class SlowStore(AroundStore):
     """Waits before every call, as a distant store does; `sleep` may be replaced by one that only records."""
 
     def __init__(self, inner: Store, latency_s: float, sleep: Callable[[float], None] = time.sleep) -> None:

@@ -1,6 +1,10 @@
 """What tests ask of processes."""
 
 import os
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 
@@ -15,3 +19,18 @@ def runs(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def assert_that_children_end_with_their_parent(script: str, count: int) -> None:
+    """Run a script that forks, prints the ids of its children and sleeps; kill it, and wait for them to end, too."""
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pids = parent.stdout.readline().split()
+    assert len(pids) == count
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    end = time.monotonic() + 10
+    while any(runs(pid) for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -29,6 +29,7 @@ _COMMANDS = {
     "ls": "contents",
     "dump": "contents",
     "restore": "contents",
+    "thaw": "contents",
     "mount": "mounts",
     "umount": "mounts",
     "check": "repositories",
@@ -129,7 +130,18 @@ def run(arguments: list[str]) -> int:
         return _told(error)
     except OSError as error:
         return _told(BackupfsError(_os_error_text(error)))
+    except Exception as error:
+        # Where an event loop is just being set up, it takes Ctrl-C for a fault of its own.
+        if type(error).__name__ == "TrioInternalError" and _is_due_to_interrupt(error):
+            return _interrupted(arguments)
+        raise
     return code
+
+
+def _is_due_to_interrupt(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _of_group(group: "BaseExceptionGroup[BaseException]", arguments: list[str]) -> int:

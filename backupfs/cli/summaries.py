@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from backupfs.usecases.check import CheckResult
     from backupfs.usecases.forget import ForgetResult
     from backupfs.usecases.restore import RestoreResult
+    from backupfs.usecases.thaw import ThawResult
 
 
 def snapshot_value(snapshot: Snapshot) -> dict[str, Value]:
@@ -183,6 +184,26 @@ def tell_restore(settings: Settings, result: "RestoreResult", dry_run: bool) -> 
         click.echo(f"  failed   {result.errors:,}{damaged}; each is named above")
     _tell_requests(result.requests)
     click.echo(f"  time     {duration_text(result.duration_ns)}")
+
+
+def tell_thaw(settings: Settings, result: "ThawResult", dry_run: bool) -> None:
+    """Print what a path needs and what was requested."""
+    if settings.json:
+        print_json({"event": "summary", "dry_run": dry_run, **asdict(result)})
+        return
+    if settings.quiet:
+        return
+    click.echo(f"{result.packs:,} packs, {size_text(result.size)}; {result.ready:,} can be read now")
+    if result.under_way:
+        click.echo(f"  under way {result.under_way:,}, asked for before")
+    if result.requested:
+        classes = ", ".join(f"{count:,} in {shown(name)}" for name, count in sorted(result.classes.items()))
+        verb = "would ask for" if dry_run else "asked for"
+        click.echo(f"  {verb} {result.requested:,}, {size_text(result.requested_size)} (archived: {classes})")
+    if result.missing:
+        click.echo(f"  missing   {result.missing:,}: see `backupfs check`")
+    if result.hours:
+        click.echo(f"  ready in  {result.hours:g} hours at most, by what the provider says")
 
 
 def tell_check(settings: Settings, result: "CheckResult") -> None:

@@ -2,8 +2,10 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from backupfs.chunking.cutter import CutSizes
 from backupfs.codec import keys
@@ -29,6 +31,7 @@ from backupfs.repository.index import Index
 from backupfs.repository.local import LocalFolders
 from backupfs.stores.caching import CachingStore
 from backupfs.stores.store import Store
+from backupfs.stores.together import each
 
 # What decoded blocks may take; trees are asked for again and again, data mostly once.
 TREE_CACHE_SIZE = 32 << 20
@@ -90,8 +93,8 @@ class Repository:
 
     def load_indexes(self) -> None:
         """Bring both indexes up to date with the store. Raises: StoreError."""
-        self.tree_index.refresh()
-        self.data_index.refresh()
+        for _ in each(self.store, Index.refresh, (self.tree_index, self.data_index)):
+            pass
 
     def slots(self) -> list[KeySlot]:
         """Return the key slots, oldest first; damaged ones under the name they show."""
@@ -198,11 +201,12 @@ def open_repository(
     Raises: NotARepository; WrongPassword; UnknownVersion; DamagedObject; StoreError.
     """
     config, mac = read_config(require_repository(store) if encoded_config is None else encoded_config)
-    unreadable, unwritable = unknown_features(config, _added_features(store))
+    readers: tuple[Callable[[Store], Any], ...] = (_added_features, _read_slots)
+    added, slots = each(store, lambda read: read(store), readers)
+    unreadable, unwritable = unknown_features(config, added)
     if unreadable:
         names = ", ".join(sorted(map(shown, unreadable)))
         raise UnknownVersion(f"this repository needs features this backupfs lacks ({names}): upgrade backupfs")
-    slots = list(_read_slots(store))
     if not slots:
         raise DamagedObject(
             f"the repository at {store.url} has no key slot left in {layout.KEYS}: restore one from a copy"

@@ -43,7 +43,9 @@ class SnapshotList:
         before = list(self.snapshots)
         store = self.repository.store
         damaged: dict[str, str] = {}
-        identities = (layout.id_in_key(info.key) for info in store.list(layout.SNAPSHOTS))
+        prefixes = (layout.SNAPSHOTS, layout.NOTES)
+        keys, note_keys = each(store, lambda prefix: [info.key for info in store.list(prefix)], prefixes)
+        identities = map(layout.id_in_key, keys)
         listed = [SnapshotId(identity) for identity in identities if identity is not None]
         fresh = [snapshot_id for snapshot_id in listed if snapshot_id not in self._loaded]
         loaded = dict(zip(fresh, each(store, lambda snapshot_id: self._load(snapshot_id, damaged), fresh), strict=True))
@@ -53,7 +55,7 @@ class SnapshotList:
             if snapshot is not None:
                 present[snapshot_id] = snapshot
         self._loaded = present
-        forgotten = self._forgotten()
+        forgotten = self._forgotten(note_keys)
         self.damaged = damaged | self._damaged_notes
         self.snapshots = sorted(
             (snapshot for snapshot_id, snapshot in present.items() if snapshot_id not in forgotten),
@@ -72,11 +74,10 @@ class SnapshotList:
             damaged[key] = str(error)
             return None
 
-    def _forgotten(self) -> set[SnapshotId]:
+    def _forgotten(self, listed: list[str]) -> set[SnapshotId]:
         forgets: dict[SnapshotId, set[bytes]] = {}
         undone: dict[SnapshotId, set[bytes]] = {}
         store = self.repository.store
-        listed = [info.key for info in store.list(layout.NOTES)]
         fresh = [key for key in listed if key not in self._notes]
         self._notes.update(zip(fresh, each(store, self._load_note, fresh), strict=True))
         for key in listed:

@@ -16,14 +16,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from blake3 import blake3
 
 from backupfs.errors import DamagedObject
-from backupfs.stores.requests import RequestCounts
-from backupfs.stores.store import ObjectInfo, Store, range_length
+from backupfs.stores.passing import PassingStore
+from backupfs.stores.store import Store, range_length
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _MARK_AGE_S = 3600
 _LOCKS = 16
 
 
-class CachingStore(Store):
+class CachingStore(PassingStore):
     """Passes everything on, and keeps what is read and put under some prefixes."""
 
     def __init__(
@@ -52,7 +52,7 @@ class CachingStore(Store):
         whole, in_parts: starts of keys of objects that are kept whole, or in parts.
         limit: bytes in the folder; what was not used longest goes first.
         """
-        self.inner = inner
+        super().__init__(inner)
         self._folder = folder
         self._whole = whole
         self._in_parts = in_parts
@@ -61,30 +61,6 @@ class CachingStore(Store):
         self._sizes: dict[str, int] = {}  # of large objects
         self._ahead: dict[str, tuple[int, int]] = {}  # key → (the part after the last that was fetched, how many)
         self._unlooked = _LOOK_EVERY  # bytes written since the last look
-
-    @property
-    def url(self) -> str:
-        """Where the store inside is."""
-        return self.inner.url
-
-    @property
-    def folder(self) -> str | None:
-        """The folder of the store inside."""
-        return self.inner.folder
-
-    @property
-    def is_far(self) -> bool:
-        """As the store inside."""
-        return self.inner.is_far
-
-    @property
-    def requests(self) -> RequestCounts:
-        """What the store inside asked of a server."""
-        return self.inner.requests
-
-    def create(self) -> None:
-        """Make the place."""
-        self.inner.create()
 
     def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
         """Store an object, and keep it: who wrote it will read it the next time."""
@@ -105,28 +81,12 @@ class CachingStore(Store):
             return self._get_parts(key, start, length)
         return self.inner.get(key, start=start, length=length)
 
-    def size(self, key: str) -> int:
-        """Return the length of an object."""
-        return self.inner.size(key)
-
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yield objects of the store inside."""
-        return self.inner.list(prefix)
-
-    def now(self) -> int:
-        """Return the time of the store inside."""
-        return self.inner.now()
-
     def delete(self, key: str) -> None:
         """Remove an object there and here."""
         self.inner.delete(key)
         for path in (self._path(_name(key)), *self._folder.glob(f"{_name(key)}-*")):
             with contextlib.suppress(OSError):
                 path.unlink()
-
-    def close(self) -> None:
-        """Close the store inside."""
-        self.inner.close()
 
     # Whole objects.
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from backupfs.errors import ObjectExists, StoreFull, StoreMissing, StoreUnavailable
-from backupfs.stores.requests import RequestCounts
-from backupfs.stores.store import ObjectInfo, Store
+from backupfs.stores.passing import PassingStore
+from backupfs.stores.store import ArchiveState, ObjectInfo, Store
 
 Result = TypeVar("Result")
 
@@ -21,7 +21,7 @@ _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 _QUIET_S = 2.0
 
 
-class RetryingStore(Store):
+class RetryingStore(PassingStore):
     """Passes everything on; what fails with StoreUnavailable is tried again, but for a full or missing store."""
 
     def __init__(self, inner: Store, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -29,28 +29,8 @@ class RetryingStore(Store):
 
         sleep: takes seconds.
         """
-        self.inner = inner
+        super().__init__(inner)
         self._sleep = sleep
-
-    @property
-    def url(self) -> str:
-        """Where the store inside is."""
-        return self.inner.url
-
-    @property
-    def folder(self) -> str | None:
-        """The folder of the store inside."""
-        return self.inner.folder
-
-    @property
-    def is_far(self) -> bool:
-        """As the store inside."""
-        return self.inner.is_far
-
-    @property
-    def requests(self) -> RequestCounts:
-        """What the store inside asked of a server."""
-        return self.inner.requests
 
     def create(self) -> None:
         """Make the place."""
@@ -112,9 +92,13 @@ class RetryingStore(Store):
         """Remove an object."""
         self._try(lambda: self.inner.delete(key))
 
-    def close(self) -> None:
-        """Close the store inside."""
-        self.inner.close()
+    def archive_state(self, key: str) -> ArchiveState:
+        """Tell whether an object can be read now."""
+        return self._try(lambda: self.inner.archive_state(key))
+
+    def thaw(self, key: str, days: int, tier: str) -> None:
+        """Have an archived object made readable."""
+        self._try(lambda: self.inner.thaw(key, days, tier))
 
     def _try(self, call: Callable[[], Result]) -> Result:
         started = time.monotonic()

@@ -31,7 +31,7 @@ from backupfs.errors import (
 )
 from backupfs.stores.pace import Pace, PacedBody
 from backupfs.stores.requests import RequestCounts, Requests
-from backupfs.stores.store import MAX_KEY_LENGTH, ObjectInfo, Store, is_key, range_length, validate_key
+from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Store, is_key, range_length, validate_key
 
 DEFAULT_CONNECTIONS = 16
 ADDRESSING = ("auto", "path", "virtual")
@@ -57,6 +57,7 @@ _REFUSED = frozenset(
         "InvalidToken", "InvalidSecurity", "Forbidden", "403", "401", "Unauthorized", "MethodNotAllowed",
     }
 )  # fmt: skip
+_ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 # A body that was garbled on its way: the next may not be.
 _GARBLED = frozenset({"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout"})
 
@@ -261,6 +262,29 @@ class S3Store(Store):
         with self._translated(f"delete object {key}"), contextlib.suppress(ObjectMissing):
             self._client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
+    def archive_state(self, key: str) -> ArchiveState:
+        """Ask for an object's class, and whether it is being thawed or was."""
+        validate_key(key)
+        with self._translated(f"look at object {key}", key):
+            answer = self._client().head_object(Bucket=self._bucket, Key=self._prefix + key)
+        storage_class = answer.get("StorageClass", "")
+        restore = answer.get("Restore", "")
+        is_cold = storage_class in _ARCHIVE_CLASSES or "ArchiveStatus" in answer
+        is_thawing = 'ongoing-request="true"' in restore
+        return ArchiveState(storage_class, is_cold and (is_thawing or not restore), is_thawing)
+
+    def thaw(self, key: str, days: int, tier: str) -> None:
+        """Request an object from its archive class; one that was requested already is fine."""
+        validate_key(key)
+        client = self._client()
+        request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
+        with self._translated(f"thaw object {key}", key):
+            try:
+                client.restore_object(Bucket=self._bucket, Key=self._prefix + key, RestoreRequest=request)
+            except client.exceptions.ClientError as error:
+                if _code(error) != "RestoreAlreadyInProgress":
+                    raise
+
     def close(self) -> None:
         """Close the connections of this process."""
         with self._lock:
@@ -362,7 +386,10 @@ class S3Store(Store):
         if code in _EXISTS or status == 412:
             return ObjectExists(f"object {key} is in {shown(self.url)} already")
         if code in _ARCHIVED:
-            return ObjectArchived(f"{about}: it is in an archive class ({said}) and must be thawed first")
+            storage_class = shown(str(error.response.get("Error", {}).get("StorageClass") or "an archive class"))
+            return ObjectArchived(
+                f"{about}: it is in {storage_class}: `backupfs thaw SNAP:PATH` makes it readable again"
+            )
         if code in _FULL or status == 507:
             return StoreFull(f"{about}: there is no room left: {said}")
         if code in _CLOCK:

@@ -31,6 +31,15 @@ class ObjectInfo:
     modified_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class ArchiveState:
+    """Whether an object can be read now."""
+
+    storage_class: str = ""  # as the store calls it; empty: the usual one
+    is_archived: bool = False  # it must be thawed before it can be read
+    is_thawing: bool = False  # that was asked for and is under way
+
+
 class Store(abc.ABC):
     """Objects under keys; an object is there whole or not at all.
 
@@ -103,6 +112,20 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Remove an object, durably; it is fine when there is none."""
+
+    def archive_state(self, key: str) -> ArchiveState:
+        """Tell whether an object can be read now. Raises: ObjectMissing."""
+        self.size(key)
+        return ArchiveState()
+
+    def thaw(self, key: str, days: int, tier: str) -> None:
+        """Have an archived object made readable for some days; returns at once, the object follows in hours.
+
+        tier: expedited, standard or bulk.
+        Raises: StoreError where the store has no such thing.
+        """
+        del key, days, tier
+        raise StoreError(f"nothing in {shown(self.url)} has to be thawed")
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -360,7 +360,7 @@ def test_a_signal_ends_a_backup_even_where_a_shell_made_it_ignore_ctrl_c(
     said = backup.stderr.read()
     backup.stderr.close()
     backup.stdin.close()
-    assert (backup.returncode, b"interrupted" in said) == (130, True)
+    assert (backup.returncode, b"interrupted" in said) == (130, True), said
     # One that was being started at that moment ends with its leader, a moment after it.
     end = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in scanners):

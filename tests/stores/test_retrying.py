@@ -8,7 +8,7 @@ from backupfs.errors import AccessDenied, ObjectExists, StoreFull, StoreMissing,
 from backupfs.stores.memory import MemoryStore
 from backupfs.stores.retrying import RetryingStore
 from backupfs.stores.store import Store
-from tests.faults import CountingStore, Fault, FaultyStore, PassingStore
+from tests.faults import AroundStore, CountingStore, Fault, FaultyStore
 
 VERBS: dict[str, Callable[[Store], object]] = {
     "put": lambda store: store.put("b", b"2"),
@@ -53,7 +53,7 @@ def test_what_fails_on_and_on_is_an_error_that_says_how_often_it_was_tried(verb:
 
 @pytest.mark.parametrize("error", [StoreFull("full"), StoreMissing("gone"), AccessDenied("no")])
 def test_what_trying_again_does_not_mend_is_told_at_once(error: Exception) -> None:
-    class Failing(PassingStore):
+    class Failing(AroundStore):
         def around(self, verb: str, key: str, call: Callable[[], object]) -> object:  # type: ignore[override]
             raise error
 
@@ -83,7 +83,7 @@ def test_somebody_elses_object_is_not_taken_for_the_one_that_was_put() -> None:
 
 
 def test_a_listing_that_breaks_off_yields_each_object_once() -> None:
-    class Breaking(PassingStore):
+    class Breaking(AroundStore):
         left = 3
 
         def list(self, prefix: str):  # type: ignore[no-untyped-def]

@@ -22,7 +22,7 @@ from backupfs.stores import s3
 from backupfs.stores.opening import open_store
 from backupfs.stores.retrying import RetryingStore
 from backupfs.stores.s3 import S3Options, S3Store
-from backupfs.stores.store import Store
+from backupfs.stores.store import ArchiveState, Store
 from tests.buckets import BUCKET, bucket_of, options_of
 from tests.fault_proxy import FaultProxy
 from tests.servers import Server
@@ -181,7 +181,7 @@ def test_a_server_that_is_away_is_an_error_that_names_it(swift: Server, proxy: F
         (403, "SignatureDoesNotMatch", AccessDenied, "refuses it to these credentials"),
         (403, "RequestTimeTooSkewed", AccessDenied, "clock of this machine"),
         (400, "ExpiredToken", AccessDenied, "credentials have expired: get new ones"),
-        (403, "InvalidObjectState", ObjectArchived, "archive class"),
+        (403, "InvalidObjectState", ObjectArchived, "an archive class.*`backupfs thaw"),
         (507, "InsufficientStorage", StoreFull, "no room left"),
         (403, "QuotaExceeded", StoreFull, "no room left"),
         (404, "NoSuchBucket", StoreMissing, "no bucket backups at .*backupfs init"),
@@ -330,3 +330,50 @@ def test_opening_a_bucket_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store("s3://bucket/a/prefix/", S3Options("http://127.0.0.1:1"))
     assert store.url == "s3://bucket/a/prefix"
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({}, ArchiveState()),
+        ({"StorageClass": "STANDARD_IA"}, ArchiveState("STANDARD_IA")),
+        ({"StorageClass": "GLACIER"}, ArchiveState("GLACIER", True)),
+        ({"StorageClass": "GLACIER", "Restore": 'ongoing-request="true"'}, ArchiveState("GLACIER", True, True)),
+        (
+            {"StorageClass": "DEEP_ARCHIVE", "Restore": 'ongoing-request="false", expiry-date="Fri, 1 Jan 2027"'},
+            ArchiveState("DEEP_ARCHIVE"),
+        ),
+        (
+            {"StorageClass": "INTELLIGENT_TIERING", "ArchiveStatus": "ARCHIVE_ACCESS"},
+            ArchiveState("INTELLIGENT_TIERING", True),
+        ),
+    ],
+)
+def test_what_a_server_says_of_archives_is_understood(
+    answer: dict[str, str], expected: ArchiveState, behind: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(behind._client(), "head_object", lambda **_: answer)
+    assert behind.archive_state("packs/data/old") == expected
+
+
+def test_a_thaw_is_requested_once(behind: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = behind._client()
+    asked: list[dict[str, object]] = []
+
+    def restore_object(**arguments: object) -> None:
+        asked.append(arguments)
+        if len(asked) > 1:
+            raise client.exceptions.ClientError({"Error": {"Code": "RestoreAlreadyInProgress"}}, "RestoreObject")
+
+    monkeypatch.setattr(client, "restore_object", restore_object)
+    for _ in range(2):
+        behind.thaw("packs/data/old", 3, "bulk")
+    assert asked[0]["RestoreRequest"] == {"Days": 3, "GlacierJobParameters": {"Tier": "Bulk"}}
+
+
+def test_a_server_without_archives_says_so(behind: S3Store) -> None:
+    assert not behind.archive_state("packs/data/old").is_archived
+    with pytest.raises(StoreError, match="cannot thaw object packs/data/old"):
+        behind.thaw("packs/data/old", 1, "standard")
+    with pytest.raises(ObjectMissing):
+        behind.archive_state("packs/data/none")

@@ -9,10 +9,10 @@ from backupfs.errors import ObjectMissing
 from backupfs.stores.memory import MemoryStore
 from backupfs.stores.together import each
 from tests.builders import File, back_up, build, new_repository, reopened
-from tests.faults import CountingStore, PassingStore
+from tests.faults import AroundStore, CountingStore
 
 
-class Far(PassingStore):
+class Far(AroundStore):
     is_far = True  # type: ignore[assignment]
 
 

@@ -40,7 +40,7 @@ from tests.builders import (
     reopened,
     run_check,
 )
-from tests.faults import Fault, FaultyStore, PassingStore
+from tests.faults import AroundStore, Fault, FaultyStore
 
 Result = TypeVar("Result")
 
@@ -114,7 +114,7 @@ def test_a_store_that_is_gone_ends_in_findings_not_in_an_exception(stored: Memor
     assert {"config", "keys/", "snapshots/"} <= {finding.key for finding in result.findings}
 
 
-class RecordingStore(PassingStore):
+class RecordingStore(AroundStore):
     def __init__(self, inner: MemoryStore) -> None:
         super().__init__(inner)
         self.listed: list[str] = []
@@ -137,7 +137,7 @@ def test_a_backup_that_runs_meanwhile_is_no_damage(stored: MemoryStore) -> None:
 
 
 def test_a_cancelled_check_ends_and_leaves_nothing(stored: MemoryStore, tmp_path: Path) -> None:
-    class CancellingStore(PassingStore):
+    class CancellingStore(AroundStore):
         def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
             if verb == "get" and key.startswith("packs/"):
                 trio.from_thread.run_sync(scope.cancel)

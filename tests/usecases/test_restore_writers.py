@@ -3,10 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +16,7 @@ from backupfs.usecases import restore as restore_module
 from backupfs.usecases.restore import RestoreOptions, RestoreResult, restore
 from backupfs.usecases.restore_range import RangeWriter, Work, Written
 from tests.builders import Entry, File, back_up, build, new_repository, snapshot_of
-from tests.processes import runs
+from tests.processes import assert_that_children_end_with_their_parent
 
 
 def saved(tmp_path: Path) -> tuple[Repository, Snapshot, bytes]:
@@ -100,7 +96,7 @@ def test_what_a_writer_logs_is_logged_here(
 
 def test_writers_end_with_their_leader() -> None:
     """Kill -9 leaves no process that writes on."""
-    script = textwrap.dedent(
+    assert_that_children_end_with_their_parent(
         """
         import time
         from backupfs.usecases.restore_range import SharedRanges
@@ -109,16 +105,6 @@ def test_writers_end_with_their_leader() -> None:
         writers.start(2, lambda number, line: time.sleep(60))
         print(*(member.process.pid for member in writers._members), flush=True)
         time.sleep(60)
-        """
+        """,
+        2,
     )
-    leader = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert leader.stdout is not None
-    pids = leader.stdout.readline().split()
-    assert len(pids) == 2
-    leader.kill()
-    leader.wait()
-    leader.stdout.close()
-    end = time.monotonic() + 10
-    while any(runs(pid) for pid in pids):
-        assert time.monotonic() < end
-        time.sleep(0.01)

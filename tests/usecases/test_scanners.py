@@ -3,9 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from backupfs.usecases.archiver import Archiver
 from backupfs.usecases.events import FileSkipped
 from backupfs.usecases.scanner import MOST_NESTED, Assigned, Result, Scanner, Task
 from tests.builders import File, Hardlink, build, contents_of, keys_of, new_repository, noise, run_backup, run_check
-from tests.processes import runs
+from tests.processes import assert_that_children_end_with_their_parent
 from tests.usecases.test_backup import told
 
 
@@ -192,7 +189,7 @@ def test_log_lines_of_scanners_come_out_here(
 
 def test_scanners_end_with_their_leader(tmp_path: Path) -> None:
     """Kill -9 leaves no process that reads on."""
-    script = textwrap.dedent(
+    assert_that_children_end_with_their_parent(
         """
         import os, sys, time
         from backupfs.usecases.scanners import Scanners
@@ -202,16 +199,6 @@ def test_scanners_end_with_their_leader(tmp_path: Path) -> None:
         scanners.start(2, scan)
         print(*(member.process.pid for member in scanners._members), flush=True)
         time.sleep(60)
-        """
+        """,
+        2,
     )
-    leader = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert leader.stdout is not None
-    pids = leader.stdout.readline().split()
-    assert len(pids) == 2
-    leader.kill()
-    leader.wait()
-    leader.stdout.close()
-    end = time.monotonic() + 10
-    while any(runs(pid) for pid in pids):
-        assert time.monotonic() < end
-        time.sleep(0.01)

@@ -155,3 +155,32 @@ def restore_command(
     if result.damaged:
         return 1
     return 3 if result.errors else 0
+
+
+@click.command("thaw")
+@click.argument("what", metavar="SNAP[:PATH]", type=PATH)
+@click.option(
+    "--tier",
+    type=click.Choice(["expedited", "standard", "bulk"]),
+    default="standard",
+    show_default=True,
+    help="How fast; faster costs more.",
+)
+@click.option("--days", type=int, default=7, show_default=True, help="How long what was thawed stays readable.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what is needed.")
+@with_settings
+def thaw_command(settings: Settings, what: bytes, tier: str, days: int, dry_run: bool) -> int:
+    """Have a path's content brought back from an archive class of object storage.
+
+    It takes minutes to days until it can be read; run the same command again to see how far it is.
+    """
+    repository, snapshot, path = _found(settings, what, "backupfs.usecases.thaw")
+    from backupfs.cli.report import Reporter
+    from backupfs.cli.summaries import tell_thaw
+    from backupfs.usecases.thaw import ThawOptions, thaw
+
+    report = Reporter(settings)
+    result = thaw(repository, snapshot, path or b"/", ThawOptions(tier, days, dry_run), report)
+    report.clear()
+    tell_thaw(settings, result, dry_run)
+    return 1 if result.missing else 0

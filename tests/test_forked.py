@@ -1,0 +1,100 @@
+"""Forked processes: interrupts around the fork are not lost, and messages are what was sent."""
+
+import os
+import signal
+
+import pytest
+import trio
+
+from backupfs.cli import main
+from backupfs.forked import Line, encoded, fork
+from tests.processes import children_of_this_process
+
+
+def test_an_interrupt_at_the_moment_of_a_fork_is_raised_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fork
+
+    def interrupted() -> int:
+        parent = os.getpid()
+        pid = real()
+        if os.getpid() == parent:
+            # As from a terminal, while Python's own hooks run.
+            os.kill(parent, signal.SIGINT)
+            assert signal.SIGINT in signal.sigpending()
+        return pid
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fork(lambda line: line.receive(), str, [])
+    monkeypatch.undo()
+    for pid in children_of_this_process():
+        os.kill(int(pid), signal.SIGKILL)
+        os.waitpid(int(pid), 0)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_fork_leaves_the_interrupts_as_they_were_on_both_sides() -> None:
+    def run(line: Line) -> None:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        line.send([signal.SIGINT in blocked, signal.getsignal(signal.SIGINT) == signal.SIG_IGN])
+
+    process = fork(run, str, [])
+    said: list[object] = []
+
+    async def take(message: object) -> None:
+        said.append(message)
+
+    trio.run(process.listen, take)
+    process.wait()
+    assert said == [[False, True]]
+
+
+def test_many_messages_of_any_size_arrive_whole_and_in_order() -> None:
+    sizes = [0, 1, 100, 70_000, 3_000_000, 5, 0, 1_500_000]
+
+    def run(line: Line) -> None:
+        for _ in sizes:
+            data = line.receive()
+            assert isinstance(data, bytes)
+            line.send((len(data), data[::-1]))
+
+    process = fork(run, lambda error: error, [])
+    wanted = [os.urandom(size) for size in sizes]
+    got: list[object] = []
+
+    async def take(message: object) -> None:
+        got.append(message)
+
+    async def talk() -> None:
+        send, messages = trio.open_memory_channel[bytes](1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(process.send_all, messages)
+            nursery.start_soon(process.listen, take)
+            async with send:
+                for data in wanted:
+                    await send.send(encoded(data))
+
+    trio.run(talk)
+    process.wait()
+    assert got == [(len(data), data[::-1]) for data in wanted]
+
+
+def test_an_interrupt_that_an_event_loop_takes_for_its_own_fault_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_arguments: object, **_options: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise trio.TrioInternalError("internal error") from error
+
+    monkeypatch.setattr(main.cli, "main", interrupted)
+    assert main.run(["backup", "/"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+    def broken(*_arguments: object, **_options: object) -> None:
+        raise trio.TrioInternalError("internal error") from ValueError("a bug")
+
+    monkeypatch.setattr(main.cli, "main", broken)
+    with pytest.raises(trio.TrioInternalError):
+        main.run(["backup", "/"])
