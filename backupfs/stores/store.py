@@ -78,7 +78,8 @@ class Store(abc.ABC):
 
         data: contiguous; read without a copy where the store can, so it must not change before the return. It
         belongs to the caller again afterwards, also when the put raised.
-        After an error there is the old object, the new one or none under the key, never a part of one.
+        After an error there is the old object, the new one or none under the key, never a part of one. Who reads while
+        an object is replaced gets the old or the new one, or on some stores ObjectMissing for a moment.
         if_absent: refuse to replace. Two callers at once may both succeed on some stores, and a lost response may
         make a put meet its own object: nothing may rest on this being atomic.
         Raises: ObjectExists; StoreFull, after which nothing of the object takes up room.
