@@ -24,8 +24,13 @@ def test_an_interrupt_at_the_moment_of_a_fork_is_raised_after_it(monkeypatch: py
         return pid
 
     monkeypatch.setattr(os, "fork", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fork(lambda line: line.receive(), str, [])
+    # What runs in the background of a shell has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fork(lambda line: line.receive(), str, [])
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     for pid in children_of_this_process():
         os.kill(int(pid), signal.SIGKILL)
