@@ -194,6 +194,9 @@ def _prepare(arguments: list[str]) -> None:
         level=logging.DEBUG if verbose > 1 else logging.INFO if verbose else logging.WARNING,
         format="backupfs: %(message)s",
     )
+    # What they say of each request holds signatures and tokens.
+    for library in ("botocore", "boto3", "urllib3", "s3transfer"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     # Nearly nothing here makes cycles; looking for them as often as Python does costs a fifth of an unchanged backup.
     gc.set_threshold(50_000, 50, 1000)
     # SIGTERM ends a command as Ctrl-C does: temporary files go, stored chunks stay. What a script puts in the

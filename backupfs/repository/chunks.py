@@ -53,6 +53,11 @@ class ChunkReader:
         self._verified_cache = False
         self.index = index
 
+    @property
+    def is_far(self) -> bool:
+        """Tell whether blocks come over a network, which may garble one that is sound in the store."""
+        return self._store.is_far
+
     def chunk_id(self, data: bytes | memoryview) -> ChunkId:
         """Return the name of a chunk."""
         return ChunkId(keyed_hash(self._id_key, data))
@@ -202,7 +207,15 @@ class ChunkReader:
         Raises: DamagedObject; ObjectMissing; StoreError.
         """
         key = layout.key_of(self._kind, pack.pack_id)
-        return self.open_block(pack, self._store.get(key, start=offset, length=stored_length), offset)
+        try:
+            return self.open_block(pack, self._store.get(key, start=offset, length=stored_length), offset)
+        except DamagedObject as error:
+            if not self.is_far:
+                raise
+            # It may have been garbled on its way, and be kept like that.
+            log.warning("%s; it is fetched again", error)
+            self._store.forget(key)
+            return self.open_block(pack, self._store.get(key, start=offset, length=stored_length), offset)
 
     def open_block(self, pack: PackRef, stored: bytes | memoryview, offset: int) -> bytes:
         """Decode one block that was fetched already. Raises: DamagedObject."""

@@ -25,12 +25,13 @@ MOST_RANGE = 8 << 20
 class WantedChunk(Generic[Use]):
     """A chunk that is wanted, for one use or more."""
 
-    __slots__ = ("chunk_id", "failures", "length", "offset", "tried", "uses")
+    __slots__ = ("chunk_id", "failures", "is_second_try", "length", "offset", "tried", "uses")
 
     def __init__(self, chunk_id: ChunkId) -> None:
         self.chunk_id = chunk_id
         self.uses: list[Use] = []
         self.offset = self.length = 0  # in the block it is read from
+        self.is_second_try = False  # of the same place
         self.tried: tuple[Place, ...] = ()
         self.failures: tuple[str, ...] = ()  # why the copies tried so far could not be read
 

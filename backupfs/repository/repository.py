@@ -29,6 +29,7 @@ from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.config import Config, check_mac, encode_config, read_config, unknown_features
 from backupfs.repository.index import Index
 from backupfs.repository.local import LocalFolders
+from backupfs.repository.objects import get_named
 from backupfs.stores.caching import CachingStore
 from backupfs.stores.store import Store
 from backupfs.stores.together import each
@@ -251,7 +252,7 @@ def _read_slots(store: Store) -> list[tuple[ObjectId, bytes]]:
         slot_id = layout.id_in_key(info.key)
         if slot_id is not None:
             try:
-                slots.append((ObjectId(slot_id), store.get(info.key)))
+                slots.append((ObjectId(slot_id), get_named(store, info.key)))
             except ObjectMissing:
                 continue  # removed since it was listed
     return slots

@@ -96,6 +96,7 @@ class ChunkSaver:
         """
         self._kind = kind
         self._index = index
+        self.distrusts: Callable[[], bool] = lambda: False  # tells when what the index knows is to be stored again
         self._slots = slots
         self._emit = emit
         self._block_size = min(block_size, slots.size)
@@ -108,7 +109,7 @@ class ChunkSaver:
 
     def knows(self, chunk_id: ChunkId) -> bool:
         """Tell whether the chunk is stored, or on its way."""
-        return chunk_id in self._recent or self._index.has(chunk_id)
+        return chunk_id in self._recent or (self._index.has(chunk_id) and not self.distrusts())
 
     def room(self, length: int) -> memoryview:
         """Return the memory of the block's next chunk, to read it into; at most a slot."""
@@ -156,6 +157,7 @@ class NewChunks:
 
     def __init__(self, index: Index) -> None:
         self._index = index
+        self.distrusts: Callable[[], bool] = lambda: False  # as in ChunkSaver
         self._unindexed: set[ChunkId] = set()
         self._has_retired = False
 
@@ -167,7 +169,8 @@ class NewChunks:
         if unindexed.isdisjoint(ids) and not self._has_retired and len({*ids}) == len(ids):
             unindexed.update(ids)
             return Block(tuple(ids), filled.lengths, (data[: sum(filled.lengths)],))
-        indexed = {row[0] for row in self._index.find_first(ids)} if self._has_retired else set()
+        asks = self._has_retired and not self.distrusts()
+        indexed = {row[0] for row in self._index.find_first(ids)} if asks else set()
         kept: list[tuple[ChunkId, int, memoryview]] = []
         offset = 0
         for chunk_id, length in zip(ids, filled.lengths, strict=True):

@@ -84,6 +84,10 @@ class CachingStore(PassingStore):
     def delete(self, key: str) -> None:
         """Remove an object there and here."""
         self.inner.delete(key)
+        self.forget(key)
+
+    def forget(self, key: str) -> None:
+        """Remove an object here."""
         for path in (self._path(_name(key)), *self._folder.glob(f"{_name(key)}-*")):
             with contextlib.suppress(OSError):
                 path.unlink()

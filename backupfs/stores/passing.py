@@ -60,6 +60,10 @@ class PassingStore(Store):
         """Remove an object."""
         self.inner.delete(key)
 
+    def forget(self, key: str) -> None:
+        """Drop what this machine keeps of an object."""
+        self.inner.forget(key)
+
     def archive_state(self, key: str) -> ArchiveState:
         """Tell whether an object can be read now."""
         return self.inner.archive_state(key)

@@ -114,6 +114,10 @@ class Store(abc.ABC):
     def delete(self, key: str) -> None:
         """Remove an object, durably; it is fine when there is none."""
 
+    def forget(self, key: str) -> None:
+        """Drop what this machine keeps of an object: it is not what it should be."""
+        del key
+
     def archive_state(self, key: str) -> ArchiveState:
         """Tell whether an object can be read now. Raises: ObjectMissing."""
         self.size(key)

@@ -1,6 +1,6 @@
 """The parent snapshot's trees, as far as they can be read: what cannot is as if it had never been backed up."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
@@ -12,9 +12,14 @@ from backupfs.usecases.events import Remark, Report
 class ParentTrees:
     """Reads trees to compare with. Belongs to one thread."""
 
-    def __init__(self, load: Load, report: Report) -> None:
+    def __init__(self, load: Load, report: Report, damaged: Callable[[], None]) -> None:
+        """Take the parts.
+
+        damaged: called when something cannot be read: what the store has of trees is not to be relied on then.
+        """
         self.load = load
         self._report = report
+        self._damaged = damaged
 
     def pages(self, tree: ChunkId) -> Iterator[LeafPage | None]:
         """Yield a directory's leaf pages in order; None, and no more, where the next one cannot be read."""
@@ -50,4 +55,5 @@ class ParentTrees:
         )
 
     def _tell(self, error: DamagedObject) -> None:
+        self._damaged()
         self._report(Remark(f"the snapshot compared with is damaged ({error}): what it cannot say is read again"))

@@ -210,6 +210,7 @@ class _Run:
         # Two are open in each scanner; the rest is on its way.
         slots = Slots(2 * count + workers.CPU_THREADS + _WAITING_BLOCKS, max(options.sizes.block, _SLOT_SIZE))
         scanners = Scanners(ordinals)
+        self._new[Kind.TREE_PACK].distrusts = scanners.distrusts
 
         def scan(scanner: Scanner, begins: bool) -> Root | None:
             return _scan(repository, options, slots, selection, ordinals, scanner, archive if begins else None)
@@ -304,6 +305,7 @@ def _scan(
     before = repository.store.requests  # of the process that was forked
     data = ChunkSaver(Kind.DATA_PACK, repository.data_index, slots, scanner.send, options.sizes.block)
     trees = ChunkSaver(Kind.TREE_PACK, repository.tree_index, slots, scanner.send, options.sizes.block)
+    trees.distrusts = scanner.distrusts
     context = ArchiveContext(
         keyring.chunk_id_key(tree=True), keyring.page_cut_key(), trees, selection, scanner, ordinals
     )  # fmt: skip
@@ -315,7 +317,7 @@ def _scan(
         context.save_tree,
         scanner.send,
     )
-    archiver = Archiver(context, files, ParentTrees(repository.trees.load, scanner.send))
+    archiver = Archiver(context, files, ParentTrees(repository.trees.load, scanner.send, scanner.distrust))
     scanner.serve(archiver.archive_task)
     root = archive(archiver) if archive is not None else None
     if root is None:

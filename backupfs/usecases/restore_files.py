@@ -386,7 +386,10 @@ class Restorer:
         for block_number, block in enumerate(wanted.blocks):
             for chunk_number, chunk in enumerate(block.chunks):
                 if bad and (block_number, chunk_number) in bad:
-                    give_up(block, [chunk], bad[block_number, chunk_number])
+                    # What comes over a network may have been garbled on its way.
+                    if not self._reader.is_far or chunk.is_second_try:
+                        give_up(block, [chunk], bad[block_number, chunk_number])
+                    chunk.is_second_try = True
                     self._retry.append(chunk)
                     continue
                 for use in chunk.uses:

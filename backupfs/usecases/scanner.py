@@ -144,7 +144,8 @@ class Scanner:
     def __init__(self, line: Line, hungry: memoryview) -> None:
         """Take the parts.
 
-        hungry: its first byte says how many scanners wait for a task; kept by the leader.
+        hungry: shared by all; its first byte says how many scanners wait for a task and is kept by the leader, the
+        second is set by whoever meets a damaged tree.
         """
         self._line = line
         self._hungry = hungry
@@ -156,6 +157,14 @@ class Scanner:
     def send(self, message: Message) -> None:
         """Tell the leader something."""
         self._line.send(message)
+
+    def distrust(self) -> None:
+        """Let all processes store trees again, also those that the index knows."""
+        self._hungry[1] = 1
+
+    def distrusts(self) -> bool:
+        """Tell whether one of them met a damaged tree."""
+        return self._hungry[1] != 0
 
     def is_wanted(self) -> bool:
         """Tell whether somebody waits for a task. Costs next to nothing."""

@@ -84,6 +84,10 @@ class Scanners:
             process = fork(run, Failed, [member.process for member in self._members])
             self._members.append(_Member(number, process))
 
+    def distrusts(self) -> bool:
+        """Tell whether a scanner met a damaged tree: from then on trees are stored whatever the index knows."""
+        return self._hungry[1] != 0
+
     @property
     def counts(self) -> Counts:
         """What all of them have seen so far."""

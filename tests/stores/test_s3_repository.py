@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from tests.buckets import options_of
 from tests.builders import Entry, File, Hardlink, Symlink, Tree, build, snapshot_of
+from tests.fault_proxy import FaultProxy
 from tests.servers import Server
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -133,3 +135,36 @@ def test_packs_are_listed_once_a_day_and_their_loss_is_noticed_then(swift: Serve
     assert "missing or cut short" in run("backup", source).stderr
     restored = summary_of(run("--json", "restore", f"latest:{source}", str(tmp_path / "restored"), "--verify"))
     assert restored["errors"] == 0
+
+
+@pytest.mark.parametrize("kind", ["packs/tree", "packs/data", "snapshots", "keys", "index/tree"])
+def test_a_bit_that_is_flipped_on_its_way_once_does_no_harm(kind: str, swift: Server, tmp_path: Path) -> None:
+    source = built(
+        {f"d{n}": {f"f{number}": File(os.urandom(9000)) for number in range(9)} for n in range(3)}, tmp_path / "source"
+    )
+    bucket = "flipping-" + kind.replace("/", "-")
+    first = runner(swift, tmp_path / "first", bucket)
+    first("init")
+    first("backup", source)
+    host, _, port = swift.endpoint_url.removeprefix("http://").partition(":")
+    proxy = FaultProxy(host, int(port))
+    try:
+        rule = proxy.rule("flip", method="GET", path=f"/{kind}/[0-9a-f]{{64}}", times=1)
+        run = runner(replace(swift, endpoint_url=proxy.endpoint_url), tmp_path / "second", bucket)
+        run("restore", f"latest:{source}", str(tmp_path / "restored"), "--verify")
+        assert rule.done == 1
+        found, wanted = snapshot_of(tmp_path / "restored"), snapshot_of(Path(source))
+        assert found.keys() >= {path for path in wanted if path.startswith(b"d")}
+        # Nothing garbled was kept.
+        run("ls", "-R", "latest")
+        assert run("backup", source).stderr == ""
+    finally:
+        proxy.close()
+
+
+def test_no_secret_is_told_however_much_is(swift: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runner(swift, tmp_path, "silent")
+    run("init")
+    said = run("-vv", "snapshots").stderr
+    assert "Signature" not in said
+    assert "Authorization" not in said

@@ -517,3 +517,27 @@ def test_packs_of_another_host_are_taken_over_when_they_are_old(
         repository.store.delete(key)
     other = reopened(repository, folders=folders_in(tmp_path / "other"))
     assert (run_backup(other, source).data.chunks == 0) == is_old
+
+
+@pytest.mark.expected_log("is damaged")
+@pytest.mark.parametrize("scanners", [1, 3])
+def test_what_lay_in_a_damaged_tree_pack_is_stored_again(
+    scanners: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the right size, so that no listing shows it: the parent's trees do, and every later snapshot can be read."""
+    monkeypatch.setattr(backup_module, "scanner_count", lambda: scanners)
+    tree = {f"d{n}": {f"e{m}": {f"f{k}": File(b"%d" % k) for k in range(5)} for m in range(4)} for n in range(5)}
+    source = build(tree, tmp_path / "source")
+    repository = new_repository()
+    back_up(repository, source)
+    for key in keys_of(repository.store, "packs/tree/"):
+        data = bytearray(repository.store.get(key))
+        data[60] ^= 1
+        repository.store.put(key, data)
+    result, events = told(reopened(repository), source)
+    assert any(isinstance(event, Remark) and "compared with is damaged" in event.text for event in events)
+    assert result.snapshot is not None
+    fresh = reopened(repository)
+    fresh.load_indexes()
+    node = find_path(result.snapshot, os.fsencode(source), fresh.trees.load)
+    assert len(list(walk(node, b"", fresh.trees.load))) == 5 + 20 + 100
