@@ -90,6 +90,7 @@ class S3Store(Store):
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self._options = options
         self._lock = threading.Lock()
+        self._turns = threading.Semaphore(max(1, options.connections))
         self._made: Any = None  # the client
         self._pid = 0  # of the process that the client's connections are of
         self._has_conditional_put = True  # until it says otherwise
@@ -299,11 +300,11 @@ class S3Store(Store):
         for start, storage_class in self._options.classes:
             if key.startswith(start):
                 arguments["StorageClass"] = storage_class
-        kind, _, kms_key = self._options.encryption.rpartition("aws:kms:")
-        if kms_key and kind == "" and self._options.encryption.startswith("aws:kms:"):
-            arguments |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key}
-        elif self._options.encryption:
-            arguments["ServerSideEncryption"] = self._options.encryption
+        encryption = self._options.encryption
+        if encryption.startswith("aws:kms:"):
+            arguments |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": encryption.removeprefix("aws:kms:")}
+        elif encryption:
+            arguments["ServerSideEncryption"] = encryption
         return arguments
 
     def _require_absent(self, key: str) -> None:
@@ -344,12 +345,14 @@ class S3Store(Store):
 
     @contextlib.contextmanager
     def _translated(self, what: str, key: str = "") -> Iterator[None]:
-        """Raise what a failure means to the user, or to whoever tries again."""
+        """Wait for a connection's turn; raise what a failure means to the user, or to whoever tries again."""
         from botocore import exceptions as boto
 
         about = f"cannot {what} in {shown(self.url)}"
         try:
-            yield
+            # boto3's pool makes more connections than it keeps, when more are wanted.
+            with self._turns:
+                yield
         except boto.ClientError as error:
             raise self._meaning(error, about, key) from error
         except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
@@ -445,7 +448,7 @@ def _make_client(options: S3Options, requests: Requests) -> Any:
     except boto.ProfileNotFound as error:
         raise UsageError(f"{_text(error)}: name one of ~/.aws/config with --profile") from error
     except ValueError as error:
-        raise UsageError(f"--endpoint-url {shown(options.endpoint_url)}: {_text(error)}") from error
+        raise UsageError(f"object storage cannot be used, see --endpoint-url and --region: {_text(error)}") from error
     except boto.BotoCoreError as error:
         raise UsageError(f"object storage cannot be used: {_text(error)}") from error
     client.meta.events.register("before-send.s3", requests.count)

@@ -1,7 +1,9 @@
 """Object storage over a network that fails, and what the user is told. A proxy before a real Swift makes the faults."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -377,3 +379,33 @@ def test_a_server_without_archives_says_so(behind: S3Store) -> None:
         behind.thaw("packs/data/old", 1, "standard")
     with pytest.raises(ObjectMissing):
         behind.archive_state("packs/data/none")
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_no_more_connections_are_used_than_allowed(swift: Server, proxy: FaultProxy, connections: int) -> None:
+    store = S3Store(BUCKET, "counted", replace(options_of(swift, proxy.endpoint_url), connections=connections))
+    store.create()
+    real, lock, now, most = store._client().head_object, threading.Lock(), 0, 0
+
+    def counted(**arguments: object) -> object:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        try:
+            return real(**arguments)
+        finally:
+            with lock:
+                now -= 1
+
+    store._client().head_object = counted
+    proxy.latency_s = 0.02
+
+    def look(number: int) -> None:
+        with pytest.raises(ObjectMissing):
+            store.size(f"none/{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(look, range(24)))
+    assert most == connections
+    store.close()
