@@ -6,6 +6,9 @@ Names in messages go through `shown`, so that a hostile name cannot drive the te
 
 import errno
 
+# What a command ends with that was interrupted; no exception of its own, it is Python's KeyboardInterrupt.
+EXIT_INTERRUPTED = 130
+
 
 def shown(name: bytes | str) -> str:
     """Return a name as printable text: control characters and bytes that are no UTF-8 are escaped."""

@@ -176,8 +176,8 @@ class _Connection:
         by_name = {name.lower(): value for name, value in headers}
         if by_name.get("expect", "").lower() == "100-continue":
             self._client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._receive(int(by_name.get("content-length", "0")))
         rules = self._proxy.rules_for(method, path)
+        body = self._receive(int(by_name.get("content-length", "0")))
         time.sleep(self._proxy.latency_s)
         if "stall" in rules:
             time.sleep(rules["stall"].seconds)

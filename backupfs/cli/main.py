@@ -13,11 +13,10 @@ import click
 
 from backupfs import __version__
 from backupfs.cli.settings import Settings, common_options
-from backupfs.errors import BackupfsError, SourceError, StoreFull, UsageError, shown
+from backupfs.errors import EXIT_INTERRUPTED, BackupfsError, SourceError, StoreFull, UsageError, shown
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
-EXIT_INTERRUPTED = 130
 
 # Verb → module and function that define it. Only the module of the verb in use is loaded, and it loads what is heavy
 # (trio, the codecs, pyfuse3) only when it runs.
@@ -102,7 +101,12 @@ def cli(context: click.Context, /, **arguments: object) -> None:
 
 def main() -> None:
     """Run the command line and exit with the documented code."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    # Not sys.exit: threads that wait for a store which does not answer would be waited for.
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:

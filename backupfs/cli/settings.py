@@ -6,9 +6,9 @@ Imports nothing heavy at the top: `--help` and completion load this file.
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import click
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PATH = click.Path(readable=False, path_type=bytes)
 
 Command = TypeVar("Command", bound=Callable[..., object])
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +98,18 @@ class Settings:
 
         Raises: NotARepository before asking; WrongPassword; UnknownVersion; DamagedObject; StoreError.
         """
-        from concurrent.futures import ThreadPoolExecutor
         from importlib import import_module
 
         from backupfs.cli.passwords import read_password
         from backupfs.repository.repository import open_repository, require_repository
+        from backupfs.stores.together import threads
         from backupfs.workers import keep_freed_memory
 
         keep_freed_memory()
         store = self.store()
         config = require_repository(store)
         password = read_password(self.password_file, self.password_command)
-        with ThreadPoolExecutor(1) as pool:
+        with threads(1) as pool:
             opening = pool.submit(open_repository, store, password, self.folders(), config)
             import_module(module)
             gc.freeze()  # what is loaded stays: no need to look through it ever again
@@ -162,6 +164,15 @@ def with_settings(function: Callable[..., object]) -> Callable[..., object]:
         return function(settings=settings.merged(later), **arguments)
 
     return common_options(wrapper)
+
+
+def run_case(
+    function: "Callable[[Repository, *Arguments], Awaitable[Result]]", repository: "Repository", *arguments: *Arguments
+) -> Result:
+    """Run an asynchronous use case over a repository; an interrupt ends it soon, whatever the store does."""
+    from backupfs import interrupts
+
+    return interrupts.run(function, repository, *arguments, stop=repository.store.stop)
 
 
 def is_interactive() -> bool:

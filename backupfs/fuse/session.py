@@ -20,6 +20,8 @@ from backupfs.view.loading import Loader
 
 log = logging.getLogger(__name__)
 
+_LAST_ANSWERS_S = 2.0  # for what is under way when the mount is asked to end
+
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
@@ -101,24 +103,26 @@ async def serve(
         ) from error
     # What libfuse did to signals is its own; the mount must end cleanly on all of these.
     noted: mounted.Mount | None = None
-    ended_by_kernel = False
+    failed = True
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(_end_on_signal)
+            await nursery.start(_end_on_signal, nursery.cancel_scope)
             noted = await workers.io(_after_mount, mountpoint)
             nursery.start_soon(_call_when_ready, on_ready)
             with polled_event_loop():
                 await pyfuse3.main()
-            ended_by_kernel = True
             nursery.cancel_scope.cancel()
+        failed = False
     finally:
-        log.info("the mount at %s ends%s", shown(str(mountpoint)), "" if ended_by_kernel else " with an error")
+        log.info("the mount at %s ends%s", shown(str(mountpoint)), " with an error" if failed else "")
         pyfuse3.close(unmount=True)
         if noted is not None:
             mounted.forget_server(noted)
 
 
-async def _end_on_signal(task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+async def _end_on_signal(
+    scope: trio.CancelScope, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
+) -> None:
     import pyfuse3
 
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -126,6 +130,8 @@ async def _end_on_signal(task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS
         async for number in signals:
             log.info("asked to end by %s", signal.Signals(number).name)
             pyfuse3.terminate()
+            # Answers that a store does not give are not waited for.
+            scope.deadline = min(scope.deadline, trio.current_time() + _LAST_ANSWERS_S)
 
 
 async def _call_when_ready(on_ready: Callable[[], None]) -> None:

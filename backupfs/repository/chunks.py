@@ -15,6 +15,7 @@ from backupfs.repository import layout
 from backupfs.repository.index import Index
 from backupfs.repository.pack import PackRef
 from backupfs.repository.run import Location
+from backupfs.stores.kept_files import KeptFiles
 from backupfs.stores.store import Store
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class ChunkReader:
         self._opened: OrderedDict[ObjectId, OpenedHeader] = OrderedDict()
         self._lock = threading.Lock()
         self._verified_cache = False
+        self._disk: KeptFiles | None = None
         self.index = index
 
     @property
@@ -65,6 +67,10 @@ class ChunkReader:
     def keep_at_most(self, size: int) -> None:
         """Set how many bytes of decoded blocks are kept."""
         self._cache_size = size
+
+    def keep_on_disk(self, files: KeptFiles) -> None:
+        """Keep blocks on this machine's disk, too, as they are in the store: PACK-OFFSET."""
+        self._disk = files
 
     def cached(self, chunk_id: ChunkId) -> memoryview | None:
         """Return a chunk if no store, codec or hash is needed for it."""
@@ -108,7 +114,12 @@ class ChunkReader:
 
         Stops quietly where the pack's blocks end. Raises: DamagedObject; StoreError.
         """
+        while length > 0 and (kept := self._kept_block(pack, offset)) is not None:
+            self._keep((pack.pack_id, offset), _CachedBlock(*kept))
+            offset, length = offset + kept[1], length - kept[1]
         length = min(length, pack.size - offset)
+        if length <= 0:
+            return
         stored = memoryview(self.fetch(pack, offset, length))
         done = 0
         while done + FRAME.size <= length:
@@ -120,6 +131,7 @@ class ChunkReader:
             if place not in self._blocks:
                 unit = stored[done:end] if end <= length else self.fetch(pack, offset, end)
                 self._keep(place, _CachedBlock(self.open_block(pack, unit, offset + done), end - done))
+                self._keep_on_disk(pack, offset + done, unit)
             done = end
 
     def load(self, chunk_id: ChunkId) -> memoryview:
@@ -206,16 +218,38 @@ class ChunkReader:
 
         Raises: DamagedObject; ObjectMissing; StoreError.
         """
+        kept = self._kept_block(pack, offset)
+        if kept is not None:
+            return kept[0]
         key = layout.key_of(self._kind, pack.pack_id)
+        stored = self._store.get(key, start=offset, length=stored_length)
         try:
-            return self.open_block(pack, self._store.get(key, start=offset, length=stored_length), offset)
+            plain = self.open_block(pack, stored, offset)
         except DamagedObject as error:
             if not self.is_far:
                 raise
             # It may have been garbled on its way, and be kept like that.
             log.warning("%s; it is fetched again", error)
             self._store.forget(key)
-            return self.open_block(pack, self._store.get(key, start=offset, length=stored_length), offset)
+            stored = self._store.get(key, start=offset, length=stored_length)
+            plain = self.open_block(pack, stored, offset)
+        self._keep_on_disk(pack, offset, stored)
+        return plain
+
+    def _kept_block(self, pack: PackRef, offset: int) -> tuple[bytes, int] | None:
+        """Return (plain bytes, stored length) of a block that is kept on disk, or None."""
+        stored = self._disk.read(_block_name(pack, offset)) if self._disk is not None else None
+        if stored is None:
+            return None
+        try:
+            return self.open_block(pack, stored, offset), len(stored)
+        except DamagedObject as error:
+            log.warning("%s, as it is kept in the cache; it is fetched again", error)
+            return None
+
+    def _keep_on_disk(self, pack: PackRef, offset: int, stored: bytes | memoryview) -> None:
+        if self._disk is not None:
+            self._disk.keep(_block_name(pack, offset), stored)
 
     def open_block(self, pack: PackRef, stored: bytes | memoryview, offset: int) -> bytes:
         """Decode one block that was fetched already. Raises: DamagedObject."""
@@ -250,3 +284,7 @@ class ChunkReader:
                 self._cached_bytes -= len(old.plain)
                 for chunk_id in old.chunk_ids:
                     self._chunks.pop(chunk_id, None)
+
+
+def _block_name(pack: PackRef, offset: int) -> str:
+    return f"{pack.pack_id.hex()}-{offset}"

@@ -2,6 +2,7 @@
 
 CACHE/REPOSITORY-ID/index-data/*.run, index-tree/*.run
 CACHE/REPOSITORY-ID/objects/   what is kept of a store that is far away (stores/caching.py)
+CACHE/REPOSITORY-ID/blocks/    blocks of data, where the user wants that (repository/chunks.py)
 CACHE/REPOSITORY-ID/listed-*   empty; touched when packs were listed
 STATE/host       a record [host id, hash of the machine id]
 STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequence this machine saw of each host

@@ -2,41 +2,28 @@
 
 Two kinds of objects are kept, by the start of their keys: small ones whole, whose name is the BLAKE3 of their content,
 and parts of large ones. Neither is ever rewritten in the store, so what is kept never goes stale. All of it may be
-deleted at any time, and any number of processes may share a folder: files are written beside and renamed.
-What lies in a file is compared with a checksum; a file that is garbled is as good as none. Nobody is protected here
-from who may write the folder: who reads objects checks their seals.
-A folder that cannot be written is passed over: then everything comes from the store.
+deleted at any time (kept_files.py).
 
-FOLDER/NAME          BLAKE3 of the rest, content
-FOLDER/NAME-PART     BLAKE3 of the rest, size of the whole object (8 bytes, little endian), content
+NAME          content
+NAME-PART     size of the whole object (8 bytes, little endian), content
 """
 
-import contextlib
-import logging
-import os
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from blake3 import blake3
 
 from backupfs.errors import DamagedObject
+from backupfs.stores.kept_files import KeptFiles
 from backupfs.stores.passing import PassingStore
 from backupfs.stores.store import Store, range_length
-
-_log = logging.getLogger(__name__)
 
 # A part of a large object: 0.1 s at 100 Mbit/s, as much as a request costs at 50 ms.
 PART_SIZE = 1 << 20
 # Who reads parts in order gets twice as many ahead each time, up to these.
 _MOST_AHEAD = 4
-_CHECK_SIZE = 32
 _LENGTH_SIZE = 8
-# Bytes written between two looks at how much there is.
-_LOOK_EVERY = 64 << 20
-# A file is marked as used when that was longer ago than this.
-_MARK_AGE_S = 3600
 _LOCKS = 16
 
 
@@ -53,20 +40,18 @@ class CachingStore(PassingStore):
         limit: bytes in the folder; what was not used longest goes first.
         """
         super().__init__(inner)
-        self._folder = folder
+        self._files = KeptFiles(folder, limit)
         self._whole = whole
         self._in_parts = in_parts
-        self._limit = limit
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self._sizes: dict[str, int] = {}  # of large objects
         self._ahead: dict[str, tuple[int, int]] = {}  # key → (the part after the last that was fetched, how many)
-        self._unlooked = _LOOK_EVERY  # bytes written since the last look
 
     def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
         """Store an object, and keep it: who wrote it will read it the next time."""
         self.inner.put(key, data, if_absent=if_absent)
         if key.startswith(self._whole):
-            self._keep(_name(key), bytes(data))
+            self._files.keep(_name(key), bytes(data))
         elif key.startswith(self._in_parts):
             view = memoryview(data)
             self._sizes[key] = len(view)
@@ -88,19 +73,17 @@ class CachingStore(PassingStore):
 
     def forget(self, key: str) -> None:
         """Remove an object here."""
-        for path in (self._path(_name(key)), *self._folder.glob(f"{_name(key)}-*")):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        self._files.forget(_name(key), f"{_name(key)}-*")
 
     # Whole objects.
 
     def _get_whole(self, key: str, start: int, length: int | None) -> bytes:
         name = _name(key)
-        content = self._kept(name)
+        content = self._files.read(name)
         if content is None or blake3(content).hexdigest() != name:
             content = self.inner.get(key)
             if blake3(content).hexdigest() == name:
-                self._keep(name, content)
+                self._files.keep(name, content)
         wanted = range_length(key, len(content), start, length)
         return content[start : start + wanted]
 
@@ -155,73 +138,14 @@ class CachingStore(PassingStore):
         return size
 
     def _kept_part(self, key: str, part: int) -> bytes | None:
-        content = self._kept(f"{_name(key)}-{part}")
+        content = self._files.read(f"{_name(key)}-{part}")
         if content is None or len(content) < _LENGTH_SIZE:
             return None
         self._sizes[key] = int.from_bytes(content[:_LENGTH_SIZE], "little")
         return content[_LENGTH_SIZE:]
 
     def _keep_part(self, key: str, part: int, content: bytes | memoryview) -> None:
-        self._keep(f"{_name(key)}-{part}", self._sizes[key].to_bytes(_LENGTH_SIZE, "little") + content)
-
-    # Files.
-
-    def _path(self, name: str) -> Path:
-        return self._folder / name
-
-    def _kept(self, name: str) -> bytes | None:
-        path = self._path(name)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
-                data = file.read(status.st_size)
-        except OSError:
-            return None
-        content = data[_CHECK_SIZE:]
-        if blake3(content).digest() != data[:_CHECK_SIZE]:
-            _log.warning("the cache file %s is damaged; it is fetched again", path)
-            return None
-        if status.st_mtime < time.time() - _MARK_AGE_S:
-            with contextlib.suppress(OSError):
-                os.utime(path)
-        return content
-
-    def _keep(self, name: str, content: bytes) -> None:
-        temporary = self._path(f".{name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                temporary.write_bytes(blake3(content).digest() + content)
-                os.rename(temporary, self._path(name))
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            _log.info("the cache %s cannot be written: %s", self._folder, error)
-            return
-        self._unlooked += len(content)
-        if self._unlooked >= _LOOK_EVERY:
-            self._unlooked = 0
-            self._make_room()
-
-    def _make_room(self) -> None:
-        """Remove what was not used longest until the rest is below the limit, and what dead processes left."""
-        found: list[tuple[float, int, str]] = []
-        with contextlib.suppress(OSError), os.scandir(self._folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    status = entry.stat(follow_symlinks=False)
-                    if not entry.name.startswith("."):
-                        found.append((status.st_mtime, status.st_size, entry.path))
-                    elif status.st_mtime < time.time() - 24 * 3600:
-                        os.unlink(entry.path)
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total <= self._limit:
-                return
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            total -= size
+        self._files.keep(f"{_name(key)}-{part}", self._sizes[key].to_bytes(_LENGTH_SIZE, "little") + content)
 
 
 def _name(key: str) -> str:

@@ -16,7 +16,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _POSSIBLE = "a path (/srv/backup), file:///srv/backup or s3://BUCKET/PREFIX"
 # What servers take for a bucket, roughly: they have the last word.
 _MOST_PREFIX = 100
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 
 
 def open_store(url: str, s3: S3Options | None = None) -> Store:
@@ -54,7 +54,10 @@ def _open_bucket(url: str, options: S3Options) -> S3Store:
     bucket, _, prefix = url[len("s3:") :].removeprefix("//").partition("/")
     prefix = prefix.strip("/")
     if not url[len("s3:") :].startswith("//") or not _BUCKET.fullmatch(bucket):
-        raise UsageError(f"{shown(url)}: object storage is s3://BUCKET or s3://BUCKET/PREFIX")
+        raise UsageError(
+            f"{shown(url)}: object storage is s3://BUCKET or s3://BUCKET/PREFIX; a bucket's name has three "
+            "characters or more"
+        )
     if prefix and not (is_key(prefix) and len(prefix) <= _MOST_PREFIX):
         raise UsageError(
             f"{shown(url)}: the prefix is at most {_MOST_PREFIX} letters, digits, '.', '_' and '-' in segments joined "

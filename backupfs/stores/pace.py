@@ -5,6 +5,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from backupfs.errors import StoreUnavailable
+
 # A step is no longer than this, so that others get their turn and the line sees an even flow.
 _STEP_S = 0.05
 _LEAST_STEP = 4 << 10
@@ -27,9 +29,22 @@ class Pace:
         self._sleep = sleep
         self._lock = threading.Lock()
         self._free_at = 0.0
+        self.stops = 0  # how often it was stopped
 
-    def pass_on(self, size: int) -> None:
-        """Return when so many bytes may have passed."""
+    def stop(self) -> None:
+        """Let nothing pass any more of what has begun to."""
+        with self._lock:
+            self.stops += 1
+            self._free_at = 0.0
+
+    def pass_on(self, size: int, begun: int) -> None:
+        """Return when so many bytes may have passed.
+
+        begun: how often it had been stopped when the first of them passed.
+        Raises: StoreUnavailable if it was stopped since then.
+        """
+        if begun != self.stops:
+            raise StoreUnavailable("a transfer was stopped")
         if not self.rate:
             return
         with self._lock:
@@ -46,6 +61,7 @@ class PacedBody(io.RawIOBase):
         super().__init__()
         self._data = memoryview(data)
         self._pace = pace
+        self._begun = pace.stops
         self._at = 0
 
     def __len__(self) -> int:
@@ -76,7 +92,7 @@ class PacedBody(io.RawIOBase):
         parts = []
         while size:
             part = self._data[self._at : self._at + min(size, self._pace.step)]
-            self._pace.pass_on(len(part))
+            self._pace.pass_on(len(part), self._begun)
             self._at += len(part)
             size -= len(part)
             parts.append(part)

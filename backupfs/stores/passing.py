@@ -72,6 +72,10 @@ class PassingStore(Store):
         """Have an archived object made readable."""
         self.inner.thaw(key, days, tier)
 
+    def stop(self) -> None:
+        """End soon what is under way."""
+        self.inner.stop()
+
     def close(self) -> None:
         """Close the store inside."""
         self.inner.close()

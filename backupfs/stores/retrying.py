@@ -2,6 +2,7 @@
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -24,13 +25,14 @@ _QUIET_S = 2.0
 class RetryingStore(PassingStore):
     """Passes everything on; what fails with StoreUnavailable is tried again, but for a full or missing store."""
 
-    def __init__(self, inner: Store, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, inner: Store, sleep: Callable[[float], object] | None = None) -> None:
         """Take the store inside.
 
         sleep: takes seconds.
         """
         super().__init__(inner)
-        self._sleep = sleep
+        self._stopped = threading.Event()
+        self._sleep = sleep or self._stopped.wait
 
     def create(self) -> None:
         """Make the place."""
@@ -100,22 +102,30 @@ class RetryingStore(PassingStore):
         """Have an archived object made readable."""
         self._try(lambda: self.inner.thaw(key, days, tier))
 
+    def stop(self) -> None:
+        """End pauses; nothing is tried again from now on."""
+        self._stopped.set()
+        super().stop()
+
     def _try(self, call: Callable[[], Result]) -> Result:
         started = time.monotonic()
-        for pause_s in _PAUSES_S:
+        pauses = iter(_PAUSES_S)
+        tries = 0
+        while True:
+            tries += 1
             try:
                 return call()
             except (StoreFull, StoreMissing):
                 raise
             except StoreUnavailable as error:
-                # What goes by in a moment is nobody's business.
-                level = logging.INFO if pause_s < _QUIET_S else logging.WARNING
-                _log.log(level, "%s; trying again", error)
-            self._sleep(pause_s * (1 + random.random()))
-        try:
-            return call()
-        except (StoreFull, StoreMissing):
-            raise
-        except StoreUnavailable as error:
-            tries = len(_PAUSES_S) + 1
-            raise StoreUnavailable(f"{error} ({tries} tries in {time.monotonic() - started:.0f} s)") from error
+                pause_s = next(pauses, None)
+                if pause_s is None:
+                    spent_s = time.monotonic() - started
+                    raise StoreUnavailable(f"{error} ({tries} tries in {spent_s:.0f} s)") from error
+                if not self._stopped.is_set():
+                    # What goes by in a moment is nobody's business.
+                    level = logging.INFO if pause_s < _QUIET_S else logging.WARNING
+                    _log.log(level, "%s; trying again", error)
+                    self._sleep(pause_s * (1 + random.random()))
+                if self._stopped.is_set():
+                    raise

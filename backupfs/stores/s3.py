@@ -213,8 +213,9 @@ class S3Store(Store):
         if not self._down.rate:
             return bytes(stream.read())
         parts = []
+        begun = self._down.stops
         while part := stream.read(self._down.step):
-            self._down.pass_on(len(part))
+            self._down.pass_on(len(part), begun)
             parts.append(part)
         return b"".join(parts)
 
@@ -285,6 +286,11 @@ class S3Store(Store):
             except client.exceptions.ClientError as error:
                 if _code(error) != "RestoreAlreadyInProgress":
                     raise
+
+    def stop(self) -> None:
+        """End transfers that go at a pace."""
+        self._up.stop()
+        self._down.stop()
 
     def close(self) -> None:
         """Close the connections of this process."""
@@ -465,7 +471,8 @@ def _status(error: Any) -> int:
 
 def _said(error: Any) -> str:
     message = str(error.response.get("Error", {}).get("Message", "")).strip().rstrip(".")
-    return shown(f"{_status(error)} {_code(error)}" + (f", {message}" if message else ""))
+    status, code = str(_status(error)), _code(error)
+    return shown(" ".join(dict.fromkeys((status, code or status))) + (f", {message}" if message else ""))
 
 
 def _text(error: Exception) -> str:

@@ -132,6 +132,9 @@ class Store(abc.ABC):
         del key, days, tier
         raise StoreError(f"nothing in {shown(self.url)} has to be thawed")
 
+    def stop(self) -> None:  # noqa: B027 - most have nothing to stop
+        """End soon what is under way, in all threads, as its errors; calls that begin later are tried once."""
+
     @abc.abstractmethod
     def close(self) -> None:
         """Give back what the store holds open; no other call may follow, but closing again is fine."""

@@ -1,5 +1,6 @@
 """Asking a store for many things at once, where each takes a network's time."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -13,14 +14,26 @@ Result = TypeVar("Result")
 _AT_ONCE = 16
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Give threads for calls that may take long; when an exception ends it, they are left to themselves."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
 def each(store: Store, ask: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """Yield ask(item) for each item, in their order; one after the other for a store at hand.
 
-    ask: may be called in other threads, which are gone when the iterator has ended.
+    ask: may be called in other threads, which are gone when the iterator has come to its end.
     """
     if not store.is_far or len(items) < 2:
         yield from map(ask, items)
         return
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with threads(_AT_ONCE) as pool:
         for start in range(0, len(items), _AT_ONCE):
             yield from pool.map(ask, items[start : start + _AT_ONCE])

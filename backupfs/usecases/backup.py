@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from backupfs import __version__, workers
+from backupfs import __version__, interrupts, workers
 from backupfs.codec import compression
 from backupfs.codec.sealing import Kind
 from backupfs.errors import BackupfsError
@@ -46,7 +46,7 @@ _WAITING_BLOCKS = 4
 # The largest chunk that repositories are made with; a larger one, or a tree page of that size, goes by another way.
 _SLOT_SIZE = 4 << 20
 _PROGRESS_SECONDS = 0.2
-# How long an interrupted backup may still take to put what it has.
+# How long an interrupted backup may still take to name what it has put.
 _SAVING_SECONDS = 20.0
 # How often packs are listed where each thousand of them costs a request.
 _LISTING_AGE_S = 24 * 3600
@@ -217,7 +217,7 @@ class _Run:
 
         try:
             scanners.start(count, scan)
-            root = trio.run(self._store_all, scanners, slots)
+            root = interrupts.run(self._store_all, scanners, slots, stop=repository.store.stop)
         finally:
             scanners.end()
             slots.close()
@@ -239,10 +239,10 @@ class _Run:
         try:
             return await self._stages(scanners, slots)
         except BaseException:
-            # What was put so far is named, so that the next run finds it.
+            # What was put so far is named, so that the next run finds it; nothing more is put.
             with trio.move_on_after(_SAVING_SECONDS, shield=True), contextlib.suppress(BackupfsError):
-                for writer in () if self._options.dry_run else self._writers.values():
-                    await writer.flush()
+                for writer in self._writers.values():
+                    await writer.checkpoint()
             raise
 
     async def _stages(self, scanners: Scanners, slots: Slots) -> Root:

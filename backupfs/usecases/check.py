@@ -140,21 +140,21 @@ class _Check:
     async def through(self) -> CheckResult:
         """Run all phases."""
         started = time.monotonic_ns()
-        await workers.io(self._check_config_and_slots)
+        await workers.request(self._check_config_and_slots)
         # Snapshots before the index, the index before the packs: the reverse of the order in which they are put, so
         # that a backup which runs meanwhile is no damage.
-        await workers.io(self._load_snapshots)
-        folder = await workers.io(self._new_folder)
+        await workers.request(self._load_snapshots)
+        folder = await workers.request(self._new_folder)
         try:
             for kind in _KINDS:
-                await workers.io(self._load_index, kind, folder)
-                self._present[kind] = await workers.io(self._copies[kind].compare_with_listing)
+                await workers.request(self._load_index, kind, folder)
+                self._present[kind] = await workers.request(self._copies[kind].compare_with_listing)
             if self._chosen is not None:
                 await self._read_packs(self._chosen)
             self._trees = TreeCheck(
                 self._copies[Kind.TREE_PACK], self._copies[Kind.DATA_PACK], self._findings, self._stop
             )
-            await workers.io(self._check_trees, self._trees)
+            await workers.request(self._check_trees, self._trees)
         finally:
             if folder is not None:
                 with trio.CancelScope(shield=True):
@@ -286,7 +286,7 @@ class _Check:
 
     async def _read_pending(self, copies: Copies, pending: Iterator[tuple[PackRef, int]]) -> None:
         for ref, size in pending:
-            read = await workers.io(copies.read_pack, ref, size)
+            read = await workers.request(copies.read_pack, ref, size)
             copies.take(read)
             self._packs_read += 1
             self._bytes_read += read.size

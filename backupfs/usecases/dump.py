@@ -6,7 +6,7 @@ import stat
 import tarfile
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import BinaryIO
 
 from backupfs.errors import DamagedObject, UsageError, shown
@@ -16,6 +16,7 @@ from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, Piece, pieces
 from backupfs.snapshots.node import NANOSECONDS, Node
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import find_path, walk
+from backupfs.stores.together import threads
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def dump(repository: Repository, snapshot: Snapshot, path: bytes, output: Binary
 
 def read_file(repository: Repository, node: Node) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a file in order, holes as zeros. Raises: DamagedObject; StoreError."""
-    with ThreadPoolExecutor(_AHEAD) as pool:
+    with threads(_AHEAD) as pool:
         waiting: deque[tuple[Piece, Future[memoryview] | None]] = deque()
         for piece in pieces(node.content, node.size, 0, node.size, repository.trees.load):
             loading = pool.submit(repository.data.load, ChunkId(piece.source)) if piece.kind == CHUNK else None

@@ -22,10 +22,10 @@ async def forget(repository: Repository, names: list[str], dry_run: bool) -> For
 
     Raises: UnknownSnapshot; WrongPassword if the key slot may not destroy; StoreError.
     """
-    listed = await workers.io(load_snapshots, repository)
+    listed = await workers.request(load_snapshots, repository)
     chosen = {listed.find(name).snapshot_id for name in names}
     snapshots = tuple(snapshot for snapshot in listed.snapshots if snapshot.snapshot_id in chosen)
     if not dry_run:
         for snapshot in snapshots:
-            await workers.io(notes.put_note, repository, notes.new_note(snapshot.snapshot_id, notes.FORGET))
+            await workers.request(notes.put_note, repository, notes.new_note(snapshot.snapshot_id, notes.FORGET))
     return ForgetResult(snapshots, len(listed.snapshots) - len(snapshots))

@@ -9,12 +9,12 @@ from backupfs.repository.repository import KeySlot, Repository
 
 async def list_slots(repository: Repository) -> list[KeySlot]:
     """Return the key slots, oldest first. Raises: StoreError."""
-    return await workers.io(repository.slots)
+    return await workers.request(repository.slots)
 
 
 async def add_slot(repository: Repository, password: bytes, name: str) -> KeySlot:
     """Give the repository's keys to one more password. Raises: StoreError."""
-    slot_id = await workers.io(repository.add_slot, password, name, KdfCost())
+    slot_id = await workers.request(repository.add_slot, password, name, KdfCost())
     return next(slot for slot in await list_slots(repository) if slot.slot_id == slot_id)
 
 
@@ -37,7 +37,7 @@ async def remove_slot(repository: Repository, name: str) -> KeySlot:
             f"{short(fitting[0].slot_id)} is the slot of the password in use: open the repository with another slot's"
             " password to remove it, or use `backupfs key change`"
         )
-    await workers.io(repository.remove_slot, fitting[0].slot_id)
+    await workers.request(repository.remove_slot, fitting[0].slot_id)
     return fitting[0]
 
 
@@ -45,5 +45,5 @@ async def change_password(repository: Repository, password: bytes) -> KeySlot:
     """Replace the password in use: the new slot is put and opened before the old one goes. Raises: StoreError."""
     own = next(slot for slot in await list_slots(repository) if slot.own)
     added = await add_slot(repository, password, own.name)
-    await workers.io(repository.remove_slot, own.slot_id)
+    await workers.request(repository.remove_slot, own.slot_id)
     return added

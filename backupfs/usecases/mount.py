@@ -1,7 +1,10 @@
 """Mount the snapshots of a repository, and serve the mount until it ends."""
 
+import contextlib
 import gc
 import os
+import secrets
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +18,7 @@ from backupfs.fuse.background import serve_in_background
 from backupfs.fuse.session import SessionOptions, check_mountpoint
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.listing import load_snapshots
+from backupfs.stores.kept_files import KeptFiles
 from backupfs.usecases.events import Remark, Report
 from backupfs.view.filesystem import MountFilter, SnapshotView
 from backupfs.view.freshness import MOST_AGE_S, Freshness
@@ -37,6 +41,7 @@ class MountOptions:
     shown: MountFilter = field(default_factory=MountFilter)
     allow_other: bool = False
     allow_nonempty: bool = False
+    cache_data: int = 0  # bytes of file content that may be kept on this machine's disk
     refresh_s: float = MOST_AGE_S  # how old the list of snapshots may be when it is looked at
     session: SessionOptions = field(init=False)
 
@@ -55,9 +60,11 @@ async def serve_mount(
     workers.keep_freed_memory(KEPT_BYTES)
     repository.trees.keep_at_most(TREE_CACHE_SIZE)
     repository.data.keep_at_most(DATA_CACHE_SIZE)
+    if options.cache_data and repository.cache is not None:
+        repository.data.keep_on_disk(KeptFiles(repository.cache / "blocks", options.cache_data))
     check_mountpoint(mountpoint, options.session)
-    await workers.io(repository.load_indexes)
-    listed = await workers.io(load_snapshots, repository)
+    await workers.request(repository.load_indexes)
+    listed = await workers.request(load_snapshots, repository)
     for problem in listed.damaged.values():
         report(Remark(problem))
     if listed.damaged and not listed.snapshots:
@@ -87,5 +94,12 @@ def mount_in_background(
 
 def default_log_file(cache: Path | None) -> Path:
     """Return where a server logs unless told otherwise; the name holds the pid of the command that starts it."""
-    folder = cache / "logs" if cache is not None else Path("/tmp")
-    return folder / f"mount-{os.getpid()}.log"
+    name = f"mount-{os.getpid()}.log"
+    if cache is not None:
+        folder = cache / "logs"
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder / name
+    # Others may write there, too, and must not know the name before it is taken.
+    return Path(tempfile.gettempdir()) / f"backupfs-{secrets.token_hex(4)}-{name}"

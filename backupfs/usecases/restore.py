@@ -201,7 +201,7 @@ class _Run:
     ) -> None:
         async with ranges, send:
             async for wanted in ranges:
-                got, lost = await workers.io(fetch_range, self._reader, wanted)
+                got, lost = await workers.request(fetch_range, self._reader, wanted)
                 for part, stored in got:
                     slot = await self._writers.free.receive()
                     message = await workers.io(self._message, part, slot, stored)

@@ -73,7 +73,7 @@ class Freshness:
     async def _refresh(self, done: trio.Event) -> None:
         age = self._most_age_s
         try:
-            if await workers.io(self._read):
+            if await workers.request(self._read):
                 self._changed()
         except BackupfsError as error:
             log.warning("the list of snapshots could not be read again: %s", error)

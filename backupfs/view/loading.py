@@ -171,7 +171,7 @@ class Loader:
         if loading is not None:
             self._loading.append(loading)
         try:
-            pins.update(await workers.io(_load_all, reader, chunk_ids))
+            pins.update(await workers.request(_load_all, reader, chunk_ids))
         finally:
             if loading is not None:
                 self._ended(loading)
@@ -216,7 +216,7 @@ class Loader:
 
     async def _load_ahead(self, pack: PackRef, loading: _Loading) -> None:
         try:
-            await workers.io(self._data.load_ahead, pack, loading.start, loading.end - loading.start)
+            await workers.request(self._data.load_ahead, pack, loading.start, loading.end - loading.start)
         except Exception as error:
             # Whoever really needs the bytes tries again, and tells.
             log.debug("reading ahead: %s", error)

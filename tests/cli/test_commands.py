@@ -450,3 +450,19 @@ def test_a_repository_that_lost_its_config_is_not_told_to_be_made(cli: Cli, sour
     said = cli("snapshots", code=10)
     assert "rest of a repository" in said
     assert "init" not in said
+
+
+@pytest.mark.fuse
+def test_a_mount_without_a_cache_has_its_log_elsewhere(cli: Cli, source: Path, tmp_path: Path) -> None:
+    cli("backup", source)
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    (tmp_path / "no-folder").write_bytes(b"")
+    said = cli("mount", mountpoint, BACKUPFS_CACHE_DIR=str(tmp_path / "no-folder"), TMPDIR=str(tmp_path))
+    try:
+        log = Path(re.search("log: (.*)", said)[1])
+        assert log.parent == tmp_path
+        assert os.listdir(f"{mountpoint}/latest{source}")
+    finally:
+        cli("umount", mountpoint)
+    assert "cannot be written" in log.read_text()

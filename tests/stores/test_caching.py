@@ -10,7 +10,7 @@ import pytest
 from blake3 import blake3
 
 from backupfs.errors import DamagedObject, ObjectMissing
-from backupfs.stores import caching
+from backupfs.stores import kept_files
 from backupfs.stores.caching import PART_SIZE, CachingStore
 from backupfs.stores.memory import MemoryStore
 from backupfs.stores.store import Store
@@ -147,9 +147,9 @@ def test_a_folder_that_cannot_be_written_is_passed_over(far: CountingStore, tmp_
 def test_what_was_not_used_longest_goes_when_there_is_too_much(
     far: CountingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caching, "_LOOK_EVERY", 1)
+    monkeypatch.setattr(kept_files, "_LOOK_EVERY", 1)
     store = cached(far, tmp_path / "cache", limit=3 * (PART_SIZE + 100))
-    old = time.time() - 10 * caching._MARK_AGE_S
+    old = time.time() - 10 * kept_files._MARK_AGE_S
     store.get(SMALL_KEY)
     for part in (0, 2, 4):
         store.get(PACK_KEY, start=part * PART_SIZE, length=1)
@@ -164,7 +164,7 @@ def test_what_was_not_used_longest_goes_when_there_is_too_much(
 
 
 def test_leftovers_of_dead_processes_go(far: CountingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "_LOOK_EVERY", 1)
+    monkeypatch.setattr(kept_files, "_LOOK_EVERY", 1)
     (tmp_path / "cache").mkdir()
     dead, fresh = tmp_path / "cache" / ".x.1.2.tmp", tmp_path / "cache" / ".y.1.2.tmp"
     dead.write_bytes(b"")

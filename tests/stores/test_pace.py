@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from backupfs.errors import StoreUnavailable
 from backupfs.stores.pace import Pace, PacedBody
 from tests.buckets import options_of
 from tests.servers import Server
@@ -41,11 +42,11 @@ def test_bytes_pass_at_the_rate_and_in_small_steps(rate: int) -> None:
 
 def test_a_pause_is_not_saved_up() -> None:
     pace, clock = paced(1000)
-    pace.pass_on(1000)
+    pace.pass_on(1000, 0)
     clock.now += 60
     before = clock.now
-    pace.pass_on(1000)
-    pace.pass_on(1000)
+    pace.pass_on(1000, 0)
+    pace.pass_on(1000, 0)
     assert clock.now - before == pytest.approx(2)
 
 
@@ -61,6 +62,16 @@ def test_a_body_is_a_file_that_can_be_sent_twice() -> None:
     assert (body.seek(0, io.SEEK_END), body.tell()) == (10, 10)
     assert (body.seek(4), body.read(3), body.seek(-1, io.SEEK_CUR), body.read()) == (4, b"456", 6, b"6789")
     assert body.read() == b""
+
+
+def test_what_has_begun_ends_at_a_stop_and_what_begins_later_passes() -> None:
+    pace, _ = paced(1000)
+    body = PacedBody(bytes(3000), pace)
+    assert len(body.read(1000)) == 1000
+    pace.stop()
+    with pytest.raises(StoreUnavailable):
+        body.read(1000)
+    assert len(PacedBody(bytes(3000), pace).read()) == 3000
 
 
 def test_limits_hold_with_a_real_server(swift: Server) -> None:

@@ -1,6 +1,8 @@
 """What is tried again, how often, and what is not."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -38,6 +40,24 @@ def test_what_fails_for_a_while_succeeds(verb: str, times: int, after: bool) -> 
     assert len(pauses) == times
     assert pauses == sorted(pauses) or times == 1
     assert 0 < sum(pauses) < 120
+
+
+def test_a_stop_ends_pauses_and_tries_but_what_begins_later_is_tried() -> None:
+    inner = MemoryStore()
+    counting = CountingStore(FaultyStore(inner, Fault("put", 1, times=100)))
+    store = RetryingStore(counting)
+    with ThreadPoolExecutor(1) as pool:
+        putting = pool.submit(store.put, "b", b"2")
+        while not counting.calls["put"]:
+            time.sleep(0.001)
+        store.stop()
+        with pytest.raises(StoreUnavailable):
+            putting.result()
+    tried = counting.calls["put"]
+    assert tried < 8
+    with pytest.raises(StoreUnavailable):
+        store.put("b", b"2")
+    assert counting.calls["put"] == tried + 1
 
 
 @pytest.mark.expected_log("failed by rule .*; trying again")

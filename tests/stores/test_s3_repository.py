@@ -1,60 +1,20 @@
 """The main job with a repository in a real server's bucket, by the command line."""
 
-import json
 import os
 import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.buckets import options_of
 from tests.builders import Entry, File, Hardlink, Symlink, Tree, build, snapshot_of
 from tests.fault_proxy import FaultProxy
+from tests.hosts import runner, summary_of
 from tests.servers import Server
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def runner(server: Server, folder: Path, bucket: str) -> Run:
-    options = options_of(server)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("BACKUPFS_", "AWS_"))} | {
-        "AWS_SHARED_CREDENTIALS_FILE": os.environ["AWS_SHARED_CREDENTIALS_FILE"],
-        "AWS_PROFILE": options.profile,
-        "AWS_ENDPOINT_URL": server.endpoint_url,
-        "BACKUPFS_PASSWORD": "a password",
-        "BACKUPFS_CACHE_DIR": str(folder / "cache"),
-        "BACKUPFS_REPOSITORY": f"s3://{bucket}/host/a",
-        "XDG_STATE_HOME": str(folder / "state"),
-    }
-    if server.ca_bundle:
-        environment["AWS_CA_BUNDLE"] = str(server.ca_bundle)
-
-    def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "backupfs", *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr
-        return done
-
-    return run
 
 
 def built(tree: Tree, path: Path) -> str:
     return os.fsdecode(build(tree, path))
-
-
-def summary_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 @pytest.fixture(params=["swift", "swift_tls", "swift_old_tls", "seaweedfs"])
@@ -168,3 +128,37 @@ def test_no_secret_is_told_however_much_is(swift: Server, tmp_path: Path, monkey
     said = run("-vv", "snapshots").stderr
     assert "Signature" not in said
     assert "Authorization" not in said
+
+
+@pytest.mark.fuse
+def test_content_that_is_kept_on_disk_is_fetched_once(swift: Server, tmp_path: Path) -> None:
+    content = os.urandom(5 << 20)
+    source = built({"a": File(content), "b": File(os.urandom(5000))}, tmp_path / "source")
+    run = runner(swift, tmp_path / "first", "kept")
+    run("init")
+    run("backup", source)
+    host, _, port = swift.endpoint_url.removeprefix("http://").partition(":")
+    proxy = FaultProxy(host, int(port))
+    run = runner(replace(swift, endpoint_url=proxy.endpoint_url), tmp_path / "second", "kept")
+    mount = tmp_path / "mount"
+    mount.mkdir()
+
+    def fetches() -> int:
+        before = len(proxy.seen)
+        run("mount", "--cache-data", "100M", str(mount))
+        try:
+            assert Path(f"{mount}/latest{source}/a").read_bytes() == content
+        finally:
+            run("umount", str(mount))
+        return sum("/packs/data/" in path for _, path in proxy.seen[before:])
+
+    try:
+        assert fetches() > 0
+        assert fetches() == 0
+        kept = list((tmp_path / "second" / "cache").glob("*/blocks/*"))
+        garbled = max(kept, key=lambda path: path.stat().st_size)
+        garbled.write_bytes(garbled.read_bytes()[:-1] + b"!")
+        assert fetches() == 1
+        assert fetches() == 0
+    finally:
+        proxy.close()

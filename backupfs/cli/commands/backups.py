@@ -4,7 +4,7 @@ import os
 
 import click
 
-from backupfs.cli.settings import PATH, Settings, with_settings
+from backupfs.cli.settings import PATH, Settings, run_case, with_settings
 from backupfs.errors import UsageError
 
 
@@ -162,11 +162,9 @@ def forget_command(settings: Settings, names: tuple[str, ...], dry_run: bool) ->
     Their space is kept until the repository can be pruned, which this version cannot do yet.
     """
     repository = settings.open_repository("backupfs.usecases.forget")
-    import trio
-
     from backupfs.cli.summaries import tell_forget
     from backupfs.usecases.forget import forget
 
-    result = trio.run(forget, repository, list(names), dry_run)
+    result = run_case(forget, repository, list(names), dry_run)
     tell_forget(settings, result, dry_run)
     return 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from backupfs.cli.settings import PATH, Settings, with_settings
+from backupfs.cli.settings import PATH, Settings, run_case, with_settings
 from backupfs.errors import UsageError, shown
 
 if TYPE_CHECKING:
@@ -129,8 +129,6 @@ def restore_command(
 
     included, excluded = values.patterns(include), values.patterns(exclude)
     repository, snapshot, path = _found(settings, what, "backupfs.usecases.restore")
-    import trio
-
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_restore
     from backupfs.usecases.restore import restore
@@ -149,7 +147,7 @@ def restore_command(
     )
     report = Reporter(settings)
     place = normalise(target, os.getcwdb())
-    result = trio.run(restore, repository, snapshot, path or b"/", place, options, report)
+    result = run_case(restore, repository, snapshot, path or b"/", place, options, report)
     report.clear()
     tell_restore(settings, result, dry_run)
     if result.damaged:

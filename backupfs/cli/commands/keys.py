@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from backupfs.cli.settings import Settings, with_settings
+from backupfs.cli.settings import Settings, run_case, with_settings
 from backupfs.errors import shown
 
 if TYPE_CHECKING:
@@ -29,12 +29,10 @@ def key_command() -> None:
 @with_settings
 def list_command(settings: Settings) -> int:
     """Show the key slots; * marks the one that the present password opens."""
-    import trio
-
     from backupfs.cli.report import print_json, time_text
     from backupfs.usecases.keys import list_slots
 
-    slots = trio.run(list_slots, settings.open_repository("backupfs.usecases.keys"))
+    slots = run_case(list_slots, settings.open_repository("backupfs.usecases.keys"))
     for slot in slots:
         if not settings.json:
             click.echo(
@@ -51,14 +49,12 @@ def list_command(settings: Settings) -> int:
 @with_settings
 def add_command(settings: Settings, name: str, new_password_file: str | None) -> int:
     """Give the repository one more password."""
-    import trio
-
     from backupfs.cli.passwords import read_new_password
     from backupfs.usecases.keys import add_slot
 
     repository = settings.open_repository("backupfs.usecases.keys")
     password = read_new_password(new_password_file)
-    _tell(settings, "added", trio.run(add_slot, repository, password, name))
+    _tell(settings, "added", run_case(add_slot, repository, password, name))
     return 0
 
 
@@ -67,11 +63,9 @@ def add_command(settings: Settings, name: str, new_password_file: str | None) ->
 @with_settings
 def remove_command(settings: Settings, slot: str) -> int:
     """Take a password away; SLOT is the start of its id, or its name. The last one cannot be removed."""
-    import trio
-
     from backupfs.usecases.keys import remove_slot
 
-    _tell(settings, "removed", trio.run(remove_slot, settings.open_repository("backupfs.usecases.keys"), slot))
+    _tell(settings, "removed", run_case(remove_slot, settings.open_repository("backupfs.usecases.keys"), slot))
     return 0
 
 
@@ -80,14 +74,12 @@ def remove_command(settings: Settings, slot: str) -> int:
 @with_settings
 def change_command(settings: Settings, new_password_file: str | None) -> int:
     """Change the password in use."""
-    import trio
-
     from backupfs.cli.passwords import read_new_password
     from backupfs.usecases.keys import change_password
 
     repository = settings.open_repository("backupfs.usecases.keys")
     password = read_new_password(new_password_file)
-    _tell(settings, "changed", trio.run(change_password, repository, password))
+    _tell(settings, "changed", run_case(change_password, repository, password))
     return 0
 
 

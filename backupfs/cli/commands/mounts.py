@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from backupfs.cli.settings import PATH, Settings, with_settings
+from backupfs.cli.settings import PATH, Settings, run_case, with_settings
 from backupfs.errors import shown
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--tag", multiple=True, metavar="TAG", help="Show only snapshots with this tag.")
 @click.option("--path", multiple=True, metavar="PATH", type=PATH, help="Show only snapshots of this path.")
 @click.option("--allow-other", is_flag=True, help="Let other users in; permissions are enforced.")
+@click.option("--cache-data", metavar="SIZE", help="Keep up to SIZE of files' content on this machine's disk: 20G.")
 @click.option("--log-file", metavar="FILE", help="Where a mount in the background logs.")
 @with_settings
 def mount_command(
@@ -38,6 +39,7 @@ def mount_command(
     tag: tuple[str, ...],
     path: tuple[bytes, ...],
     allow_other: bool,
+    cache_data: str | None,
     log_file: str | None,
 ) -> int:
     """Show the snapshots as a read-only file system at DIR.
@@ -56,6 +58,7 @@ def mount_command(
     from pathlib import Path
 
     from backupfs.cli.report import Reporter, print_json
+    from backupfs.cli.values import size
     from backupfs.localfs.sources import normalise
     from backupfs.usecases.mount import MountFilter, MountOptions, default_log_file, mount_in_background
 
@@ -66,7 +69,7 @@ def mount_command(
         tags=tag,
         paths=tuple(normalise(one, os.getcwdb()) for one in path),
     )
-    options = MountOptions(shown=shown_ones, allow_other=allow_other)
+    options = MountOptions(shown=shown_ones, allow_other=allow_other, cache_data=size(cache_data or "0"))
     serve = partial(_serve, repository, place, options, Reporter(settings))
     if foreground:
         serve(lambda: None)
@@ -93,11 +96,9 @@ def _ids(repository: "Repository", names: tuple[str, ...]) -> "frozenset[Snapsho
 def _serve(
     repository: "Repository", place: "Path", options: "MountOptions", report: "Report", on_ready: Callable[[], None]
 ) -> None:
-    import trio
-
     from backupfs.usecases.mount import serve_mount
 
-    trio.run(serve_mount, repository, place, options, on_ready, report)
+    run_case(serve_mount, repository, place, options, on_ready, report)
 
 
 @click.command("umount")

@@ -2,7 +2,7 @@
 
 import click
 
-from backupfs.cli.settings import Settings, with_settings
+from backupfs.cli.settings import Settings, run_case, with_settings
 
 
 @click.command("init")
@@ -42,15 +42,13 @@ def check_command(settings: Settings, read_data: bool, read_data_subset: str | N
     with 1 when something is damaged, naming the objects, the snapshots and the paths that are hit.
     """
     repository = settings.open_repository("backupfs.usecases.check")
-    import trio
-
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_check
     from backupfs.usecases.check import CheckOptions, check
 
     report = Reporter(settings)
     options = CheckOptions(read_data=read_data or read_data_subset is not None, subset=read_data_subset)
-    result = trio.run(check, repository, options, report)
+    result = run_case(check, repository, options, report)
     report.clear()
     tell_check(settings, result)
     return 1 if result.damaged else 0
