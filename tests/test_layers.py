@@ -12,6 +12,7 @@ LEVELS = {
     "": 0,
     "workers": 1,
     "forked": 1,
+    "memory": 1,
     "interrupts": 1,
     "chunking": 1,
     "codec": 1,

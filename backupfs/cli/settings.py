@@ -91,26 +91,28 @@ class Settings:
         folders = default_folders()
         return LocalFolders(Path(self.cache_dir), folders.state) if self.cache_dir else folders
 
-    def open_repository(self, module: str) -> "Repository":
+    def open_repository(self, module: str, snapshots: bool = True, files: bool = True) -> "Repository":
         """Ask for the password and open the repository.
 
         module: what will work on it; loaded while the password is stretched, which takes as long.
+        snapshots, files: what it will look at. (`check` asks for itself, in an order of its own.)
 
         Raises: NotARepository before asking; WrongPassword; UnknownVersion; DamagedObject; StoreError.
         """
         from importlib import import_module
 
         from backupfs.cli.passwords import read_password
-        from backupfs.repository.repository import open_repository, require_repository
+        from backupfs.memory import keep_freed_memory
+        from backupfs.repository import repository
         from backupfs.stores.together import threads
-        from backupfs.workers import keep_freed_memory
 
         keep_freed_memory()
         store = self.store()
-        config = require_repository(store)
+        found = repository.find_repository(store)
         password = read_password(self.password_file, self.password_command)
+        ahead = repository.LISTED_FOR_FILES if files else repository.LISTED_FOR_SNAPSHOTS if snapshots else ()
         with threads(1) as pool:
-            opening = pool.submit(open_repository, store, password, self.folders(), config)
+            opening = pool.submit(repository.open_repository, store, password, self.folders(), found, ahead)
             import_module(module)
             gc.freeze()  # what is loaded stays: no need to look through it ever again
             return opening.result()

@@ -166,8 +166,8 @@ class ChunkReader:
         return None
 
     def _try_refreshed(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
-        # Another client may have repacked since the index was read.
-        return self._try_known(chunk_id, failures) if self.index.refresh() else None
+        # Another client may have repacked since the index was read; or it was being read just now, by another thread.
+        return self._try_known(chunk_id, failures) if self.index.refresh() or not failures else None
 
     def _try_intact(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
         # Each file is read whole, so only once: what is garbled later is met by the next process.
@@ -222,6 +222,7 @@ class ChunkReader:
         if kept is not None:
             return kept[0]
         key = layout.key_of(self._kind, pack.pack_id)
+        self._store.note_size(key, pack.size)
         stored = self._store.get(key, start=offset, length=stored_length)
         try:
             plain = self.open_block(pack, stored, offset)
@@ -260,7 +261,9 @@ class ChunkReader:
 
         Raises: StoreError; DamagedObject.
         """
-        return self._store.get(layout.key_of(self._kind, pack.pack_id), start=start, length=length)
+        key = layout.key_of(self._kind, pack.pack_id)
+        self._store.note_size(key, pack.size)
+        return self._store.get(key, start=start, length=length)
 
     def _opener(self, pack: PackRef) -> OpenedHeader:
         opened = self._opened.get(pack.pack_id)

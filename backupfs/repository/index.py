@@ -240,10 +240,9 @@ class Index:
                 run = open_run(path)
             except FileNotFoundError:
                 continue
-            except DamagedObject as error:
-                log.warning("%s; it is made again", error)
-            except OSError as error:
-                log.warning("the cache file %s cannot be read (%s); it is made again", path, error.strerror)
+            except (DamagedObject, OSError) as error:
+                what = f"the cache file {path}: {error.strerror}" if isinstance(error, OSError) else error
+                log.warning("%s; it is made again", what)
                 _forget_path(path)
                 continue
             # Rows of a segment that is gone from the store may name packs that are gone.

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,16 @@ from backupfs.repository.index import Index
 from backupfs.repository.local import LocalFolders
 from backupfs.repository.objects import get_named
 from backupfs.stores.caching import CachingStore
+from backupfs.stores.listed import ListedStore
 from backupfs.stores.store import Store
-from backupfs.stores.together import each
+from backupfs.stores.together import at_once, each, threads
 
 # What decoded blocks may take; trees are asked for again and again, data mostly once.
 TREE_CACHE_SIZE = 32 << 20
 DATA_CACHE_SIZE = 48 << 20
+# What whoever wants to read files lists, and whoever wants to know of snapshots only.
+LISTED_FOR_SNAPSHOTS = (layout.SNAPSHOTS, layout.NOTES)
+LISTED_FOR_FILES = (*LISTED_FOR_SNAPSHOTS, layout.prefix_of(Kind.TREE_INDEX), layout.prefix_of(Kind.DATA_INDEX))
 # What trees, snapshots and notes of a store that is far away may take on this machine's disk.
 HOT_CACHE_SIZE = 2 << 30
 
@@ -94,8 +98,7 @@ class Repository:
 
     def load_indexes(self) -> None:
         """Bring both indexes up to date with the store. Raises: StoreError."""
-        for _ in each(self.store, Index.refresh, (self.tree_index, self.data_index)):
-            pass
+        at_once(self.store, self.tree_index.refresh, self.data_index.refresh)
 
     def slots(self) -> list[KeySlot]:
         """Return the key slots, oldest first; damaged ones under the name they show."""
@@ -135,11 +138,25 @@ def _cached(store: Store, cache: Path | None) -> Store:
     )
 
 
-def require_repository(store: Store) -> bytes:
-    """Return the config of the repository, for `open_repository`; before a password is asked for in vain.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What opens a repository, as it lies in the store; none of it was looked into yet."""
+
+    config: bytes
+    features: list[tuple[str, str]]  # that were added later: (kind, name)
+    slots: list[tuple[ObjectId, bytes]]
+
+
+def find_repository(store: Store) -> Found:
+    """Return what opens the repository, for `open_repository`; before a password is asked for in vain.
 
     Raises: NotARepository; StoreError.
     """
+    readers: tuple[Callable[[Store], Any], ...] = (_read_config, _added_features, _read_slots)
+    return Found(*each(store, lambda read: read(store), readers))
+
+
+def _read_config(store: Store) -> bytes:
     try:
         return store.get(layout.CONFIG)
     except ObjectMissing as error:
@@ -194,20 +211,37 @@ def create_repository(
 
 
 def open_repository(
-    store: Store, password: bytes, local: LocalFolders, encoded_config: bytes | None = None
+    store: Store,
+    password: bytes,
+    local: LocalFolders,
+    found: Found | None = None,
+    ahead: Sequence[str] = (),
 ) -> Repository:
     """Open a repository with a password; indexes are not loaded yet.
 
-    encoded_config: from `require_repository`, if that was called.
+    found: from `find_repository`, if that was called.
+    ahead: prefixes that the caller will list next; a store that is far is asked for them meanwhile.
     Raises: NotARepository; WrongPassword; UnknownVersion; DamagedObject; StoreError.
     """
-    config, mac = read_config(require_repository(store) if encoded_config is None else encoded_config)
-    readers: tuple[Callable[[Store], Any], ...] = (_added_features, _read_slots)
-    added, slots = each(store, lambda read: read(store), readers)
-    unreadable, unwritable = unknown_features(config, added)
+    found = found or find_repository(store)
+    config, mac = read_config(found.config)
+    unreadable, unwritable = unknown_features(config, found.features)
     if unreadable:
         names = ", ".join(sorted(map(shown, unreadable)))
         raise UnknownVersion(f"this repository needs features this backupfs lacks ({names}): upgrade backupfs")
+    with threads(1) as pool:
+        listed = ListedStore(store) if store.is_far and ahead else None
+        listing = pool.submit(listed.list_ahead, ahead) if listed is not None else None
+        slot_id, keyring = _open_slots(store, password, found.slots, config, mac)
+        if listing is not None:
+            listing.result()
+    return Repository(listed or store, config, keyring, slot_id, local, frozenset(unwritable))
+
+
+def _open_slots(
+    store: Store, password: bytes, slots: list[tuple[ObjectId, bytes]], config: Config, mac: bytes
+) -> tuple[ObjectId, Keyring]:
+    """Return the slot that the password opens, and what is in it. Raises: WrongPassword and the like."""
     if not slots:
         raise DamagedObject(
             f"the repository at {store.url} has no key slot left in {layout.KEYS}: restore one from a copy"
@@ -229,7 +263,7 @@ def open_repository(
             newer.append(str(error))
             continue
         if check_mac(config, mac, keyring):
-            return Repository(store, config, keyring, slot_id, local, frozenset(unwritable))
+            return slot_id, keyring
         damage.append(f"{what} opens, but the object config was not written with its keys")
     if damage:
         raise DamagedObject("the password opens no key slot, and some are damaged: " + "; ".join(damage))

@@ -19,7 +19,7 @@ from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.snapshot import FILES, Snapshot, decode_snapshot, encode_snapshot
 from backupfs.stores.store import Store
-from backupfs.stores.together import each
+from backupfs.stores.together import at_once, each
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +149,16 @@ class SnapshotList:
         """Return the host's snapshot of the highest sequence, forgotten or not."""
         own = [snapshot for snapshot in self._loaded.values() if snapshot.host_id == host_id]
         return max(own, key=lambda snapshot: snapshot.sequence, default=None)
+
+
+def load_all(repository: Repository) -> SnapshotList:
+    """Bring the indexes up to date and return the snapshots; a store that is far is asked for both at once.
+
+    Raises: StoreError.
+    """
+    listed = SnapshotList(repository)
+    at_once(repository.store, repository.load_indexes, listed.refresh)
+    return listed
 
 
 def load_snapshots(repository: Repository) -> SnapshotList:

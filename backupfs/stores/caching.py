@@ -71,6 +71,11 @@ class CachingStore(PassingStore):
         self.inner.delete(key)
         self.forget(key)
 
+    def note_size(self, key: str, size: int) -> None:
+        """Take a caller's word for how large an object is."""
+        if key.startswith(self._in_parts):
+            self._sizes.setdefault(key, size)
+
     def forget(self, key: str) -> None:
         """Remove an object here."""
         self._files.forget(_name(key), f"{_name(key)}-*")

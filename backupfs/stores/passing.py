@@ -60,6 +60,10 @@ class PassingStore(Store):
         """Remove an object."""
         self.inner.delete(key)
 
+    def note_size(self, key: str, size: int) -> None:
+        """Take a caller's word for how large an object is."""
+        self.inner.note_size(key, size)
+
     def forget(self, key: str) -> None:
         """Drop what this machine keeps of an object."""
         self.inner.forget(key)

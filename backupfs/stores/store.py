@@ -114,6 +114,10 @@ class Store(abc.ABC):
     def delete(self, key: str) -> None:
         """Remove an object, durably; it is fine when there is none."""
 
+    def note_size(self, key: str, size: int) -> None:
+        """Take a caller's word for how large an object is, which saves asking."""
+        del key, size
+
     def forget(self, key: str) -> None:
         """Drop what this machine keeps of an object: it is not what it should be."""
         del key

@@ -37,3 +37,9 @@ def each(store: Store, ask: Callable[[Item], Result], items: Sequence[Item]) -> 
     with threads(_AT_ONCE) as pool:
         for start in range(0, len(items), _AT_ONCE):
             yield from pool.map(ask, items[start : start + _AT_ONCE])
+
+
+def at_once(store: Store, *calls: Callable[[], object]) -> None:
+    """Make calls that ask a store for things, at once where it is far. Raises: what the first of them raised."""
+    for _ in each(store, lambda call: call(), calls):
+        pass

@@ -29,7 +29,7 @@ from backupfs.repository.writer import (
     WriteSizes,
     WriteTotals,
 )
-from backupfs.snapshots.listing import SnapshotList, load_snapshots, put_snapshot
+from backupfs.snapshots.listing import SnapshotList, load_all, put_snapshot
 from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, Snapshot, Statistics
 from backupfs.stores.requests import RequestCounts
 from backupfs.usecases.archive_context import ArchiveContext
@@ -138,13 +138,13 @@ class _Run:
     def __init__(self, repository: Repository, options: BackupOptions, report: Report) -> None:
         repository.require_writable()
         self._started = time.monotonic_ns()
+        self._store_time_ns = 0  # known at the end
         self._repository = repository
         self._options = options
         self._report = report
         self.taken_ns = options.time_ns if options.time_ns is not None else time.time_ns()
         self.host = options.host or os.uname().nodename
-        repository.load_indexes()
-        self.listed = load_snapshots(repository)
+        self.listed = load_all(repository)
         level, sizes = options.level, options.sizes
         indexes = ((Kind.DATA_PACK, repository.data_index), (Kind.TREE_PACK, repository.tree_index))
         host_id = local.host_id(repository.local.state)
@@ -232,7 +232,10 @@ class _Run:
         )
         if options.dry_run:
             return replace(result, requests=repository.store.requests + result.counts.requests)
-        return _commit(repository, self.listed, options, self.host, paths, root, self.taken_ns, result, self._report)
+        return _commit(
+            repository, self.listed, options, self.host, paths, root, self.taken_ns, self._store_time_ns, result,
+            self._report,
+        )  # fmt: skip
 
     async def _store_all(self, scanners: Scanners, slots: Slots) -> Root:
         """Store what scanners send, and return `/`; everything it needs is then in the store and indexed."""
@@ -264,10 +267,21 @@ class _Run:
 
                 async with send:
                     root = await scanners.run(take, self._report)
-            for kind in () if self._options.dry_run else (Kind.DATA_PACK, Kind.TREE_PACK):
-                await self._writers[kind].flush()
+            if not self._options.dry_run:
+                await self._finish()
             nursery.cancel_scope.cancel()
         return root
+
+    async def _finish(self) -> None:
+        """Put what is left, and ask for what the snapshot needs."""
+
+        async def ask_time() -> None:
+            self._store_time_ns = await workers.request(self._repository.store.now)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_time)
+            for writer in self._writers.values():
+                nursery.start_soon(writer.flush)
 
     async def _write_blocks(self, blocks: "trio.MemoryReceiveChannel[tuple[Kind, Block, int]]", slots: Slots) -> None:
         async with blocks:
@@ -337,11 +351,11 @@ def _commit(
     paths: list[bytes],
     root: Root,
     taken_ns: int,
+    store_time_ns: int,
     result: BackupResult,
     report: Report,
 ) -> BackupResult:
     host_id = local.host_id(repository.local.state)
-    store_now = repository.store.now()
     last = listed.last_of_host(host_id)
     counts = result.counts
     snapshot = Snapshot(
@@ -351,7 +365,7 @@ def _commit(
         sequence=last.sequence + 1 if last is not None else 1,
         previous=last.snapshot_id if last is not None else b"",
         time_ns=taken_ns,
-        store_time_ns=store_now,
+        store_time_ns=store_time_ns,
         paths=tuple(sorted(set(paths))),
         tags=tuple(sorted(set(options.tags))),
         parent=result.parent,

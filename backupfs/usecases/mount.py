@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import os
 import secrets
 import tempfile
@@ -11,20 +12,23 @@ from pathlib import Path
 
 import trio
 
-from backupfs import workers
-from backupfs.errors import MountError
+from backupfs import memory, workers
+from backupfs.errors import BackupfsError, MountError
 from backupfs.fuse import session
 from backupfs.fuse.background import serve_in_background
 from backupfs.fuse.session import SessionOptions, check_mountpoint
 from backupfs.repository.repository import Repository
-from backupfs.snapshots.listing import load_snapshots
+from backupfs.snapshots.listing import SnapshotList
 from backupfs.stores.kept_files import KeptFiles
+from backupfs.stores.together import at_once
 from backupfs.usecases.events import Remark, Report
 from backupfs.view.filesystem import MountFilter, SnapshotView
 from backupfs.view.freshness import MOST_AGE_S, Freshness
 from backupfs.view.loading import Loader
 
 __all__ = ["MountFilter", "MountOptions", "default_log_file", "mount_in_background", "serve_mount"]
+
+log = logging.getLogger(__name__)
 
 # Decoded blocks. Of trees, what is looked at is kept as decoded pages (view/pages.py), so a few will do.
 TREE_CACHE_SIZE = 6 << 20
@@ -57,19 +61,19 @@ async def serve_mount(
 
     Raises: MountError if the mount cannot be made; StoreError.
     """
-    workers.keep_freed_memory(KEPT_BYTES)
+    memory.keep_freed_memory(KEPT_BYTES)
     repository.trees.keep_at_most(TREE_CACHE_SIZE)
     repository.data.keep_at_most(DATA_CACHE_SIZE)
     if options.cache_data and repository.cache is not None:
         repository.data.keep_on_disk(KeptFiles(repository.cache / "blocks", options.cache_data))
     check_mountpoint(mountpoint, options.session)
-    await workers.request(repository.load_indexes)
-    listed = await workers.request(load_snapshots, repository)
+    listed = await workers.request(_load_trees, repository)
     for problem in listed.damaged.values():
         report(Remark(problem))
     if listed.damaged and not listed.snapshots:
         raise MountError(f"none of the snapshots can be read: {next(iter(listed.damaged.values()))}")
     async with trio.open_nursery() as background:
+        background.start_soon(_load_data_index, repository)
         loader = Loader(repository, background)
         view = SnapshotView(repository, listed, options.shown, loader)
         view.freshness = Freshness(repository, listed, view.rearrange, background, options.refresh_s)
@@ -78,6 +82,27 @@ async def serve_mount(
         gc.freeze()
         await session.serve(view, loader, mountpoint, options.session, on_ready)
         background.cancel_scope.cancel()
+
+
+def _load_trees(repository: Repository) -> SnapshotList:
+    """Return the list of snapshots, with the index of trees up to date and the top of the newest snapshot in memory.
+
+    Raises: StoreError.
+    """
+    listed = SnapshotList(repository)
+    at_once(repository.store, repository.tree_index.refresh, listed.refresh)
+    if listed.snapshots:
+        with contextlib.suppress(BackupfsError):
+            repository.trees.load(listed.snapshots[-1].root)
+    return listed
+
+
+async def _load_data_index(repository: Repository) -> None:
+    """Load what only reading files needs; who reads one before that waits for it."""
+    try:
+        await workers.request(repository.data_index.refresh)
+    except BackupfsError as error:
+        log.warning("the index of data could not be read, it will be when a file is: %s", error)
 
 
 def mount_in_background(

@@ -6,7 +6,7 @@ from backupfs.codec.sealing import Kind
 from backupfs.repository import layout
 from backupfs.repository.pack import ROW
 from backupfs.repository.repository import Repository
-from backupfs.snapshots.listing import load_snapshots
+from backupfs.snapshots.listing import load_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,7 @@ class Stats:
 
 def stats(repository: Repository) -> Stats:
     """Count; costs a listing of the store and a pass over the local index. Raises: StoreError."""
-    repository.load_indexes()
-    listed = load_snapshots(repository)
+    listed = load_all(repository)
     sizes = dict.fromkeys((Kind.DATA_PACK, Kind.TREE_PACK, Kind.DATA_INDEX, Kind.TREE_INDEX), (0, 0))
     other = (0, 0)
     for info in repository.store.list(""):

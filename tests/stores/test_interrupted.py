@@ -71,22 +71,22 @@ def test_a_backup_whose_puts_do_not_end(fault: str, proxy: FaultProxy, swift: Se
 def test_what_an_interrupted_backup_has_put_is_not_put_again(proxy: FaultProxy, swift: Server, tmp_path: Path) -> None:
     source = source_of(tmp_path, 80)
     runner(swift, tmp_path, "reused")("init")
-    # Of the packs of the first run two are put.
-    proxy.rule("stall", method="PUT", path="/packs/data/", skip=2, seconds=1000.0)
+    # Of the packs of the first run four are put, of 4 MiB at least.
+    proxy.rule("stall", method="PUT", path="/packs/data/", skip=4, seconds=1000.0)
     faulty = replace(swift, endpoint_url=proxy.endpoint_url)
     stalled = environment_of(faulty, tmp_path, "reused")
     process = subprocess.Popen([sys.executable, "-m", "backupfs", "-q", "backup", str(source)], env=stalled)
-    while sum(verb == "PUT" and "/packs/data/" in url for verb, url in proxy.seen) < 4:
+    while sum(verb == "PUT" and "/packs/data/" in url for verb, url in proxy.seen) < 6:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(_SOON_S) == 130
     put = [url for verb, url in proxy.seen if verb == "PUT"]
     assert sum("/index/data/" in url for url in put) == 1
-    assert sum("/packs/" in url for url in put) == 4
+    assert sum("/packs/" in url for url in put) == 6
     run = runner(swift, tmp_path, "reused")
     added = summary_of(run("--json", "backup", str(source)))["stored_added"]
-    assert 0 < added < (80 - 30) << 20
+    assert 0 < added < (80 - 4 * 4) << 20
 
 
 @pytest.mark.parametrize("verb", ["restore", "check", "snapshots", "dump"])

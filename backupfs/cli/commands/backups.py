@@ -138,7 +138,7 @@ def snapshots_command(
     settings: Settings, names: tuple[str, ...], host: tuple[str, ...], tag: tuple[str, ...], path: tuple[bytes, ...]
 ) -> int:
     """List the snapshots, oldest first."""
-    repository = settings.open_repository("backupfs.cli.summaries")
+    repository = settings.open_repository("backupfs.cli.summaries", files=False)
     from backupfs.cli.summaries import tell_snapshots
     from backupfs.localfs.sources import normalise
     from backupfs.snapshots.listing import load_snapshots
@@ -161,7 +161,7 @@ def forget_command(settings: Settings, names: tuple[str, ...], dry_run: bool) ->
 
     Their space is kept until the repository can be pruned, which this version cannot do yet.
     """
-    repository = settings.open_repository("backupfs.usecases.forget")
+    repository = settings.open_repository("backupfs.usecases.forget", files=False)
     from backupfs.cli.summaries import tell_forget
     from backupfs.usecases.forget import forget
 

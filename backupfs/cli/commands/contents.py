@@ -26,10 +26,9 @@ def split_snapshot_path(text: bytes) -> tuple[str, bytes]:
 def _found(settings: Settings, text: bytes, module: str) -> "tuple[Repository, Snapshot, bytes]":
     name, path = split_snapshot_path(text)
     repository = settings.open_repository(module)
-    from backupfs.snapshots.listing import load_snapshots
+    from backupfs.snapshots.listing import load_all
 
-    snapshot = load_snapshots(repository).find(name)
-    repository.load_indexes()
+    snapshot = load_all(repository).find(name)
     return repository, snapshot, path
 
 

@@ -9,7 +9,7 @@ from backupfs.errors import shown
 
 if TYPE_CHECKING:
     from backupfs.cli.report import Value
-    from backupfs.repository.repository import KeySlot
+    from backupfs.repository.repository import KeySlot, Repository
 
 _NEW_PASSWORD = click.option(
     "--new-password-file", metavar="FILE", help="Read the new password from the first line of FILE."
@@ -32,7 +32,7 @@ def list_command(settings: Settings) -> int:
     from backupfs.cli.report import print_json, time_text
     from backupfs.usecases.keys import list_slots
 
-    slots = run_case(list_slots, settings.open_repository("backupfs.usecases.keys"))
+    slots = run_case(list_slots, _opened(settings))
     for slot in slots:
         if not settings.json:
             click.echo(
@@ -52,7 +52,7 @@ def add_command(settings: Settings, name: str, new_password_file: str | None) ->
     from backupfs.cli.passwords import read_new_password
     from backupfs.usecases.keys import add_slot
 
-    repository = settings.open_repository("backupfs.usecases.keys")
+    repository = _opened(settings)
     password = read_new_password(new_password_file)
     _tell(settings, "added", run_case(add_slot, repository, password, name))
     return 0
@@ -65,7 +65,11 @@ def remove_command(settings: Settings, slot: str) -> int:
     """Take a password away; SLOT is the start of its id, or its name. The last one cannot be removed."""
     from backupfs.usecases.keys import remove_slot
 
-    _tell(settings, "removed", run_case(remove_slot, settings.open_repository("backupfs.usecases.keys"), slot))
+    _tell(
+        settings,
+        "removed",
+        run_case(remove_slot, _opened(settings), slot),
+    )
     return 0
 
 
@@ -77,10 +81,14 @@ def change_command(settings: Settings, new_password_file: str | None) -> int:
     from backupfs.cli.passwords import read_new_password
     from backupfs.usecases.keys import change_password
 
-    repository = settings.open_repository("backupfs.usecases.keys")
+    repository = _opened(settings)
     password = read_new_password(new_password_file)
     _tell(settings, "changed", run_case(change_password, repository, password))
     return 0
+
+
+def _opened(settings: Settings) -> "Repository":
+    return settings.open_repository("backupfs.usecases.keys", snapshots=False, files=False)
 
 
 def _value(slot: "KeySlot") -> "dict[str, Value]":

@@ -41,7 +41,7 @@ def check_command(settings: Settings, read_data: bool, read_data_subset: str | N
     Without options: all metadata is read and authenticated, and every pack has to be there in its full size. Ends
     with 1 when something is damaged, naming the objects, the snapshots and the paths that are hit.
     """
-    repository = settings.open_repository("backupfs.usecases.check")
+    repository = settings.open_repository("backupfs.usecases.check", snapshots=False, files=False)
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_check
     from backupfs.usecases.check import CheckOptions, check
