@@ -15,10 +15,10 @@ from backupfs.snapshots.snapshot import Snapshot
 from backupfs.stores.requests import RequestCounts
 
 if TYPE_CHECKING:
-    from backupfs.usecases.backup import BackupResult
     from backupfs.usecases.check import CheckResult
     from backupfs.usecases.forget import ForgetResult
     from backupfs.usecases.restore import RestoreResult
+    from backupfs.usecases.storing import BackupResult
     from backupfs.usecases.thaw import ThawResult
 
 

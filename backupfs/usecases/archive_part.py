@@ -6,6 +6,7 @@ Where another scanning process waits for work, it gets half of the directories t
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from backupfs.ids import ChunkId
 from backupfs.localfs import reading
@@ -15,10 +16,24 @@ from backupfs.snapshots.tree import LeafPage, TreeBuilder
 from backupfs.usecases.archive_context import ArchiveContext, row_of
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.nested import Nested
-from backupfs.usecases.scanner import Task
 
 # From this depth on a directory's descriptor is closed while the walk is below it, and reopened by way of `..`.
 _MOST_OPEN = 128
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoriesTask:
+    """Some directories in one directory, to be stored by somebody else."""
+
+    path: bytes  # of the directory they are in
+    identity: tuple[int, int]  # its (st_dev, st_ino)
+    names: tuple[bytes, ...]
+    parents: tuple[ChunkId | None, ...]  # trees to compare them with
+    wants_xattrs: bool
+
+
+# (tree, xattrs) of each directory; None: the directory they are in cannot be found by its path any more.
+DirectoriesResult = tuple[tuple[ChunkId, Xattrs], ...] | None
 
 
 class OpenDirectory:
@@ -338,10 +353,10 @@ class Part:
             len(left) >= _ENOUGH_TO_GIVE or any(self._statuses and self._statuses[at].st_nlink != 2 for at in left)
         )
 
-    def _task(self, half: list[int], known: dict[int, ChunkId], wants_xattrs: bool) -> Task:
+    def _task(self, half: list[int], known: dict[int, ChunkId], wants_xattrs: bool) -> DirectoriesTask:
         status = os.fstat(self._directory.fd)
         names, parents = tuple(self._names[at] for at in half), tuple(known.get(at) for at in half)
-        return Task(self._path, (status.st_dev, status.st_ino), names, parents, wants_xattrs)
+        return DirectoriesTask(self._path, (status.st_dev, status.st_ino), names, parents, wants_xattrs)
 
     def _below(self, at: int, parent: ChunkId | None, wants_xattrs: bool) -> Nested[Below]:
         """Store the directory at a position; return (tree, xattrs). One that cannot be read is stored empty."""

@@ -19,9 +19,9 @@ from backupfs.snapshots.tree import LeafPage, TreeBuilder, leaf_pages
 from backupfs.usecases.archive_context import ArchiveContext, row_of
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.archive_parent import ParentTrees
-from backupfs.usecases.archive_part import OpenDirectory, Part, Stored
+from backupfs.usecases.archive_part import DirectoriesResult, DirectoriesTask, OpenDirectory, Part, Stored
 from backupfs.usecases.nested import Nested, run_nested
-from backupfs.usecases.scanner import Result, Root, Task
+from backupfs.usecases.scanner import Root
 
 # As many entries are looked at before any of them is read; it bounds memory in directories of a million entries.
 SLICE = 4096
@@ -69,7 +69,7 @@ class Archiver:
         assert isinstance(content, bytes)
         return Root(ChunkId(content), row, reading.owner_name(os.getuid()), reading.group_name(os.getgid()), ())
 
-    def archive_task(self, task: Task) -> Result:
+    def archive_task(self, task: DirectoriesTask) -> DirectoriesResult:
         """Store directories that another process gave away; None if the way to them is another one now."""
         try:
             directory = OpenDirectory(reading.open_directory(task.path, None))

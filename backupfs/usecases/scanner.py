@@ -10,6 +10,7 @@ Nothing here is kept when a scanner is killed, and nothing is lost: only its lea
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from backupfs.forked import Line
 from backupfs.ids import ChunkId
@@ -23,19 +24,9 @@ from backupfs.usecases.events import Event
 MOST_NESTED = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Some directories in one directory, to be stored by somebody else."""
-
-    path: bytes  # of the directory they are in
-    identity: tuple[int, int]  # its (st_dev, st_ino)
-    names: tuple[bytes, ...]
-    parents: tuple[ChunkId | None, ...]  # trees to compare them with
-    wants_xattrs: bool
-
-
-# (tree, xattrs) of each directory; None: the directory they are in cannot be found by its path any more.
-Result = tuple[tuple[ChunkId, Xattrs], ...] | None
+# What is given away, and what comes back, is between those who give and who do it.
+Task = Any
+Result = Any
 
 
 @dataclass(frozen=True, slots=True)

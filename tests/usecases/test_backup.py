@@ -17,6 +17,7 @@ from backupfs.snapshots.node import CHANGED_WHILE_READ, RACY
 from backupfs.snapshots.tree import leaf_pages
 from backupfs.snapshots.walk import find_path, tree_of, walk
 from backupfs.usecases import backup as backup_module
+from backupfs.usecases import storing
 from backupfs.usecases.backup import BackupResult, backup, backup_stream
 from backupfs.usecases.events import Event, FileChanged, FileSkipped, LeftOut, Remark
 from tests.builders import (
@@ -509,7 +510,7 @@ def test_packs_of_another_host_are_taken_over_when_they_are_old(
     tmp_path: Path, is_old: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if is_old:
-        monkeypatch.setattr(backup_module, "_ORPHAN_AGE_NS", -(10**9))
+        monkeypatch.setattr(storing, "_ORPHAN_AGE_NS", -(10**9))
     source = settled(build({"a": File(noise(1, 50_000))}, tmp_path / "s"))
     repository = new_repository(folders=folders_in(tmp_path / "one"))
     back_up(repository, source)

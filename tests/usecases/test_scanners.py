@@ -11,9 +11,10 @@ import pytest
 from backupfs.errors import BackupfsError, DamagedObject
 from backupfs.localfs import reading
 from backupfs.usecases import archive_part, backup, scanners
+from backupfs.usecases.archive_part import DirectoriesResult, DirectoriesTask
 from backupfs.usecases.archiver import Archiver
 from backupfs.usecases.events import FileSkipped
-from backupfs.usecases.scanner import MOST_NESTED, Assigned, Result, Scanner, Task
+from backupfs.usecases.scanner import MOST_NESTED, Assigned, Scanner
 from tests.builders import File, Hardlink, build, contents_of, keys_of, new_repository, noise, run_backup, run_check
 from tests.processes import assert_that_children_end_with_their_parent
 from tests.usecases.test_backup import told
@@ -29,9 +30,9 @@ def tree(width: int, depth: int, seed: int = 0) -> dict[str, object]:
 
 
 @pytest.fixture
-def assigned(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+def assigned(monkeypatch: pytest.MonkeyPatch) -> list[DirectoriesTask]:
     """Give away whatever can be given, asked for or not, and collect the tasks."""
-    found: list[Task] = []
+    found: list[DirectoriesTask] = []
     real = scanners._send
 
     def send(member: object, answer: object) -> None:
@@ -46,7 +47,7 @@ def assigned(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
 
 
 def test_any_number_of_scanners_makes_the_same_tree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assigned: list[Task]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assigned: list[DirectoriesTask]
 ) -> None:
     source = build(tree(5, 3), tmp_path / "s")
     repository = new_repository()
@@ -64,7 +65,7 @@ def test_any_number_of_scanners_makes_the_same_tree(
 
 
 def test_an_unchanged_tree_is_shared_out_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assigned: list[Task]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assigned: list[DirectoriesTask]
 ) -> None:
     source = build(tree(4, 3), tmp_path / "s")
     monkeypatch.setattr(backup, "scanner_count", lambda: 3)
@@ -82,7 +83,7 @@ def test_an_unchanged_tree_is_shared_out_too(
 
 
 def test_chunks_of_different_scanners_are_stored_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assigned: list[Task]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assigned: list[DirectoriesTask]
 ) -> None:
     same = {f"file-{number}": File(noise(number, 2000)) for number in range(20)}
     source = build({f"dir-{number}": {"deep": dict(same)} for number in range(40)}, tmp_path / "s")
@@ -93,12 +94,12 @@ def test_chunks_of_different_scanners_are_stored_once(
 
 
 def test_a_task_whose_directory_is_another_one_now_is_done_by_its_giver(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assigned: list[Task]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assigned: list[DirectoriesTask]
 ) -> None:
     source = build(tree(5, 2), tmp_path / "s")
     monkeypatch.setattr(backup, "scanner_count", lambda: 3)
 
-    def refuse(self: Archiver, task: Task) -> Result:
+    def refuse(self: Archiver, task: DirectoriesTask) -> DirectoriesResult:
         return None
 
     monkeypatch.setattr(Archiver, "archive_task", refuse)
@@ -115,16 +116,19 @@ def test_a_directory_in_the_place_of_another_is_not_taken_for_it(tmp_path: Path)
     source = build({"d": {"x": {}}, "other": {"x": {}}}, tmp_path / "s")
     status = os.stat(source + b"/other")
     archiver = Archiver(None, None, None)  # type: ignore[arg-type]
-    task = Task(source + b"/d", (status.st_dev, status.st_ino), (b"x",), (None,), True)
+    task = DirectoriesTask(source + b"/d", (status.st_dev, status.st_ino), (b"x",), (None,), True)
     assert archiver.archive_task(task) is None
     os.symlink(source + b"/other", source + b"/link")
     assert (
-        archiver.archive_task(Task(source + b"/link", (status.st_dev, status.st_ino), (b"x",), (None,), True)) is None
+        archiver.archive_task(
+            DirectoriesTask(source + b"/link", (status.st_dev, status.st_ino), (b"x",), (None,), True)
+        )
+        is None
     )
 
 
 def test_names_of_one_file_keep_their_identity_whoever_reads_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assigned: list[Task]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assigned: list[DirectoriesTask]
 ) -> None:
     entries: dict[str, object] = {"first": File(noise(1, 3000))}
     entries |= {f"dir-{number}": {"deep": {"link": Hardlink("first")}} for number in range(20)}
