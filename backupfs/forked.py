@@ -12,8 +12,9 @@ import fcntl
 import logging
 import os
 import pickle
+import select
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 import trio
@@ -36,6 +37,11 @@ class Line:
     def __init__(self, incoming: int, outgoing: int) -> None:
         self._incoming = incoming
         self._outgoing = outgoing
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """What this process must keep open for it."""
+        return self._incoming, self._outgoing
 
     def send(self, message: object) -> None:
         """Tell the leader something. Raises: LeaderGone."""
@@ -80,6 +86,21 @@ class Forked:
                 async for message in messages:
                     await line.send_all(message)
 
+    def messages(self, patience_s: float) -> Iterator[object]:
+        """Yield what the process sends, for a leader without an event loop, until it closes its end.
+
+        Raises: TimeoutError when it sends nothing for so long.
+        """
+        received = bytearray()
+        while True:
+            if not select.select([self._incoming], [], [], patience_s)[0]:
+                raise TimeoutError
+            part = os.read(self._incoming, _RECEIVE_SIZE)
+            if not part:
+                return
+            received += part
+            yield from _taken(received)
+
     async def listen(self, take: Callable[[object], Awaitable[None]]) -> None:
         """Pass on what the process sends, until it closes its end; lines of its log go to the log here."""
         received = bytearray()
@@ -87,16 +108,8 @@ class Forked:
         async with line:
             while part := await line.receive_some(_RECEIVE_SIZE):
                 received += part
-                while len(received) >= _LENGTH_SIZE:
-                    end = _LENGTH_SIZE + int.from_bytes(received[:_LENGTH_SIZE], "little")
-                    if len(received) < end:
-                        break
-                    message = pickle.loads(memoryview(received)[_LENGTH_SIZE:end])
-                    del received[:end]
-                    if isinstance(message, _Logged):
-                        logging.getLogger(message.logger).log(message.level, "%s", message.text)
-                    else:
-                        await take(message)
+                for message in _taken(received):
+                    await take(message)
 
     def forget_lines(self) -> None:
         """Close this end of the lines."""
@@ -194,6 +207,20 @@ class _Forwarder(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Send one line."""
         self._line.send(_Logged(record.name, record.levelno, record.getMessage()))
+
+
+def _taken(received: bytearray) -> Iterator[object]:
+    """Take whole messages out of what was received; lines of a log go to the log here."""
+    while len(received) >= _LENGTH_SIZE:
+        end = _LENGTH_SIZE + int.from_bytes(received[:_LENGTH_SIZE], "little")
+        if len(received) < end:
+            return
+        message = pickle.loads(memoryview(received)[_LENGTH_SIZE:end])
+        del received[:end]
+        if isinstance(message, _Logged):
+            logging.getLogger(message.logger).log(message.level, "%s", message.text)
+        else:
+            yield message
 
 
 def encoded(message: object) -> bytes:

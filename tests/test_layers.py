@@ -20,6 +20,7 @@ LEVELS = {
     "repository": 2,
     "snapshots": 3,
     "localfs": 4,
+    "disks": 4,
     "view": 4,
     "fuse": 5,
     "usecases": 6,

@@ -23,6 +23,7 @@ EXIT_INCOMPLETE = 3
 _COMMANDS = {
     "init": "repositories",
     "backup": "backups",
+    "image": "images",
     "snapshots": "backups",
     "forget": "backups",
     "ls": "contents",

@@ -11,13 +11,14 @@ from backupfs.errors import shown
 from backupfs.ids import short
 from backupfs.snapshots.listing import has_doubtful_time
 from backupfs.snapshots.node import Node
-from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.snapshot import IMAGE, Snapshot
 from backupfs.stores.requests import RequestCounts
 
 if TYPE_CHECKING:
     from backupfs.usecases.check import CheckResult
     from backupfs.usecases.forget import ForgetResult
     from backupfs.usecases.restore import RestoreResult
+    from backupfs.usecases.restore_image import RestoreImageResult
     from backupfs.usecases.storing import BackupResult
     from backupfs.usecases.thaw import ThawResult
 
@@ -31,6 +32,12 @@ def snapshot_value(snapshot: Snapshot) -> dict[str, Value]:
         "name": snapshot.time_name,
         "host": snapshot.host,
         "host_id": snapshot.host_id.hex(),
+        "kind": "image" if snapshot.kind == IMAGE else "files",
+        "image": snapshot.image or None,
+        "disks": [
+            {"name": disk.name, "size": snapshot.volumes[disk.volume].size, "format": disk.form}
+            for disk in snapshot.disks
+        ],
         "sequence": snapshot.sequence,
         "paths": [path.decode("utf-8", "replace") for path in snapshot.paths],
         "tags": list(snapshot.tags),
@@ -62,7 +69,7 @@ def tell_snapshots(settings: Settings, snapshots: list[Snapshot]) -> None:
                 ",".join(map(shown, snapshot.tags)),
                 f"{statistics.files:,}",
                 size_text(statistics.size),
-                " ".join(map(shown, snapshot.paths)),
+                _what_of(snapshot),
             )
         )
     _print_columns(rows, right=(4, 5))
@@ -76,6 +83,11 @@ def tell_snapshots(settings: Settings, snapshots: list[Snapshot]) -> None:
                 f" {statistics.files_skipped:,} skipped, {size_text(statistics.stored_added)} stored,"
                 f" {duration_text(statistics.duration_ns)}"
             )
+
+
+def _what_of(snapshot: Snapshot) -> str:
+    paths = " ".join(map(shown, snapshot.paths))
+    return f"image {shown(snapshot.image)}: {paths}" if snapshot.kind == IMAGE else paths
 
 
 def _print_columns(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> None:
@@ -137,6 +149,52 @@ def tell_backup(settings: Settings, result: "BackupResult", report: Reporter) ->
     click.echo(f"  time     {duration_text(result.duration_ns)}")
 
 
+def tell_image(settings: Settings, result: "BackupResult") -> None:
+    """Print the report of an image."""
+    counts, snapshot = result.counts, result.snapshot
+    if settings.json:
+        print_json(
+            {
+                "event": "summary",
+                "snapshot": snapshot_value(snapshot) if snapshot is not None else None,
+                "parent": result.parent.hex() or None,
+                "disks": len(snapshot.disks) if snapshot is not None else None,
+                "files": counts.files,
+                "directories": counts.directories,
+                "files_skipped": counts.files_skipped,
+                "size": counts.size,
+                "chunks_new": result.data.chunks,
+                "plain_added": result.plain_added,
+                "stored_added": result.stored_added,
+                "packs": result.data.packs + result.trees.packs,
+                "requests": asdict(result.requests),
+                "duration_ns": result.duration_ns,
+            }
+        )
+        return
+    if settings.quiet:
+        return
+    if snapshot is not None:
+        click.echo(
+            f"image {shown(snapshot.image)}, snapshot {short(snapshot.snapshot_id)} saved, "
+            f"{time_text(snapshot.time_ns)}"
+        )
+        for disk in snapshot.disks:
+            size = size_text(snapshot.volumes[disk.volume].size)
+            click.echo(f"  disk     {shown(disk.name)} ({size}, {shown(disk.form)}) from {shown(disk.source)}")
+        click.echo(f"  files    {counts.files:,} in them" + _skipped_in_image(counts.files_skipped))
+    else:
+        click.echo(f"dry run: nothing was stored of disks of {size_text(counts.size)}")
+    stored = f", {size_text(result.stored_added)} stored after compression" if snapshot is not None else ""
+    click.echo(f"  new      {size_text(result.plain_added)} after deduplication{stored}")
+    _tell_requests(result.requests)
+    click.echo(f"  time     {duration_text(result.duration_ns)}")
+
+
+def _skipped_in_image(count: int) -> str:
+    return f"; {count:,} problems, each named above: the disks themselves are complete" if count else ""
+
+
 def _tell_requests(requests: RequestCounts) -> None:
     if requests:
         click.echo(
@@ -182,6 +240,21 @@ def tell_restore(settings: Settings, result: "RestoreResult", dry_run: bool) -> 
     if result.errors:
         damaged = f", {result.damaged:,} of them because the repository is damaged" if result.damaged else ""
         click.echo(f"  failed   {result.errors:,}{damaged}; each is named above")
+    _tell_requests(result.requests)
+    click.echo(f"  time     {duration_text(result.duration_ns)}")
+
+
+def tell_restore_image(settings: Settings, result: "RestoreImageResult", dry_run: bool) -> None:
+    """Print what became of a device."""
+    if settings.json:
+        print_json({"event": "summary", "dry_run": dry_run, **asdict(result)})
+        return
+    if settings.quiet:
+        return
+    verb = "differs in" if dry_run else "restored: wrote"
+    click.echo(f"{verb} {size_text(result.written)} of {size_text(result.size)}")
+    if result.verified:
+        click.echo("  verified all of it, read back and found as in the snapshot")
     _tell_requests(result.requests)
     click.echo(f"  time     {duration_text(result.duration_ns)}")
 

@@ -41,11 +41,19 @@ _MOST_LEVELS = 8
 class Piece(NamedTuple):
     """A run of bytes of one kind, as a reader needs it."""
 
-    kind: int  # HOLE, CHUNK, EXTENT or INLINE
+    kind: int  # HOLE, CHUNK or INLINE
     length: int
     source: bytes  # the chunk's id, or the inline bytes; empty for a hole
     offset: int  # in the chunk or the inline bytes
-    volume: int = 0  # for an extent, whose `offset` is in the volume
+
+
+# (volume, offset, length) → what these bytes of a volume are made of.
+Extents = Callable[[int, int, int], Iterator[Piece]]
+
+
+def no_volumes(_volume: int, _offset: int, _length: int) -> Iterator[Piece]:
+    """Stand for the volumes of a snapshot that has none. Raises: DamagedObject."""
+    raise DamagedObject("a file's content is damaged: it refers to a disk that the snapshot does not have")
 
 
 class ContentBuilder:
@@ -104,18 +112,24 @@ def encode_content(segments: Iterable[Segment], save: Callable[[bytes], ChunkId]
 
 
 def pieces(
-    content: Content, size: int, start: int, length: int, load: Callable[[ChunkId], bytes | memoryview]
+    content: Content,
+    size: int,
+    start: int,
+    length: int,
+    load: Callable[[ChunkId], bytes | memoryview],
+    extents: Extents = no_volumes,
 ) -> Iterator[Piece]:
     """Yield what the bytes [start, start + length) of a file are made of, clipped to the file's size.
 
     load: gives a list page; only those that the range touches are asked for.
+    extents: gives the pieces of the snapshot's volumes.
     Raises: DamagedObject if the segments are no content or do not add up to the size.
     """
     end = min(start + length, size)
     if start >= end:
         return
     if isinstance(content, list):
-        yield from _pieces_of(content, size, start, end, load, 0)
+        yield from _pieces_of(content, size, start, end, load, extents, 0)
     elif content[:1] == SINGLE_MARK and len(content) == 33:
         yield Piece(CHUNK, end - start, content[1:], start)
     elif content[:1] == INLINE_MARK and len(content) - 1 == size:
@@ -125,7 +139,13 @@ def pieces(
 
 
 def _pieces_of(
-    segments: list[Segment], size: int, start: int, end: int, load: Callable[[ChunkId], bytes | memoryview], level: int
+    segments: list[Segment],
+    size: int,
+    start: int,
+    end: int,
+    load: Callable[[ChunkId], bytes | memoryview],
+    extents: Extents,
+    level: int,
 ) -> Iterator[Piece]:
     if level > _MOST_LEVELS:
         raise DamagedObject("a file's content is damaged: its list pages go too deep")
@@ -145,12 +165,12 @@ def _pieces_of(
                 case 1, [bytes(chunk_id)]:
                     yield Piece(CHUNK, count, chunk_id, inner)
                 case 2, [int(volume), int(offset)]:
-                    yield Piece(EXTENT, count, b"", offset + inner, volume)
+                    yield from extents(volume, offset + inner, count)
                 case 3, [bytes(data)] if len(data) == length:
                     yield Piece(INLINE, count, data, inner)
                 case 4, [bytes(page_id)]:
                     page = decode_record(load(ChunkId(page_id)), "a list page")
-                    yield from _pieces_of(page, length, inner, inner + count, load, level + 1)  # type: ignore[arg-type]
+                    yield from _pieces_of(page, length, inner, inner + count, load, extents, level + 1)  # type: ignore[arg-type]
                 case _:
                     raise DamagedObject("a file's content is damaged: a segment is of no known kind")
         position += length

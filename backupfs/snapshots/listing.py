@@ -17,7 +17,7 @@ from backupfs.repository import layout
 from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
-from backupfs.snapshots.snapshot import FILES, Snapshot, decode_snapshot, encode_snapshot
+from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, decode_snapshot, encode_snapshot
 from backupfs.stores.store import Store
 from backupfs.stores.together import at_once, each
 
@@ -105,7 +105,7 @@ class SnapshotList:
         return None
 
     def find(self, name: str) -> Snapshot:
-        """Return the snapshot that a user's name means: an id, its prefix, `latest` or `HOST:latest`.
+        """Return the snapshot that a user's name means: an id, its prefix, `latest`, `HOST:latest` or `IMAGE:latest`.
 
         Raises: UnknownSnapshot.
         """
@@ -115,7 +115,7 @@ class SnapshotList:
                 snapshot
                 for snapshot in self.snapshots
                 if snapshot.kind == FILES and (host is None or snapshot.host == host)
-            ]
+            ] or [snapshot for snapshot in self.snapshots if snapshot.kind == IMAGE and snapshot.image == host]
             if not fitting:
                 of_host = f" of the host {shown(host)}" if host is not None else ""
                 raise UnknownSnapshot(f"the repository has no file snapshot{of_host} yet")

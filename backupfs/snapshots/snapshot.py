@@ -1,8 +1,9 @@
 """Snapshots: one sealed record each, never rewritten.
 
 Record: [1, kind, host id, host name, sequence, hash of the host's previous snapshot, claimed time_ns, store's time_ns,
-paths, tags, parent, root, statistics, user name, program, traits, disks, volumes, signature], where root is
-[tree, stat row, owner, group, xattrs] of `/`, which is in no directory.
+paths, tags, parent, root, statistics, user name, program, traits, image, volumes, signature], where root is
+[tree, stat row, owner, group, xattrs] of `/`, which is in no directory, and image is [] for files, else
+[name, [[disk, volume, source, form], …]].
 Source: docs/format.rst, "Snapshots".
 """
 
@@ -15,6 +16,7 @@ from backupfs.errors import DamagedObject, UnknownVersion
 from backupfs.ids import ID_SIZE, ChunkId, SnapshotId, short
 from backupfs.snapshots.node import STAT_ROW, Xattrs
 from backupfs.snapshots.tree import decode_xattrs
+from backupfs.snapshots.volumes import Volume, decode_volumes, encode_volume
 
 FILES = 0
 IMAGE = 1
@@ -42,8 +44,18 @@ class Statistics:
 
 
 @dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk in an image, as it was captured."""
+
+    name: str
+    volume: int  # its number in the table of volumes
+    source: bytes  # the path that it was read from
+    form: str  # raw, qcow2, …
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One moment of some paths of one host."""
+    """One moment of some paths, or of some disks, of one host."""
 
     kind: int
     host_id: bytes
@@ -64,6 +76,9 @@ class Snapshot:
     root_owner: bytes = b""
     root_group: bytes = b""
     root_xattrs: Xattrs | bytes = ()  # pairs, or the id of a tree chunk of pairs
+    image: str = ""  # the name of an image
+    disks: tuple[Disk, ...] = ()
+    volumes: tuple[Volume, ...] = ()
     snapshot_id: SnapshotId = _NO_ID
 
     @property
@@ -104,8 +119,8 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
             snapshot.user,
             snapshot.program,
             snapshot.traits,
-            [],
-            [],
+            _encode_image(snapshot),
+            [encode_volume(volume) for volume in snapshot.volumes],
             b"",
         ]
     )
@@ -135,8 +150,8 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
             str(user),
             str(program),
             int(traits),
-            list(),
-            list(),
+            list(image),
+            list(volumes),
             bytes(),
             *_,
         ] if len(root) == ID_SIZE and _is_directory(root_row):
@@ -160,9 +175,33 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
                 root_owner,
                 root_group,
                 decode_xattrs(root_xattrs),
+                *_decode_image(image, len(volumes), what),
+                decode_volumes(volumes, what),
                 snapshot_id,
             )
     raise DamagedObject(f"{what} is damaged: its fields are not those of format 1")
+
+
+def _encode_image(snapshot: Snapshot) -> list[Field]:
+    if snapshot.kind != IMAGE:
+        return []
+    return [snapshot.image, [[disk.name, disk.volume, disk.source, disk.form] for disk in snapshot.disks]]
+
+
+def _decode_image(fields: list[Field], volumes: int, what: str) -> tuple[str, tuple[Disk, ...]]:
+    match fields:
+        case []:
+            return "", ()
+        case [str(name), list(records), *_]:
+            disks = []
+            for record in records:
+                match record:
+                    case [str(disk), int(volume), bytes(source), str(form), *_] if 0 <= volume < volumes:
+                        disks.append(Disk(disk, volume, source, form))
+                    case _:
+                        raise DamagedObject(f"{what} is damaged: a disk of it is no disk")
+            return name, tuple(disks)
+    raise DamagedObject(f"{what} is damaged: its disks are not those of format 1")
 
 
 def _is_directory(row: bytes) -> bool:

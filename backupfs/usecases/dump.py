@@ -5,16 +5,17 @@ import os
 import stat
 import tarfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import BinaryIO
 
 from backupfs.errors import DamagedObject, UsageError, shown
 from backupfs.ids import ChunkId
 from backupfs.repository.repository import Repository
-from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, Piece, pieces
+from backupfs.snapshots.content import CHUNK, HOLE, Piece, pieces
 from backupfs.snapshots.node import NANOSECONDS, Node
 from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.volumes import Volume, extents_of
 from backupfs.snapshots.walk import find_path, walk
 from backupfs.stores.together import threads
 
@@ -39,20 +40,21 @@ def dump(repository: Repository, snapshot: Snapshot, path: bytes, output: Binary
     """
     node = find_path(snapshot, path, repository.trees.load)
     if node.is_file:
-        for part in read_file(repository, node):
+        for part in read_file(repository, node, snapshot.volumes):
             output.write(part)
     elif node.is_directory:
-        _dump_tar(repository, node, output)
+        _dump_tar(repository, snapshot, node, output)
     else:
         raise UsageError(f"{shown(path)} is neither a file nor a directory")
     output.flush()
 
 
-def read_file(repository: Repository, node: Node) -> Iterator[bytes | memoryview]:
+def read_file(repository: Repository, node: Node, volumes: Sequence[Volume] = ()) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a file in order, holes as zeros. Raises: DamagedObject; StoreError."""
     with threads(_AHEAD) as pool:
         waiting: deque[tuple[Piece, Future[memoryview] | None]] = deque()
-        for piece in pieces(node.content, node.size, 0, node.size, repository.trees.load):
+        load = repository.trees.load
+        for piece in pieces(node.content, node.size, 0, node.size, load, extents_of(volumes, load)):
             loading = pool.submit(repository.data.load, ChunkId(piece.source)) if piece.kind == CHUNK else None
             waiting.append((piece, loading))
             if len(waiting) > _AHEAD:
@@ -66,8 +68,6 @@ def _bytes_of(piece: Piece, loading: "Future[memoryview] | None") -> Iterator[by
         for start in range(0, piece.length, len(_ZEROS)):
             yield _ZEROS[: min(len(_ZEROS), piece.length - start)]
         return
-    if piece.kind == EXTENT:
-        raise DamagedObject("a file refers to a disk that the snapshot does not have")
     source = memoryview(piece.source) if loading is None else loading.result()
     part = source[piece.offset : piece.offset + piece.length]
     if len(part) != piece.length:
@@ -97,7 +97,7 @@ class _Source:
         return b"".join(taken)
 
 
-def _dump_tar(repository: Repository, top: Node, output: BinaryIO) -> None:
+def _dump_tar(repository: Repository, snapshot: Snapshot, top: Node, output: BinaryIO) -> None:
     linked: dict[tuple[int, int], str] = {}
     with tarfile.open(
         mode="w|", fileobj=output, format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
@@ -114,7 +114,7 @@ def _dump_tar(repository: Repository, top: Node, output: BinaryIO) -> None:
                     archive.addfile(member)
                     continue
             if member.isreg():
-                archive.addfile(member, _Source(read_file(repository, node)))
+                archive.addfile(member, _Source(read_file(repository, node, snapshot.volumes)))
             else:
                 archive.addfile(member)
 

@@ -5,7 +5,7 @@ at a time.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple
 
@@ -20,6 +20,7 @@ from backupfs.repository.fetch import PackRange, fetch_range
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.volumes import Volume, extents_of
 from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.stores.requests import RequestCounts
 from backupfs.usecases.events import Progress, Report
@@ -74,7 +75,7 @@ async def restore(
     started = time.monotonic_ns()
     repository.load_indexes()
     node = find_path(snapshot, path, repository.trees.load)
-    run = _Run(repository, node, target, options, report)
+    run = _Run(repository, node, snapshot.volumes, target, options, report)
     totals = (snapshot.statistics.files, snapshot.statistics.size) if _is_whole(snapshot, path, options) else (0, 0)
     try:
         run.start()
@@ -97,7 +98,13 @@ class _Run:
     """The stages of one restore and what flows between them."""
 
     def __init__(
-        self, repository: Repository, node: Node, target: bytes, options: RestoreOptions, report: Report
+        self,
+        repository: Repository,
+        node: Node,
+        volumes: Sequence[Volume],
+        target: bytes,
+        options: RestoreOptions,
+        report: Report,
     ) -> None:
         self._reader = repository.data
         self._load = repository.trees.load
@@ -107,7 +114,10 @@ class _Run:
         opened = Target(target, lambda path, reason: self.outcome.problem(path, reason), make=not options.dry_run)
         self.outcome = Outcome(opened, report)
         traversal = self._traversal()
-        self.restorer = Restorer(self.outcome, traversal, self._load, repository.data, options, report)
+        self._extents = extents_of(volumes, self._load)
+        self.restorer = Restorer(
+            self.outcome, traversal, self._load, self._extents, repository.data, options, report
+        )  # fmt: skip
         start = traversal.start()
         if node.is_directory:
             self.restorer.begin(start, traversal.metadata_of(node))
@@ -218,7 +228,7 @@ class _Run:
         self._close_range()
 
     async def _verify(self) -> None:
-        verifier = Verifier(self.restorer, self._traversal(), self._load, self._reader, self._report)
+        verifier = Verifier(self.restorer, self._traversal(), self._load, self._extents, self._reader, self._report)
         await self._at_target(verifier.sync)
         walk = verifier.start(self._node)
         while await self._at_target(self.restorer.advance, walk):

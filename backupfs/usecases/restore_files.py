@@ -16,7 +16,7 @@ from backupfs.ids import ChunkId
 from backupfs.localfs.writing import Directory, Metadata, is_fatal, write_at
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.fetch import PackRange, WantedChunk, give_up, plan_ranges
-from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, INLINE_MARK, SINGLE_MARK, Content, pieces
+from backupfs.snapshots.content import CHUNK, HOLE, INLINE_MARK, SINGLE_MARK, Content, Extents, pieces
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
 from backupfs.snapshots.tree import LeafPage
 from backupfs.usecases.events import Report
@@ -53,15 +53,17 @@ class Restorer:
         outcome: Outcome,
         traversal: Traversal,
         load: Load,
+        extents: Extents,
         reader: ChunkReader,
         options: RestoreOptions,
         report: Report,
     ) -> None:
         """Take the parts.
 
-        load: gives tree chunks. reader: gives data chunks.
+        load: gives tree chunks. reader: gives data chunks. extents: of the snapshot's volumes.
         report: takes events, in the threads that call.
         """
+        self._extents = extents
         target = outcome.target
         self.target = target
         self._traversal = traversal
@@ -281,7 +283,7 @@ class Restorer:
         try:
             # Nothing is written into holes: they stay what a longer file has by itself.
             os.ftruncate(fd, item.size)
-            for number, piece in enumerate(_placed(content, item.size, self._load)):
+            for number, piece in enumerate(_placed(content, item.size, self._load, self._extents)):
                 if number % _PIECES_PER_PAUSE == _PIECES_PER_PAUSE - 1 or self.is_full:
                     yield None
                 at, kind, length, source, offset = piece
@@ -289,8 +291,6 @@ class Restorer:
                     break
                 if kind == HOLE:
                     continue
-                if kind == EXTENT:
-                    raise OSError(errno.ENOTSUP, "its bytes are in a disk of an image: read it through a mount")
                 if kind == CHUNK:
                     self._want(ChunkId(source)).uses.append(PieceUse(item, at, offset, length))
                     item.remaining += 1
@@ -402,8 +402,10 @@ class Restorer:
 Placed = tuple[int, int, int, bytes, int]  # offset in the file, kind, length, source, offset in the source
 
 
-def _placed(content: Content, size: int, load: Callable[[ChunkId], bytes | memoryview]) -> Iterator[Placed]:
+def _placed(
+    content: Content, size: int, load: Callable[[ChunkId], bytes | memoryview], extents: Extents
+) -> Iterator[Placed]:
     at = 0
-    for piece in pieces(content, size, 0, size, load):
+    for piece in pieces(content, size, 0, size, load, extents):
         yield at, piece.kind, piece.length, piece.source, piece.offset
         at += piece.length

@@ -9,7 +9,7 @@ from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
 from backupfs.localfs.writing import Directory, Metadata, is_fatal
 from backupfs.repository.chunks import ChunkReader
-from backupfs.snapshots.content import CHUNK, HOLE, Content, pieces
+from backupfs.snapshots.content import CHUNK, HOLE, Content, Extents, pieces
 from backupfs.snapshots.node import STAT_ROW, Node
 from backupfs.snapshots.tree import LeafPage
 from backupfs.snapshots.walk import tree_of
@@ -30,12 +30,19 @@ class Verifier:
     """Visits what a restorer marked as done. One thread at a time, the target's."""
 
     def __init__(
-        self, restorer: Restorer, traversal: Traversal, load: Load, reader: ChunkReader, report: Report
+        self,
+        restorer: Restorer,
+        traversal: Traversal,
+        load: Load,
+        extents: Extents,
+        reader: ChunkReader,
+        report: Report,
     ) -> None:
         self._restorer = restorer
         self._target = restorer.target
         self._traversal = traversal
         self._load = load
+        self._extents = extents
         self._reader = reader
         self._report = report
         self.unreadable = 0
@@ -204,7 +211,7 @@ class Verifier:
 
     def _compare_content(self, fd: int, content: Content, size: int) -> Iterator[None]:
         at = 0
-        for piece in pieces(content, size, 0, size, self._load):
+        for piece in pieces(content, size, 0, size, self._load, self._extents):
             if piece.kind == HOLE:
                 yield from self._compare_hole(fd, at, at + piece.length)
             else:

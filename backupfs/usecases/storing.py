@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import trio
 
@@ -228,8 +229,13 @@ class StoringRun:
             counts = scanners.counts
             self._report(Progress("backup", counts.files, counts.size, current=counts.current))
 
-    def commit(self, kind: int, paths: list[bytes], parent: Snapshot | None, root: Root) -> BackupResult:
-        """Put the snapshot, which makes it one; after a dry run only say what would be in it."""
+    def commit(
+        self, kind: int, paths: list[bytes], parent: Snapshot | None, root: Root, **of_image: Any
+    ) -> BackupResult:
+        """Put the snapshot, which makes it one; after a dry run only say what would be in it.
+
+        of_image: its name, disks and volumes, by the names of the snapshot's fields.
+        """
         counts = self._counts
         result = BackupResult(
             None,
@@ -274,6 +280,7 @@ class StoringRun:
             user=_user_name(),
             program=f"backupfs {__version__}",
             traits=HAS_XATTRS if counts.has_xattrs else 0,
+            **of_image,
         )
         snapshot = put_snapshot(self._repository, snapshot)
         highest = self.listed.highest_sequences()

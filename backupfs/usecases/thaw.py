@@ -1,7 +1,7 @@
 """Have what a path needs brought back from an archive class, so that it can be read."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from backupfs.codec.sealing import Kind
@@ -13,6 +13,7 @@ from backupfs.repository.repository import Repository
 from backupfs.snapshots.content import CHUNK, pieces
 from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.volumes import Volume, extents_of
 from backupfs.snapshots.walk import find_path, walk
 from backupfs.stores.store import ArchiveState
 from backupfs.stores.together import each
@@ -62,7 +63,7 @@ def thaw(repository: Repository, snapshot: Snapshot, path: bytes, options: ThawO
     if options.days < 1:
         raise UsageError(f"--days {options.days}: at least one")
     store = repository.store
-    packs = _packs_below(repository, find_path(snapshot, path, repository.trees.load))
+    packs = _packs_below(repository, find_path(snapshot, path, repository.trees.load), snapshot.volumes)
     keys = [layout.key_of(Kind.DATA_PACK, pack.pack_id) for pack in packs]
     done = 0
 
@@ -97,7 +98,7 @@ def thaw(repository: Repository, snapshot: Snapshot, path: bytes, options: ThawO
     )
 
 
-def _packs_below(repository: Repository, top: Node) -> list[PackRef]:
+def _packs_below(repository: Repository, top: Node, volumes: Sequence[Volume]) -> list[PackRef]:
     found: dict[bytes, PackRef] = {}
     wanted: set[ChunkId] = set()
 
@@ -107,7 +108,8 @@ def _packs_below(repository: Repository, top: Node) -> list[PackRef]:
         wanted.clear()
 
     for node in _files_below(repository, top):
-        for piece in pieces(node.content, node.size, 0, node.size, repository.trees.load):
+        load = repository.trees.load
+        for piece in pieces(node.content, node.size, 0, node.size, load, extents_of(volumes, load)):
             if piece.kind == CHUNK:
                 wanted.add(ChunkId(piece.source))
         if len(wanted) >= _CHUNKS_AT_ONCE:

@@ -2,12 +2,25 @@
 
 from bisect import bisect_right
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from backupfs.codec.records import decode_record
 from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
-from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, INLINE, LIST, SINGLE_MARK, Content, Piece, Segment, pieces
+from backupfs.snapshots.content import (
+    CHUNK,
+    EXTENT,
+    HOLE,
+    LIST,
+    SINGLE_MARK,
+    Content,
+    Extents,
+    Piece,
+    Segment,
+    pieces,
+)
+from backupfs.snapshots.volumes import Volume, extents_of
 from backupfs.view.loading import Loader
 
 # A large file is looked at in windows of this many bytes: some 16 chunks, found again without decoding a list page.
@@ -33,9 +46,10 @@ class _Window(NamedTuple):
 class _LargeRead:
     """What is known of a large file while it is open."""
 
-    __slots__ = ("ahead_until", "count", "expected", "windows")
+    __slots__ = ("ahead_until", "count", "expected", "extents", "windows")
 
-    def __init__(self) -> None:
+    def __init__(self, extents: Extents) -> None:
+        self.extents = extents
         self.windows: OrderedDict[int, _Window] = OrderedDict()
         self.count = 0  # pieces in all windows
         self.expected = -1
@@ -56,13 +70,16 @@ class FileReader:
         """Forget what is known of an open file."""
         self._large.pop(inode, None)
 
-    def read(self, inode: int, content: Content, size: int, offset: int, length: int) -> bytes | memoryview:
+    def read(
+        self, inode: int, content: Content, size: int, offset: int, length: int, volumes: Sequence[Volume]
+    ) -> bytes | memoryview:
         """Return the bytes [offset, offset + length) of a file, as far as it goes.
 
+        volumes: of the snapshot, for files that lie in them.
         Raises: NotCached; DamagedObject.
         """
         if isinstance(content, list):
-            return self._read_large(inode, content, size, offset, length)
+            return self._read_large(inode, content, size, offset, length, volumes)
         end = min(offset + length, size)
         if offset >= end:
             return b""
@@ -84,11 +101,11 @@ class FileReader:
         return chunk[offset:end]
 
     def _read_large(
-        self, inode: int, content: list[Segment], size: int, offset: int, length: int
+        self, inode: int, content: list[Segment], size: int, offset: int, length: int, volumes: Sequence[Volume]
     ) -> bytes | memoryview:
         state = self._large.get(inode)
         if state is None:
-            state = self._large[inode] = _LargeRead()
+            state = self._large[inode] = _LargeRead(extents_of(volumes, self._loader.tree))
         found = self._pieces(state, content, size, offset, min(offset + length, size))
         chunks = iter(self._loader.all_data([ChunkId(piece.source) for piece in found if piece.kind == CHUNK]))
         if state.expected >= 0 and abs(offset - state.expected) <= _SEQUENTIAL_SLACK and length > 4096:
@@ -102,11 +119,8 @@ class FileReader:
                 parts.append(_slice(next(chunks), piece))
             elif piece.kind == HOLE:
                 parts.append(bytes(piece.length))
-            elif piece.kind == INLINE:
-                parts.append(piece.source[piece.offset : piece.offset + piece.length])
             else:
-                assert piece.kind == EXTENT
-                raise DamagedObject("a file's content is an extent of a volume: it needs a newer backupfs")
+                parts.append(piece.source[piece.offset : piece.offset + piece.length])
         return b"".join(parts)
 
     def _pieces(self, state: _LargeRead, content: Content, size: int, start: int, end: int) -> list[Piece]:
@@ -119,10 +133,10 @@ class FileReader:
                 window = self._window(state, content, size, number)
             position = bisect_right(window.starts, start) - 1
             while start < end and position < len(window.pieces):
-                kind, length, source, offset, volume = window.pieces[position]
+                kind, length, source, offset = window.pieces[position]
                 inner = start - window.starts[position]
                 count = min(length - inner, end - start)
-                found.append(Piece(kind, count, source, offset + inner, volume))
+                found.append(Piece(kind, count, source, offset + inner))
                 start += count
                 position += 1
         return found
@@ -130,7 +144,7 @@ class FileReader:
     def _window(self, state: _LargeRead, content: Content, size: int, number: int) -> _Window:
         start = number * WINDOW_SIZE
         made = _Window([], [])
-        for piece in pieces(content, size, start, WINDOW_SIZE, self._loader.tree):
+        for piece in pieces(content, size, start, WINDOW_SIZE, self._loader.tree, state.extents):
             made.starts.append(start)
             made.pieces.append(piece)
             start += piece.length
@@ -164,13 +178,16 @@ def _slice(chunk: memoryview, piece: Piece) -> memoryview:
     return part
 
 
-def stored_blocks(content: Content, size: int, loader: Loader) -> int:
-    """Return how many 512-byte blocks a file takes up: holes take none.
+def stored_blocks(content: Content, size: int, loader: Loader, volumes: Sequence[Volume]) -> int:
+    """Return how many 512-byte blocks a file takes up: holes take none, as far as they are its own or a whole volume's.
 
     Raises: NotCached for list pages; DamagedObject.
     """
     if not isinstance(content, list):
         return (size + _BLOCK - 1) // _BLOCK
+    for number, volume in enumerate(volumes):
+        if content in (volume.content, [[volume.size, EXTENT, number, 0]]):
+            return (volume.data_size + _BLOCK - 1) // _BLOCK
     data = _data_size(content, loader, [_MOST_LISTS_COUNTED])
     return (min(data, size) + _BLOCK - 1) // _BLOCK
 

@@ -22,7 +22,7 @@ from backupfs.repository.repository import Repository
 from backupfs.snapshots.content import Content
 from backupfs.snapshots.listing import SnapshotList
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW, Xattrs
-from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, Snapshot
+from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, IMAGE, Snapshot
 from backupfs.snapshots.tree import LeafPage, load_xattrs
 from backupfs.view.content import FileReader, stored_blocks
 from backupfs.view.folders import Entry, Folder, Link, Root, arrange, name_snapshots
@@ -106,7 +106,7 @@ class SnapshotView:
         return [
             snapshot
             for snapshot in self._listed.selected(wanted.hosts, wanted.tags, wanted.paths)
-            if snapshot.kind == FILES and (not wanted.snapshots or snapshot.snapshot_id in wanted.snapshots)
+            if snapshot.kind in (FILES, IMAGE) and (not wanted.snapshots or snapshot.snapshot_id in wanted.snapshots)
         ]
 
     @property
@@ -117,7 +117,7 @@ class SnapshotView:
     def rearrange(self) -> None:
         """Show what the list of snapshots holds now."""
         self._names = name_snapshots(
-            (snapshot for snapshot in self._listed.snapshots if snapshot.kind == FILES), self._names
+            (snapshot for snapshot in self._listed.snapshots if snapshot.kind in (FILES, IMAGE)), self._names
         )
         self._number(TOP, b"", arrange(self.snapshots, self._names))
         indexes = (self._repository.tree_index, self._repository.data_index)
@@ -196,7 +196,11 @@ class SnapshotView:
         device = 0
         if mode & 0o170000 == 0o100000:
             content = page.contents[position]
-            blocks = (size + 511) // 512 if content.__class__ is bytes else stored_blocks(content, size, self._loader)
+            blocks = (
+                (size + 511) // 512
+                if content.__class__ is bytes
+                else (stored_blocks(content, size, self._loader, self._snapshot_of(slot).volumes))
+            )
             if nlink > 1:
                 number = self._shared_number(page, slot, position, number)
         elif mode & 0o170000 == 0o040000:
@@ -386,7 +390,9 @@ class SnapshotView:
         """Return bytes of a file, fewer than asked for only at its end. Raises: NotCached; DamagedObject."""
         page, position = self._place(inode)
         size = STAT_ROW.unpack_from(page.rows, position * STAT_ROW.size)[5]
-        return self._files.read(inode, page.contents[position], size, offset, length)
+        content = page.contents[position]
+        volumes = self._snapshot_of(inode >> POSITION_BITS).volumes if content.__class__ is list else ()
+        return self._files.read(inode, content, size, offset, length, volumes)
 
     def path_of(self, inode: int) -> bytes:
         """Return the path of an entry from the top, for messages. Raises: NotCached; NoSuchEntry; DamagedObject."""

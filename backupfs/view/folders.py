@@ -4,14 +4,17 @@ snapshots/TIME        a snapshot's root; a second snapshot in the same second ge
 latest                the newest one's root again: a link would cost a request for each path that goes through it
 hosts/HOST/TIME       → ../../snapshots/TIME       hosts/HOST/latest
 tags/TAG/TIME         → ../../snapshots/TIME
-ids/ID                → ../snapshots/TIME
+ids/ID                → ../snapshots/TIME, or ../images/NAME/TIME
+images/NAME/TIME      an image's root; images/NAME/latest → TIME
+
+All but `ids` and `images` are of files only.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from backupfs.ids import SHORT_HEX, SnapshotId
-from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.snapshot import IMAGE, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,14 @@ def arrange(snapshots: Iterable[Snapshot], names: dict[SnapshotId, bytes]) -> Fo
     folders = {name: top.folder(name) for name in (b"snapshots", b"hosts", b"tags", b"ids")}
     for snapshot in snapshots:
         time_ns, name = snapshot.time_ns, names[snapshot.snapshot_id]
+        if snapshot.kind == IMAGE:
+            image = safe_name(snapshot.image)
+            folder = top.folder(b"images").folder(image)
+            folder.add(name, Root(snapshot), time_ns)
+            folder.add(b"latest", Link(name, time_ns), time_ns)
+            nearby = Link(b"../images/" + image + b"/" + name, time_ns)
+            folders[b"ids"].add(_free_id(folders[b"ids"], snapshot.snapshot_id), nearby, time_ns)
+            continue
         folders[b"snapshots"].add(name, Root(snapshot), time_ns)
         nearby, far = Link(b"../snapshots/" + name, time_ns), Link(b"../../snapshots/" + name, time_ns)
         host = folders[b"hosts"].folder(safe_name(snapshot.host))

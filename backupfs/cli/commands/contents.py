@@ -104,6 +104,7 @@ def dump_command(settings: Settings, what: bytes) -> int:
     show_default=True,
     help="Give files to the users of the same names where this machine has them, or to the same numbers.",
 )
+@click.option("--image", is_flag=True, help="Write the disk SNAP[:DISK] to the device or file TARGET.")
 @with_settings
 def restore_command(
     settings: Settings,
@@ -117,15 +118,19 @@ def restore_command(
     verify: bool,
     sparse: bool,
     owner: str,
+    image: bool,
 ) -> int:
-    """Put a folder's content, or one file, into the folder TARGET.
+    """Put a folder's content, or one file, into the folder TARGET; with --image, a disk on the device TARGET.
 
     Everything comes back: owners, times, attributes, links, holes. Each file is written under a temporary name and
     renamed when it is whole. No symlink in TARGET is followed. Patterns go by paths from the restored folder on.
+    With --image only blocks that differ are written, and all are read back; a device that is mounted is refused.
     """
     from backupfs.cli import values
     from backupfs.localfs.sources import normalise
 
+    if image:
+        return _restore_image(settings, what, target, dry_run)
     included, excluded = values.patterns(include), values.patterns(exclude)
     repository, snapshot, path = _found(settings, what, "backupfs.usecases.restore")
     from backupfs.cli.report import Reporter
@@ -152,6 +157,26 @@ def restore_command(
     if result.damaged:
         return 1
     return 3 if result.errors else 0
+
+
+def _restore_image(settings: Settings, what: bytes, target: bytes, dry_run: bool) -> int:
+    words = os.fsdecode(what).split(":")
+    # NAME:latest is one word to a user.
+    count = 2 if words[1:2] == ["latest"] else 1
+    name, disk = ":".join(words[:count]), ":".join(words[count:])
+    repository = settings.open_repository("backupfs.usecases.restore_image")
+    from backupfs.cli.report import Reporter
+    from backupfs.cli.summaries import tell_restore_image
+    from backupfs.snapshots.listing import load_all
+    from backupfs.usecases.restore_image import restore_image
+
+    snapshot = load_all(repository).find(name)
+    report = Reporter(settings)
+    disk = disk.removeprefix("/disks/").removesuffix(".raw")
+    result = restore_image(repository, snapshot, disk, os.path.abspath(target), dry_run, report)
+    report.clear()
+    tell_restore_image(settings, result, dry_run)
+    return 0
 
 
 @click.command("thaw")

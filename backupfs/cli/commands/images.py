@@ -1,0 +1,63 @@
+"""image: snapshots of whole disks."""
+
+import contextlib
+import os
+
+import click
+
+from backupfs.cli.settings import PATH, Settings, with_settings
+from backupfs.errors import UsageError
+
+
+@click.command("image")
+@click.argument("disks", nargs=-1, type=PATH, metavar="[NAME=]DISK...")
+@click.option("--name", default="", metavar="NAME", help="What the image is called, and found by (default: the host).")
+@click.option("--tag", multiple=True, metavar="TAG", help="Tag the snapshot.")
+@click.option("--host", default="", metavar="NAME", help="Another host name than this machine's.")
+@click.option("--time", "when", metavar="TIME", help="Another time than now: 2026-11-22T08:13:11, with Z or +01:00.")
+@click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
+@click.option("-n", "--dry-run", is_flag=True, help="Read and count, store nothing.")
+@with_settings
+def image_command(
+    settings: Settings,
+    disks: tuple[bytes, ...],
+    name: str,
+    tag: tuple[str, ...],
+    host: str,
+    when: str | None,
+    compression: str,
+    dry_run: bool,
+) -> int:
+    """Make an image of disks: block devices, or files that hold one, raw or as qcow2, VMDK, VHD, VHDX or VDI.
+
+    All disks given become one snapshot, which shows each as a file, disks/NAME.raw, bit for bit. What is zero takes
+    no space, and what the repository has is not stored again: the next image of a disk costs what changed. Every image
+    is whole by itself. The disks must not change meanwhile: stop or freeze what writes to them, or give snapshots of
+    them (LVM, the hypervisor's).
+    """
+    from backupfs.cli import values
+
+    level = values.level(compression)
+    time_ns = values.moment_ns(when) if when is not None else None
+    if not disks:
+        raise UsageError("what to make an image of? give a DISK, as in /dev/vda or disk.raw")
+    repository = settings.open_repository("backupfs.usecases.image")
+    from backupfs.cli.report import Reporter
+    from backupfs.cli.summaries import tell_image
+    from backupfs.disks.source import open_disk
+    from backupfs.usecases.image import ImageOptions, image
+
+    options = ImageOptions(host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name)
+    report = Reporter(settings)
+    with contextlib.ExitStack() as opened:
+        sources = []
+        for words in disks:
+            disk, equals, path = words.partition(b"=")
+            named = equals and b"/" not in disk and not os.path.lexists(words)
+            source = open_disk(path, os.fsdecode(disk)) if named else open_disk(words)
+            opened.callback(source.close)
+            sources.append(source)
+        result = image(repository, sources, options, report)
+    report.clear()
+    tell_image(settings, result)
+    return 0

@@ -1,0 +1,1 @@
+"""Disks as sources: what they are called, how their bytes are read, how they are divided."""

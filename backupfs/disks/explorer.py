@@ -1,0 +1,171 @@
+"""File systems by fs-explorer, an optional library: ext2/3/4, btrfs, NTFS, FAT, exFAT, ISO 9660, squashfs and others.
+
+What is used of it is no documented interface, so its version is pinned in setup.cfg.
+"""
+
+import importlib
+import importlib.util
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
+
+# Drivers of file systems, by the names that users know.
+_FORMS = {
+    "ext": "ext4", "btrfs": "btrfs", "ntfs": "ntfs", "fat": "vfat", "exfat": "exfat", "iso9660": "iso9660",
+    "squashfs": "squashfs", "udf": "udf", "hfsplus": "hfsplus",
+}  # fmt: skip
+_STEP = 1 << 20
+_EXT_RECOVER = 0x4
+_TYPES = {
+    "FILE": stat.S_IFREG, "DIR": stat.S_IFDIR, "SYMLINK": stat.S_IFLNK, "CHAR_DEVICE": stat.S_IFCHR,
+    "BLOCK_DEVICE": stat.S_IFBLK, "FIFO": stat.S_IFIFO, "SOCKET": stat.S_IFSOCK,
+}  # fmt: skip
+_MODES = {stat.S_IFDIR: 0o755, stat.S_IFLNK: 0o777}
+_NOT_SHOWN = frozenset({b"system.data"})  # where ext4 keeps the bytes of small files
+
+
+def is_installed() -> bool:
+    """Tell whether the library is there."""
+    return importlib.util.find_spec("fs_explorer") is not None
+
+
+def open_filesystem(read: Read, size: int) -> Filesystem | None:
+    """Return the file system in a volume; None if there is none that the library knows. Raises: anything."""
+    # The package's attribute of this name is a function.
+    detect = importlib.import_module("fs_explorer.detect")
+    tree = importlib.import_module("fs_explorer.tree")
+    cache = importlib.import_module("fs_explorer.io.cache")
+    stats = importlib.import_module("fs_explorer.io.stats")
+    volume = _volume(read, size)
+    found = detect.detect(volume)
+    if found is None:
+        return None
+    layer = found.driver.open(volume, tree.Context(cache=cache.Cache(), stats=stats.Stats()), found.hint)
+    name = found.driver.__module__.rpartition("fs_explorer.filesystems.")[2].split(".")[0]
+    if not isinstance(layer, tree.Tree) or name not in _FORMS:
+        return None
+    return _ExplorerFilesystem(layer, getattr(layer, "format", "") or _FORMS[name])
+
+
+def _volume(read: Read, size: int) -> Any:
+    source = importlib.import_module("fs_explorer.io.source")
+
+    class Volume(source.RandomAccess):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.size = size
+
+        def read_at(self, offset: int, length: int) -> bytes:
+            return read(offset, max(0, min(length, size - offset)))
+
+        def physical_ranges(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+            length = min(length, size - offset)
+            return [(0, offset, length)] if length > 0 else []
+
+    return Volume()
+
+
+class _ExplorerFilesystem:
+    """Adapts a tree of the library."""
+
+    def __init__(self, tree: Any, form: str) -> None:
+        self._tree = tree
+        self.form = form
+        recovers = getattr(tree, "incompat", 0) & _EXT_RECOVER if form.startswith("ext") else 0
+        self.remarks: tuple[str, ...] = (
+            ("it was not unmounted: files are shown as of before its journal is replayed",) if recovers else ()
+        )
+
+    def top(self) -> Entry:
+        return self._entry(self._tree.root())
+
+    def entries(self, directory: Entry) -> Iterator[Entry]:
+        for node in self._tree.children(directory.handle):
+            if not node.statted:
+                node = self._tree.stat(node)
+            yield self._entry(node)
+
+    def identity(self, directory: Entry) -> object:
+        found: object = self._tree.identity(directory.handle)
+        return found if found is not None else directory.inode or id(directory)
+
+    def _entry(self, node: Any) -> Entry:
+        kind = _TYPES.get(node.type.name)
+        if kind is None:
+            raise Unreadable(f"it is of a kind that is not known ({node.type.name})")
+        mode = kind | stat.S_IMODE(node.mode) if node.mode is not None else kind | _MODES.get(kind, 0o644)
+        target = b""
+        if kind == stat.S_IFLNK:
+            target = os.fsencode(self._tree.readlink(node) or "")
+        mtime_ns = node.mtime_ns or 0
+        return Entry(
+            os.fsencode(node.name), mode, node.uid or 0, node.gid or 0, node.nlink or 1, node.inode or 0,
+            node.size or 0, mtime_ns, node.ctime_ns if node.ctime_ns is not None else mtime_ns, target,
+            node.extra.get("rdev") or (0, 0), node,
+        )  # fmt: skip
+
+    def xattrs(self, entry: Entry) -> list[tuple[bytes, bytes]]:
+        found = []
+        for name, value in self._tree.xattrs(entry.handle).items():
+            key = os.fsencode(name)
+            if key in _NOT_SHOWN or b"." not in key:
+                continue
+            if key.startswith(b"system.posix_acl_") and self.form.startswith("ext"):
+                value = _acl_of_ext(value)
+            found.append((key, bytes(value)))
+        return sorted(found)
+
+    def extents(self, file: Entry) -> list[Extent] | None:
+        if file.size == 0:
+            return []
+        source = self._tree.open_file(file.handle)
+        ranges = getattr(source, "physical_ranges", lambda _start, _length: None)(0, file.size)
+        if ranges is None:
+            return None
+        found: list[Extent] = []
+        left = file.size
+        for fd, offset, length in ranges:
+            length = min(length, left)
+            if length <= 0:
+                break
+            left -= length
+            at = None if fd is None else offset
+            if found and at is None and found[-1][1] is None:
+                found[-1] = (found[-1][0] + length, None)
+            elif found and at is not None and found[-1][1] is not None and found[-1][0] + found[-1][1] == at:
+                found[-1] = (found[-1][0] + length, found[-1][1])
+            else:
+                found.append((length, at))
+        if left:
+            found.append((left, None))
+        return found
+
+    def data(self, file: Entry) -> Iterator[bytes]:
+        source = self._tree.open_file(file.handle)
+        at = 0
+        while at < file.size:
+            part = source.read_at(at, min(_STEP, file.size - at))
+            if not part:
+                raise Unreadable(f"it ends at {at} instead of {file.size}")
+            yield bytes(part)
+            at += len(part)
+
+
+def _acl_of_ext(stored: bytes) -> bytes:
+    """Return an ACL as getxattr(2) gives it, from the form on the disk of ext2/3/4."""
+    plain = struct.pack("<I", 2)
+    at = 4
+    while at + 4 <= len(stored):
+        tag, permissions = struct.unpack_from("<HH", stored, at)
+        at += 4
+        who = 0xFFFFFFFF
+        if tag in (0x02, 0x08):
+            if at + 4 > len(stored):
+                raise Unreadable("its ACL is cut short")
+            who = struct.unpack_from("<I", stored, at)[0]
+            at += 4
+        plain += struct.pack("<HHI", tag, permissions, who)
+    return plain

@@ -1,0 +1,211 @@
+"""LVM2: physical volumes, and the logical volumes whose extents lie on them one after the other.
+
+What is read is hostile: everything is bounded and checked, and what cannot be true is left out, with the reason.
+Source: lvm2, lib/format_text/layout.h and lib/label/label.h; the text is that of vgcfgbackup(8).
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from backupfs.disks.filesystem import Read
+
+_SECTOR = 512
+_LABEL = struct.Struct("<8sQII8s")
+_PV_HEADER = struct.Struct("<32sQ")
+_LOCATION = struct.Struct("<QQ")
+_AREA_HEADER = struct.Struct("<I16sIQQ")
+_AREA_MAGIC = b" LVM2 x[5A%r0N*>"
+_RAW_LOCATION = struct.Struct("<QQII")
+_MOST_AREAS = 16
+_MOST_TEXT = 16 << 20
+_MOST_DEPTH = 16
+_TOKEN = re.compile(r'\s+|#[^\n]*|"((?:[^"\\]|\\.)*)"|([A-Za-z0-9_.+-]+)|([=\[\]{},])')
+
+
+class NotLvm(Exception):
+    """The volume is no physical volume, or its metadata cannot be read; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalVolume:
+    """What one physical volume says: its own id, and the volume group as it knows it."""
+
+    uuid: str
+    group: str
+    sequence: int
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalVolume:
+    """A volume of ranges: (bytes, id of the physical volume, offset there)."""
+
+    group: str
+    name: str
+    ranges: tuple[tuple[int, str, int], ...]
+
+
+def read_physical_volume(read: Read) -> PhysicalVolume | None:
+    """Return what a volume says of itself; None if it is no physical volume. Raises: NotLvm."""
+    start = read(0, 4 * _SECTOR)
+    for sector in range(4):
+        block = start[sector * _SECTOR : (sector + 1) * _SECTOR]
+        if block[:8] == b"LABELONE" and len(block) == _SECTOR:
+            _, number, _, offset, kind = _LABEL.unpack_from(block)
+            if number == sector and kind == b"LVM2 001" and offset + _PV_HEADER.size <= _SECTOR:
+                return _read_header(read, block, offset)
+    return None
+
+
+def _read_header(read: Read, block: bytes, offset: int) -> PhysicalVolume:
+    raw, _ = _PV_HEADER.unpack_from(block, offset)
+    uuid = raw.decode("ascii", "replace")
+    at = offset + _PV_HEADER.size
+    lists: list[list[tuple[int, int]]] = []
+    for _ in range(2):  # areas of data, then of metadata, each with an end of zeros
+        found: list[tuple[int, int]] = []
+        while at + _LOCATION.size <= _SECTOR and len(found) < _MOST_AREAS:
+            start, size = _LOCATION.unpack_from(block, at)
+            at += _LOCATION.size
+            if (start, size) == (0, 0):
+                break
+            found.append((start, size))
+        lists.append(found)
+    for place, size in lists[1]:
+        text = _read_area(read, place, size)
+        if text is not None:
+            parsed = parse(text)
+            group = next((name for name, value in parsed.items() if isinstance(value, dict)), "")
+            metadata = parsed.get(group)
+            if isinstance(metadata, dict):
+                sequence = metadata.get("seqno", 0)
+                return PhysicalVolume(uuid, group, sequence if isinstance(sequence, int) else 0, metadata)
+    raise NotLvm("it is a physical volume of LVM without metadata that can be read")
+
+
+def _read_area(read: Read, place: int, size: int) -> str | None:
+    """Return the text of a metadata area, which goes around at its end; None if it has none."""
+    header = read(place, _SECTOR)
+    if len(header) < _SECTOR or not _SECTOR < size <= 1 << 40:
+        return None
+    _, magic, _, start, total = _AREA_HEADER.unpack_from(header)
+    offset, length, _, _ = _RAW_LOCATION.unpack_from(header, _AREA_HEADER.size)
+    if magic != _AREA_MAGIC or start != place or total > size or not _SECTOR <= offset < total:
+        return None
+    if not 0 < length <= min(_MOST_TEXT, total - _SECTOR):
+        return None
+    first = min(length, total - offset)
+    text = read(place + offset, first) + read(place + _SECTOR, length - first)
+    return text.decode("utf-8", "replace").rstrip("\0")
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Return metadata as nested dictionaries of numbers, texts and lists. Raises: NotLvm."""
+    return _section(_tokens(text), 0)
+
+
+def _tokens(text: str) -> Iterator[tuple[str, str]]:
+    at = 0
+    while at < len(text):
+        found = _TOKEN.match(text, at)
+        if found is None:
+            raise NotLvm(f"the metadata of LVM is garbled at character {at}")
+        at = found.end()
+        if found[1] is not None:
+            yield "text", found[1].replace('\\"', '"').replace("\\\\", "\\")
+        elif found[2] is not None:
+            yield "word", found[2]
+        elif found[3] is not None:
+            yield "sign", found[3]
+
+
+def _section(tokens: Iterator[tuple[str, str]], depth: int) -> dict[str, Any]:
+    if depth > _MOST_DEPTH:
+        raise NotLvm("the metadata of LVM is nested deeper than is believed")
+    found: dict[str, Any] = {}
+    for kind, name in tokens:
+        if (kind, name) == ("sign", "}"):
+            return found
+        if kind != "word":
+            raise NotLvm(f"the metadata of LVM has {name!r} where a name should be")
+        match next(tokens, ("", "")):
+            case ("sign", "{"):
+                found[name] = _section(tokens, depth + 1)
+            case ("sign", "="):
+                found[name] = _value(tokens)
+            case _:
+                raise NotLvm("the metadata of LVM is garbled behind a name")
+    return found
+
+
+def _value(tokens: Iterator[tuple[str, str]]) -> Any:
+    kind, value = next(tokens, ("", ""))
+    if kind == "text":
+        return value
+    if kind == "word":
+        return int(value) if value.isdigit() else value
+    if (kind, value) != ("sign", "["):
+        raise NotLvm("the metadata of LVM is garbled in a value")
+    found: list[int | str] = []
+    for kind, value in tokens:
+        if (kind, value) == ("sign", "]"):
+            return found
+        if kind != "sign":
+            found.append(int(value) if kind == "word" and value.isdigit() else value)
+    raise NotLvm("the metadata of LVM ends within a list")
+
+
+def logical_volumes(members: list[PhysicalVolume]) -> tuple[list[LogicalVolume], list[str]]:
+    """Return the logical volumes of groups, and what of them is left out, with the reason.
+
+    members: all physical volumes that there are.
+    """
+    found: list[LogicalVolume] = []
+    remarks: list[str] = []
+    newest: dict[str, PhysicalVolume] = {}
+    for member in members:
+        known = newest.get(member.group)
+        if known is None or member.sequence > known.sequence:
+            newest[member.group] = member
+    there = {member.uuid for member in members}
+    for group, member in sorted(newest.items()):
+        metadata = member.metadata
+        extent = metadata.get("extent_size")
+        volumes, physical = metadata.get("logical_volumes"), metadata.get("physical_volumes")
+        if not isinstance(extent, int) or not 0 < extent < 1 << 31 or not isinstance(physical, dict):
+            remarks.append(f"the volume group {group} has no metadata that makes sense")
+            continue
+        for name, volume in sorted(volumes.items()) if isinstance(volumes, dict) else ():
+            try:
+                if "VISIBLE" in volume["status"]:
+                    found.append(LogicalVolume(group, name, _ranges_of(volume, physical, extent * _SECTOR, there)))
+            except NotLvm as error:
+                remarks.append(f"the logical volume {group}-{name} is not shown: {error}")
+            except (KeyError, TypeError, ValueError):
+                remarks.append(f"the logical volume {group}-{name} is not shown: its metadata makes no sense")
+    return found, remarks
+
+
+def _ranges_of(
+    volume: dict[str, Any], physical: dict[str, Any], extent: int, there: set[str]
+) -> tuple[tuple[int, str, int], ...]:
+    found: list[tuple[int, str, int]] = []
+    position = 0
+    for number in range(1, volume["segment_count"] + 1):
+        segment = volume[f"segment{number}"]
+        start, count = segment["start_extent"], segment["extent_count"]
+        if start != position or count < 1:
+            raise NotLvm("its segments do not follow each other")
+        if segment["type"] != "striped" or segment["stripe_count"] != 1:
+            kind = "several stripes" if segment["type"] == "striped" else f"the type {segment['type']}"
+            raise NotLvm(f"it is of {kind}, which is not read yet")
+        [place, first] = segment["stripes"]
+        uuid = str(physical[place]["id"]).replace("-", "")
+        if uuid not in there:
+            raise NotLvm("a physical volume of it is missing")
+        found.append((count * extent, uuid, physical[place]["pe_start"] * _SECTOR + first * extent))
+        position += count
+    return tuple(found)

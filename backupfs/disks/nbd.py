@@ -1,0 +1,159 @@
+"""Reading disks in formats of virtual machines: qemu-nbd serves the file on a socket, and this is its client.
+
+Each process has a connection of its own. Source: the NBD protocol of the NetworkBlockDevice project, doc/proto.md,
+as far as reading takes it; qemu-nbd(8), qemu-img(1).
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import time
+
+from backupfs.errors import SourceError, shown
+
+_WAIT_S = 30.0
+_INIT, _OPTION = 0x4E42444D41474943, 0x49484156454F5054
+_FIXED_NEW_STYLE, _NO_ZEROES = 1, 2
+_EXPORT_NAME = 1
+_REQUEST, _REPLY = 0x25609513, 0x67446698
+_READ = 0
+_MOST_READ = 4 << 20
+_PR_SET_PDEATHSIG = 1
+
+
+class NbdServer:
+    """A running qemu-nbd, and this process's connection to it."""
+
+    def __init__(self, path: bytes, form: str) -> None:
+        """Start it. Raises: SourceError."""
+        self._path = path
+        self._form = form
+        for program in ("qemu-nbd", "qemu-img"):
+            if shutil.which(program) is None:
+                raise SourceError(
+                    f"the disk {shown(path)} is in the format {form}, which takes {program} to read: "
+                    "install the package qemu-utils"
+                )
+        self._folder = tempfile.mkdtemp(prefix="backupfs-")
+        self._socket_path = os.path.join(self._folder, "nbd")
+        self._process = subprocess.Popen(
+            ["qemu-nbd", "--read-only", "--persistent", "--shared=64", f"--socket={self._socket_path}",
+             f"--format={form}", path],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )  # fmt: skip
+        self._connection: socket.socket | None = None
+        self._pid = 0
+        self.size = 0
+        try:
+            self.connection()
+        except BaseException:
+            self.close()
+            raise
+
+    def connection(self) -> int:
+        """Connect this process, if it is not; return the descriptor. Raises: SourceError."""
+        if self._connection is None or self._pid != os.getpid():
+            self._connection, self.size = self._connect()
+            self._pid = os.getpid()
+        return self._connection.fileno()
+
+    def _connect(self) -> tuple[socket.socket, int]:
+        deadline = time.monotonic() + _WAIT_S
+        connection = socket.socket(socket.AF_UNIX)
+        while True:
+            try:
+                connection.connect(self._socket_path)
+                break
+            except OSError:
+                # Only the process that started it may ask for its end.
+                ended = self._pid == 0 and self._process.poll() is not None
+                if ended or time.monotonic() > deadline:
+                    connection.close()
+                    said = self._process.stderr.read() if ended and self._process.stderr is not None else b""
+                    why = said.strip().rpartition(b"\n")[2] or b"qemu-nbd does not answer"
+                    raise SourceError(f"the disk {shown(self._path)} cannot be opened: {shown(why)}") from None
+                time.sleep(0.01)
+        magic, option, flags = struct.unpack(">QQH", _receive(connection, 18))
+        if (magic, option) != (_INIT, _OPTION) or not flags & _FIXED_NEW_STYLE:
+            raise SourceError(f"the disk {shown(self._path)} cannot be read: qemu-nbd speaks another protocol")
+        no_zeroes = flags & _NO_ZEROES
+        connection.sendall(struct.pack(">I", _FIXED_NEW_STYLE | no_zeroes))
+        connection.sendall(struct.pack(">QII", _OPTION, _EXPORT_NAME, 0))
+        size, _ = struct.unpack(">QH", _receive(connection, 10))
+        if not no_zeroes:
+            _receive(connection, 124)
+        return connection, size
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from an offset on. Raises: SourceError."""
+        self.connection()
+        assert self._connection is not None
+        for start in range(0, len(buffer), _MOST_READ):
+            part = buffer[start : start + _MOST_READ]
+            try:
+                self._connection.sendall(struct.pack(">IHHQQI", _REQUEST, 0, _READ, start, offset + start, len(part)))
+                magic, error, cookie = struct.unpack(">IIQ", _receive(self._connection, 16))
+                if error:
+                    raise OSError(error, os.strerror(error))
+                if (magic, cookie) != (_REPLY, start):
+                    raise ConnectionError("the answer is to another question")
+                while part:
+                    count = self._connection.recv_into(part)
+                    if not count:
+                        raise ConnectionError("qemu-nbd ended")
+                    part = part[count:]
+            except OSError as error:
+                reason = error.strerror or error
+                raise SourceError(
+                    f"the disk {shown(self._path)} cannot be read at byte {offset + start:,}: {reason}"
+                ) from error
+
+    def data_ranges(self) -> list[tuple[int, int]]:
+        """Return (start, end) of what is not zero by the word of the format, in order. Raises: SourceError."""
+        done = subprocess.run(
+            ["qemu-img", "map", "--output=json", "--force-share", "-f", self._form, self._path],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            why = done.stderr.strip().rpartition(b"\n")[2]
+            raise SourceError(f"the disk {shown(self._path)} cannot be read: {shown(why)}")
+        found: list[tuple[int, int]] = []
+        for one in json.loads(done.stdout):
+            start, end = one["start"], one["start"] + one["length"]
+            if one["zero"]:
+                continue
+            if found and found[-1][1] == start:
+                found[-1] = (found[-1][0], end)
+            else:
+                found.append((start, end))
+        return found
+
+    def close(self) -> None:
+        """End it."""
+        if self._connection is not None:
+            self._connection.close()
+        self._process.kill()
+        self._process.communicate()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _receive(connection: socket.socket, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        part = connection.recv(length - len(data))
+        if not part:
+            raise ConnectionError("qemu-nbd ended")
+        data += part
+    return data
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

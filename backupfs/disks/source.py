@@ -1,0 +1,232 @@
+"""A disk as bytes: a block device, a file that holds one as it is, or one in a format of virtual machines.
+
+Formats other than raw are read by qemu, which knows them best: `qemu-nbd` serves the file on a socket, `qemu-img` says
+where there is data (nbd.py).
+"""
+
+import abc
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from backupfs.disks.nbd import NbdServer
+from backupfs.errors import SourceError, UsageError, shown
+
+RAW = "raw"
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
+# What the names of files with disks in them end in, and the disk's does not.
+_SUFFIXES = (".raw", ".img", ".dd", ".iso", ".qcow2", ".vmdk", ".vhd", ".vhdx", ".vdi")
+# Format by what stands at an offset in the file; qemu's names.
+_MAGICS = (
+    (0, b"QFI\xfb", "qcow2"), (0, b"KDMV", "vmdk"), (0, b"COWD", "vmdk"), (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"), (0x40, b"\x7f\x10\xda\xbe", "vdi"), (0, b"conectix", "vpc"),
+)  # fmt: skip
+_VHD_FOOTER = 512  # at the end of a file; one of fixed size has it only there
+
+
+class DiskSource(abc.ABC):
+    """An open disk. Processes that are forked later read it, too."""
+
+    form: str
+    size: int
+
+    def __init__(self, name: str, path: bytes) -> None:
+        """Take the parts.
+
+        name: as in the snapshot: vda, disk1. path: absolute.
+        """
+        self.name = name
+        self.path = path
+
+    @abc.abstractmethod
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from an offset on. Raises: SourceError."""
+
+    @abc.abstractmethod
+    def data_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of what may be other than zeros between two places, in order."""
+
+    @abc.abstractmethod
+    def descriptors(self) -> list[int]:
+        """Return what a process must keep open to read it; from then on reading opens nothing."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give back what is open."""
+
+    @property
+    def device(self) -> int | None:
+        """The number of the block device, if it is one."""
+        return None
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return bytes, fewer at the end of the disk. Raises: SourceError."""
+        buffer = memoryview(bytearray(max(0, min(length, self.size - offset))))
+        self.read_into(buffer, offset)
+        return bytes(buffer)
+
+
+class RawDisk(DiskSource):
+    """A block device or a file with the bytes of a disk."""
+
+    form = RAW
+
+    def __init__(self, name: str, path: bytes, fd: int) -> None:
+        """Take the parts, the descriptor too."""
+        super().__init__(name, path)
+        self._fd = fd
+        self.size = os.lseek(fd, 0, os.SEEK_END)
+
+    @property
+    def device(self) -> int | None:
+        """The number of the block device, if it is one."""
+        status = os.fstat(self._fd)
+        return status.st_rdev if stat.S_ISBLK(status.st_mode) else None
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer[done:] if done else buffer], offset + done)
+            except OSError as error:
+                raise SourceError(
+                    f"the disk {shown(self.path)} cannot be read at byte {offset + done:,}: {error.strerror}"
+                ) from error
+            if count == 0:
+                raise SourceError(f"the disk {shown(self.path)} ends at byte {offset + done:,}: it became smaller")
+            done += count
+
+    def data_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the ranges that are no holes; a device is one range."""
+        # What lies behind the end of a file would pass for a hole.
+        if os.lseek(self._fd, 0, os.SEEK_END) < self.size:
+            raise SourceError(f"the disk {shown(self.path)} became smaller than it was: {self.size:,} bytes")
+        while start < end:
+            try:
+                low = os.lseek(self._fd, start, os.SEEK_DATA)
+                high = os.lseek(self._fd, low, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    yield start, end  # a file system that cannot tell
+                return
+            if low >= end:
+                return
+            yield low, min(high, end)
+            start = high
+
+    def descriptors(self) -> list[int]:
+        """Return the file's."""
+        return [self._fd]
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+class ServedDisk(DiskSource):
+    """A disk in a format that qemu reads for us."""
+
+    def __init__(self, name: str, path: bytes, form: str) -> None:
+        """Start the server. Raises: SourceError."""
+        super().__init__(name, path)
+        self.form = form
+        self._server = NbdServer(path, form)
+        self.size = self._server.size
+        self._data = self._server.data_ranges()
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer."""
+        self._server.read_into(buffer, offset)
+
+    def data_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield what the format says is not zero."""
+        for low, high in self._data:
+            if high > start:
+                if low >= end:
+                    return
+                yield max(low, start), min(high, end)
+
+    def descriptors(self) -> list[int]:
+        """Return that of this process's connection."""
+        return [self._server.connection()]
+
+    def close(self) -> None:
+        """End the server."""
+        self._server.close()
+
+
+def open_disk(path: bytes, name: str = "") -> DiskSource:
+    """Open a block device, or a file with a disk in it, whatever its format.
+
+    name: for the snapshot; empty: what the device or file is called.
+    Raises: SourceError; UsageError for a name that cannot be one.
+    """
+    path = os.path.abspath(path)
+    name = name or default_name(path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(f"the disk {shown(path)} cannot be opened: {error.strerror}") from error
+    try:
+        status = os.fstat(fd)
+        if not (stat.S_ISBLK(status.st_mode) or stat.S_ISREG(status.st_mode)):
+            raise SourceError(f"{shown(path)} is no disk: give a block device or a file that holds a disk")
+        if os.lseek(fd, 0, os.SEEK_END) == 0:
+            raise SourceError(f"the disk {shown(path)} has no bytes")
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"{shown(name)} cannot be the name of a disk: give one of letters, digits and ._+- as in "
+                f"NAME={shown(path)}"
+            )
+        # What a device holds may look like anything; only files are in formats.
+        form = _form_of(fd, status.st_size) if stat.S_ISREG(status.st_mode) else RAW
+        if form == RAW:
+            fd, kept = -1, fd
+            return RawDisk(name, path, kept)
+        return ServedDisk(name, path, form)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _form_of(fd: int, size: int) -> str:
+    for offset, magic, form in _MAGICS:
+        if os.pread(fd, len(magic), offset) == magic:
+            return form
+    return "vpc" if size > _VHD_FOOTER and os.pread(fd, 8, size - _VHD_FOOTER) == b"conectix" else RAW
+
+
+def default_name(path: bytes) -> str:
+    """Return what a disk is called: its device's name in the kernel, or its file's without what says the format."""
+    name = os.fsdecode(os.path.basename(os.path.realpath(path) if path.startswith(b"/dev/") else path))
+    for suffix in _SUFFIXES:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def attached_disks(devices: Path = Path("/sys/block")) -> dict[str, int]:
+    """Return the disks that this machine has, by name, with their sizes: those that hold data of their own.
+
+    Left out are memory, loops, drives without a medium and what is made of other disks.
+    """
+    found: dict[str, int] = {}
+    try:
+        entries = sorted(devices.iterdir())
+    except OSError:
+        return found
+    for entry in entries:
+        if entry.name.startswith(("loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd", "mtdblock")):
+            continue
+        try:
+            size = int((entry / "size").read_text()) * 512
+        except (OSError, ValueError):
+            continue
+        if size:
+            found[entry.name] = size
+    return found

@@ -1,0 +1,76 @@
+"""Make an image of disks: scanning processes read and cut them, and the rest is as for every snapshot (storing.py)."""
+
+import os
+from dataclasses import dataclass
+
+from backupfs.disks.source import DiskSource, attached_disks
+from backupfs.errors import UsageError, shown
+from backupfs.repository.repository import Repository
+from backupfs.repository.slots import Slots
+from backupfs.snapshots.snapshot import IMAGE, Disk, Snapshot
+from backupfs.usecases.events import Remark, Report
+from backupfs.usecases.image_scan import DiskRoot, image_scan
+from backupfs.usecases.scanner import Root, Scanner
+from backupfs.usecases.scanners import scanner_count
+from backupfs.usecases.storing import BackupResult, StoringRun, WriteOptions
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions(WriteOptions):
+    """What a user can say about an image."""
+
+    name: str = ""  # of the image; empty: the host's
+
+
+def image(repository: Repository, disks: list[DiskSource], options: ImageOptions, report: Report) -> BackupResult:
+    """Make a snapshot of disks, all of them as they are now.
+
+    It forks, as `backup` does. The disks must not change while they are read: freeze what writes to them, or take
+    snapshots of them.
+    Raises: SourceError; UsageError for two disks of one name; StoreError, perhaps in a group.
+    """
+    _require_different(disks)
+    run = StoringRun(repository, options, report)
+    name = options.name or run.host
+    _tell_others(disks, report)
+    parent = _parent_of(run, name)
+
+    def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
+        return image_scan(repository, disks, run.taken_ns, options.sizes, slots, scanner, begins)
+
+    root = run.store({}, scanner_count(), scan)
+    assert isinstance(root, DiskRoot)
+    captured = tuple(Disk(source.name, number, source.path, source.form) for number, source in enumerate(disks))
+    return run.commit(
+        IMAGE, [source.path for source in disks], parent, root, image=name, disks=captured, volumes=root.volumes
+    )  # fmt: skip
+
+
+def _require_different(disks: list[DiskSource]) -> None:
+    names: dict[str, DiskSource] = {}
+    for source in disks:
+        other = names.setdefault(source.name, source)
+        if other is not source:
+            raise UsageError(
+                f"{shown(other.path)} and {shown(source.path)} would both be {shown(source.name)}: "
+                f"name one of them, as in NAME={shown(source.path)}"
+            )
+
+
+def _tell_others(disks: list[DiskSource], report: Report) -> None:
+    """Say which disks of this machine are not among those that are captured."""
+    devices = {source.device for source in disks} - {None}
+    if not devices:
+        return
+    for name, size in attached_disks().items():
+        try:
+            device = os.stat(f"/dev/{name}").st_rdev
+        except OSError:
+            device = 0
+        if device not in devices:
+            report(Remark(f"the disk {shown(name)} ({size / 2**30:,.1f} GiB) is attached and not in the image"))
+
+
+def _parent_of(run: StoringRun, name: str) -> Snapshot | None:
+    own = [snapshot for snapshot in run.listed.snapshots if snapshot.kind == IMAGE and snapshot.image == name]
+    return own[-1] if own else None

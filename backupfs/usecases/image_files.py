@@ -1,0 +1,159 @@
+"""Storing the files of a volume as a tree whose contents are extents of it, as a confined process finds them."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from backupfs.disks.layout import VolumeReader
+from backupfs.forked import Line, fork
+from backupfs.ids import ChunkId
+from backupfs.snapshots.content import EXTENT, HOLE, INLINE_MARK, Content, ContentBuilder
+from backupfs.snapshots.tree import TreeBuilder
+from backupfs.usecases.archive_context import ArchiveContext
+from backupfs.usecases.archive_files import FileStorer
+from backupfs.usecases.events import FileSkipped, Remark
+from backupfs.usecases.image_walk import Closed, Found, Listed, Node, Part, PartsEnd, Problem, walk_volume
+
+# A reader that says nothing for so long is not believed to say anything any more.
+_PATIENCE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a volume lies."""
+
+    name: str
+    number: int  # in the table of volumes
+    size: int
+    reader: VolumeReader
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeTree:
+    """The files of a volume: its top directory."""
+
+    tree: ChunkId
+    row: bytes
+    xattrs: "tuple[tuple[bytes, bytes], ...] | bytes"
+
+
+class VolumeFiles:
+    """Builds the tree of one volume. Belongs to one scanning process."""
+
+    def __init__(self, context: ArchiveContext, files: FileStorer, place: Place) -> None:
+        """Take the parts.
+
+        files: stores what has no place in the volume.
+        """
+        self._context = context
+        self._files = files
+        self._place = place
+        self._builder: TreeBuilder | None = None
+        self._trees: dict[int, ChunkId] = {}
+        self._contents: dict[int, Content] = {}
+        self._top: VolumeTree | None = None
+
+    def store(self) -> VolumeTree | None:
+        """Walk the volume and return its tree; None if there is nothing that can be read."""
+        place = self._place
+
+        def run(line: Line) -> None:
+            walk_volume(line, place.reader.read, place.size, place.reader.descriptors())
+
+        process = fork(run, lambda error: Problem(b"/", f"its reader failed: {error}"), [])
+        try:
+            self._take_all(process.messages(_PATIENCE_S))
+        except TimeoutError:
+            self._skip(b"/", f"its reader has said nothing for {_PATIENCE_S:.0f} seconds and was ended")
+        finally:
+            process.kill()
+        return self._top
+
+    def _take_all(self, messages: Iterator[object]) -> None:
+        is_known = False
+        for message in messages:
+            match message:
+                case Found(form, remarks):
+                    is_known = True
+                    for remark in remarks:
+                        self._context.scanner.send(Remark(f"{self._place.name} ({form}): {remark}"))
+                case Listed(nodes):
+                    for node in nodes:
+                        self._add(node)
+                case Closed(number, top):
+                    tree = (self._builder or self._context.builder()).finish()
+                    self._builder = None
+                    self._context.counts.directories += 1
+                    self._context.tell_counts()
+                    if top is None:
+                        self._trees[number] = tree
+                    else:
+                        self._top = VolumeTree(tree, top.row, self._context.save_xattrs(top.xattrs))
+                case Part(data):
+                    self._store_parts(data, messages)
+                case PartsEnd(number, ""):
+                    self._contents[number] = b""
+                case PartsEnd():
+                    pass
+                case Problem(path, text):
+                    self._skip(path, text)
+        if is_known and self._top is None:
+            self._skip(b"/", "its reader ended before its work did, for want of memory or time perhaps")
+
+    def _store_parts(self, first: bytes, messages: Iterator[object]) -> None:
+        """Store the bytes of a file that comes in parts."""
+        waiting = memoryview(first)
+        end: PartsEnd | None = None
+
+        def read_into(buffer: memoryview) -> int:
+            nonlocal waiting, end
+            while not waiting and end is None:
+                match next(messages, None):
+                    case Part(data):
+                        waiting = memoryview(data)
+                    case PartsEnd() as found:
+                        end = found
+                    case _:
+                        end = PartsEnd(0, "its reader ended")
+            count = min(len(buffer), len(waiting))
+            buffer[:count], waiting = waiting[:count], waiting[count:]
+            return count
+
+        content, _ = self._files.store_stream(read_into)
+        assert end is not None
+        if not end.problem:
+            self._contents[end.number] = content
+
+    def _add(self, node: Node) -> None:
+        if self._builder is None:
+            self._builder = self._context.builder()
+        content: Content
+        if node.directory:
+            content = self._trees.pop(node.directory)
+        elif node.extents is not None:
+            content = self._extents(node)
+        elif node.data:
+            content = self._contents.pop(node.data)
+        elif node.is_file and node.kept:
+            content = INLINE_MARK + node.kept
+        else:
+            content = node.kept
+        uid, gid = node.owners
+        filesystem = self._place.number if node.is_shared else 0
+        if not node.directory:
+            self._context.counts.files += 1
+        xattrs = self._context.save_xattrs(node.xattrs)
+        self._builder.add(node.name, node.row, content, 0, xattrs, filesystem, (uid, b""), (gid, b""))
+
+    def _extents(self, node: Node) -> Content:
+        builder = ContentBuilder(self._context.save_tree)
+        for length, offset in node.extents or ():
+            if offset is None:
+                builder.add([length, HOLE])
+            else:
+                builder.add([length, EXTENT, self._place.number, offset])
+        return builder.finish()
+
+    def _skip(self, path: bytes, text: str) -> None:
+        self._context.counts.files_skipped += 1
+        self._context.scanner.send(FileSkipped(os.fsencode(self._place.name) + b":" + path, text))

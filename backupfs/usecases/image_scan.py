@@ -1,0 +1,292 @@
+"""The scanning side of an image: disks in chunks of one size, aligned, without what is zero.
+
+One process begins and cuts each disk into ranges; those who have nothing to do take some. What is not new costs reading
+and hashing. A chunk is 32 KiB: a random write of 4 KiB stores so much again, and a terabyte has 34 million of them in
+the index. What is zero is a hole, as it is in a disk that was made sparse.
+"""
+
+import os
+import stat
+from collections import deque
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from backupfs.codec.sealing import Kind
+from backupfs.disks import explorer
+from backupfs.disks.layout import Layout, VolumeReader, on_disks, read_layout
+from backupfs.disks.source import DiskSource
+from backupfs.ids import ChunkId
+from backupfs.localfs import reading
+from backupfs.localfs.selection import Selection, SelectionRules
+from backupfs.repository.repository import Repository
+from backupfs.repository.slots import Slots
+from backupfs.repository.writer import ChunkSaver, WriteSizes
+from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, Content, ContentBuilder
+from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
+from backupfs.snapshots.volumes import DISK, RANGES, Volume
+from backupfs.usecases.archive_context import ArchiveContext
+from backupfs.usecases.archive_files import FileStorer
+from backupfs.usecases.events import Remark
+from backupfs.usecases.image_files import Place, VolumeFiles, VolumeTree
+from backupfs.usecases.scanner import Root, Scanner
+
+DISK_CHUNK = 32 << 10
+# What one process does at a time, and what is read at a time.
+_RANGE = 64 << 20
+_READ = 1 << 20
+# Ranges given away or done whose segments are not yet in order.
+_MOST_PENDING = 32
+
+_ZEROS = bytes(DISK_CHUNK)
+_ZERO_START = _ZEROS[:16]
+
+Cuts = list[tuple[int, bytes]]  # (length, id of the chunk; empty for a hole)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRoot(Root):
+    """`/` of an image, with the volumes that its files refer to."""
+
+    volumes: tuple[Volume, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RangeTask:
+    """A part of a disk, to be stored by somebody else."""
+
+    disk: int
+    start: int
+    end: int
+
+
+def image_scan(
+    repository: Repository,
+    disks: list[DiskSource],
+    taken_ns: int,
+    sizes: WriteSizes,
+    slots: Slots,
+    scanner: Scanner,
+    begins: bool,
+) -> Root | None:
+    """Be one scanning process: store all disks or nothing, then do tasks; return `/` for all disks."""
+    keyring = repository.keyring
+    data = ChunkSaver(Kind.DATA_PACK, repository.data_index, slots, scanner.send, sizes.block)
+    trees = ChunkSaver(Kind.TREE_PACK, repository.tree_index, slots, scanner.send, sizes.block)
+    trees.distrusts = scanner.distrusts
+    context = ArchiveContext(
+        keyring.chunk_id_key(tree=True), keyring.page_cut_key(), trees,
+        Selection(SelectionRules(), frozenset(), frozenset()), scanner, {},
+    )  # fmt: skip
+    id_key = keyring.chunk_id_key(tree=False)
+    cut_sizes = repository.config.cut_sizes
+    files = FileStorer(id_key, keyring.file_cut_seed(), cut_sizes, data, context.save_tree, scanner.send)
+    storer = DiskStorer(disks, context, data, files, id_key)
+    scanner.serve(storer.store_range)
+    root = storer.store_all(taken_ns) if begins else None
+    if root is None:
+        scanner.work_to_the_end()
+    data.flush()
+    trees.flush()
+    context.tell_counts(at_once=True)
+    return root
+
+
+class DiskStorer:
+    """Reads disks and saves their chunks. Belongs to one scanning process."""
+
+    def __init__(
+        self,
+        disks: list[DiskSource],
+        context: ArchiveContext,
+        data: ChunkSaver,
+        files: FileStorer,
+        id_key: bytes,
+    ) -> None:
+        """Take the parts.
+
+        files: stores what has no place in a disk. id_key: names chunks.
+        """
+        self._disks = disks
+        self._files = files
+        self._context = context
+        self._data = data
+        self._id_key = id_key
+        self._buffer = memoryview(bytearray(_READ))
+
+    def store_all(self, taken_ns: int) -> DiskRoot:
+        """Store all disks and the tree that shows them; return `/`."""
+        layout = read_layout(self._disks)
+        for remark in layout.remarks:
+            self._context.scanner.send(Remark(remark))
+        shown: dict[bytes, dict[bytes, tuple[Content, int]]] = {b"disks": {}, b"volumes": {}}
+        volumes: list[Volume] = []
+        meters: list[_DataMeter] = []
+        for number, source in enumerate(self._disks):
+            meter = _DataMeter({0, source.size} | _places_of(layout, number))
+            content = self._store_disk(number, source, meter)
+            volumes.append(Volume(source.name, DISK, source.size, meter.between(0, source.size), content))
+            shown[b"disks"][source.name.encode() + b".raw"] = (content, source.size)
+            meters.append(meter)
+        for laid in layout.volumes:
+            shown[b"volumes"][laid.name.encode() + b".raw"] = ([[laid.size, EXTENT, len(volumes), 0]], laid.size)
+            data_size = sum(meters[disk].between(start, start + length) for length, disk, start in laid.on_disks)
+            volumes.append(Volume(laid.name, RANGES, laid.size, data_size, b"", laid.ranges))
+        return self._root(shown, self._walk(layout, volumes), volumes, taken_ns)
+
+    def _walk(self, layout: Layout, volumes: list[Volume]) -> dict[bytes, VolumeTree]:
+        """Store the files of each volume that is not divided."""
+        found: dict[bytes, VolumeTree] = {}
+        if not explorer.is_installed():
+            self._context.scanner.send(
+                Remark(
+                    "the files in the disks are not shown, as the library that reads them is missing: "
+                    "`pip install 'backupfs[images]'`; the disks themselves are complete"
+                )
+            )
+            return found
+        for number in layout.undivided:
+            volume = volumes[number]
+            reader = VolumeReader(self._disks, on_disks(self._disks, layout.volumes, number))
+            place = Place(volume.name, number, volume.size, reader)
+            tree = VolumeFiles(self._context, self._files, place).store()
+            if tree is not None:
+                found[volume.name.encode()] = tree
+        return found
+
+    def _root(
+        self,
+        shown: dict[bytes, dict[bytes, tuple[Content, int]]],
+        trees: dict[bytes, VolumeTree],
+        volumes: list[Volume],
+        taken_ns: int,
+    ) -> DiskRoot:
+        folder = _row(stat.S_IFDIR | 0o755, 0, 0, taken_ns)
+        top = self._context.builder()
+        folders: dict[bytes, ChunkId] = {}
+        inode = 0
+        for folder_name, files in shown.items():
+            builder = self._context.builder()
+            for name, (content, size) in sorted(files.items()):
+                inode += 1
+                self._context.add_plain(builder, name, _row(stat.S_IFREG | 0o400, size, inode, taken_ns), content)
+            folders[folder_name] = builder.finish()
+        builder = self._context.builder()
+        for name, tree in sorted(trees.items()):
+            _, uid, gid, *_ = STAT_ROW.unpack(tree.row)
+            builder.add(name, tree.row, tree.tree, 0, tree.xattrs, 0, (uid, b""), (gid, b""))
+        folders[b"files"] = builder.finish()
+        for folder_name, folder_tree in sorted(folders.items()):
+            self._context.add_plain(top, folder_name, folder, folder_tree)
+        self._context.counts.directories += 1 + len(folders)
+        owner, group = reading.owner_name(os.getuid()), reading.group_name(os.getgid())
+        return DiskRoot(top.finish(), folder, owner, group, (), tuple(volumes))
+
+    def _store_disk(self, number: int, source: DiskSource, meter: "_DataMeter") -> Content:
+        builder = ContentBuilder(self._context.save_tree)
+        pending: deque[int | Cuts] = deque()
+        hole = 0
+
+        def take() -> None:
+            nonlocal hole
+            first = pending.popleft()
+            for length, chunk_id in self._context.scanner.result_of(first) if isinstance(first, int) else first:
+                meter.pass_by(length, is_data=bool(chunk_id))
+                if not chunk_id:
+                    hole += length
+                    continue
+                if hole:
+                    builder.add([hole, HOLE])
+                    hole = 0
+                builder.add([length, CHUNK, chunk_id])
+
+        for start in range(0, source.size, _RANGE):
+            task = RangeTask(number, start, min(start + _RANGE, source.size))
+            if self._context.scanner.is_wanted():
+                pending.append(self._context.scanner.give(task))
+            else:
+                pending.append(self.store_range(task))
+            while len(pending) > _MOST_PENDING or (pending and isinstance(pending[0], list)):
+                take()
+        while pending:
+            take()
+        if hole:
+            builder.add([hole, HOLE])
+        return builder.finish()
+
+    def store_range(self, task: RangeTask) -> Cuts:
+        """Store a part of a disk and return what it is made of. Raises: SourceError."""
+        source = self._disks[task.disk]
+        counts = self._context.counts
+        counts.current = source.path
+        cuts: Cuts = []
+        position = task.start
+        while position < task.end:
+            start, end = self._data_at(source, position, task.end)
+            if start > position:
+                cuts.append((start - position, b""))
+            self._store_data(source, start, end, cuts)
+            position = end
+        counts.size += task.end - task.start
+        self._context.tell_counts()
+        return cuts
+
+    def _data_at(self, source: DiskSource, position: int, end: int) -> tuple[int, int]:
+        """Return the next range that may hold data, in whole chunks; (end, end) if there is none."""
+        for low, high in source.data_ranges(position, end):
+            start = max(position, low - low % DISK_CHUNK)
+            return start, min(end, -(-high // DISK_CHUNK) * DISK_CHUNK)
+        return end, end
+
+    def _store_data(self, source: DiskSource, start: int, end: int, cuts: Cuts) -> None:
+        key, data = self._id_key, self._data
+        for at in range(start, end, _READ):
+            buffer = self._buffer[: min(_READ, end - at)]
+            source.read_into(buffer, at)
+            for low in range(0, len(buffer), DISK_CHUNK):
+                piece = buffer[low : low + DISK_CHUNK]
+                if piece[:16] == _ZERO_START[: len(piece)] and piece == _ZEROS[: len(piece)]:
+                    cuts.append((len(piece), b""))
+                    continue
+                chunk_id = ChunkId(blake3(piece, key=key).digest())
+                data.save(chunk_id, piece)
+                cuts.append((len(piece), chunk_id))
+
+
+def _places_of(layout: Layout, disk: int) -> set[int]:
+    """Return where the volumes on a disk begin and end."""
+    return {
+        place
+        for volume in layout.volumes
+        for length, number, start in volume.on_disks
+        if number == disk
+        for place in (start, start + length)
+    }
+
+
+class _DataMeter:
+    """Counts the bytes that are in no hole between some places of a disk, which passes by in order."""
+
+    def __init__(self, places: set[int]) -> None:
+        self._places = sorted(places)
+        self._numbers = {place: number for number, place in enumerate(self._places)}
+        self._counts: list[int] = []  # of the places that were passed
+        self._position = self._data = 0
+        self.pass_by(0, is_data=False)
+
+    def pass_by(self, length: int, is_data: bool) -> None:
+        """Note what comes next."""
+        places, counts = self._places, self._counts
+        while len(counts) < len(places) and places[len(counts)] <= self._position + length:
+            counts.append(self._data + (places[len(counts)] - self._position if is_data else 0))
+        self._position += length
+        self._data += length if is_data else 0
+
+    def between(self, start: int, end: int) -> int:
+        """Return the bytes of data between two of the places."""
+        return self._counts[self._numbers[end]] - self._counts[self._numbers[start]]
+
+
+def _row(mode: int, size: int, inode: int, time_ns: int) -> bytes:
+    times = (time_ns // NANOSECONDS, time_ns % NANOSECONDS) * 2
+    return STAT_ROW.pack(mode, os.getuid(), os.getgid(), 1, inode, size, *times)

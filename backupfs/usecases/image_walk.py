@@ -1,0 +1,285 @@
+"""Reading the files of a volume in a process that is confined: what it is given is hostile input.
+
+The process sends what it finds, plain values only. Directories come after all that is below them, so that whoever
+receives builds each tree at once. What cannot be read is named and passed over.
+"""
+
+import errno
+import importlib
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from backupfs.disks import explorer, sandbox
+from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
+from backupfs.forked import Line
+from backupfs.snapshots.content import MOST_INLINE
+from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
+
+_BATCH = 512
+_MOST_DEPTH = 2048
+_MOST_ENTRIES = 1 << 28
+_MOST_PROBLEMS = 1000
+_MOST_SIZE = 1 << 62
+# What fits into a stat row.
+_MOST_TIME_NS = (1 << 62) * NANOSECONDS
+
+
+class Found(NamedTuple):
+    """A file system in the volume."""
+
+    form: str
+    remarks: tuple[str, ...]
+
+
+class Node(NamedTuple):
+    """An entry; one of the last four says what it is made of."""
+
+    name: bytes
+    row: bytes
+    xattrs: tuple[tuple[bytes, bytes], ...]
+    kept: bytes = b""  # the content itself: a link's target, a device, the bytes of a small file
+    extents: tuple[Extent, ...] | None = None
+    data: int = 0  # the number of a file that was sent before
+    directory: int = 0  # the number of a directory that was sent before
+
+    @property
+    def is_file(self) -> bool:
+        """Tell whether it has bytes."""
+        return stat.S_ISREG(STAT_ROW.unpack(self.row)[0])
+
+    @property
+    def owners(self) -> tuple[int, int]:
+        """Its user and group."""
+        _, uid, gid, *_ = STAT_ROW.unpack(self.row)
+        return uid, gid
+
+    @property
+    def is_shared(self) -> bool:
+        """Tell whether it has more names than one."""
+        return not self.directory and bool(STAT_ROW.unpack(self.row)[3] > 1)
+
+
+class Listed(NamedTuple):
+    """Entries of a directory, in order; it may take several."""
+
+    nodes: tuple[Node, ...]
+
+
+class Closed(NamedTuple):
+    """The directory whose entries were listed since the last one is complete, under a number."""
+
+    number: int
+    top: Node | None = None  # the directory itself, when it is the top
+
+
+class Part(NamedTuple):
+    """Bytes of a file that lie nowhere as they are."""
+
+    data: bytes
+
+
+class PartsEnd(NamedTuple):
+    """All bytes of the file were sent, under a number; or they could not be."""
+
+    number: int
+    problem: str = ""
+
+
+class Problem(NamedTuple):
+    """Something that cannot be read."""
+
+    path: bytes
+    text: str
+
+
+Said = Found | Listed | Closed | Part | PartsEnd | Problem
+
+
+def walk_volume(line: Line, read: Read, size: int, kept: list[int]) -> None:
+    """Be the process: find the file system in a volume and send all that is in it; nothing if there is none.
+
+    kept: descriptors that `read` needs.
+    """
+    # What it needs is loaded while files can be.
+    importlib.import_module("fs_explorer.detect").drivers()
+    sandbox.confine([*kept, *line.descriptors])
+    try:
+        filesystem = explorer.open_filesystem(read, size)
+    except Exception as error:
+        line.send(Problem(b"/", f"its file system cannot be read: {_reason(error)}"))
+        return
+    if filesystem is not None:
+        line.send(Found(filesystem.form, filesystem.remarks))
+        _Walk(line, filesystem).run()
+
+
+class _Walk:
+    """One walk through a file system, without recursion."""
+
+    def __init__(self, line: Line, filesystem: Filesystem) -> None:
+        self._line = line
+        self._filesystem = filesystem
+        self._numbers = 0
+        self._entries = 0
+        self._problems = 0
+        self._seen: set[object] = set()
+
+    def run(self) -> None:
+        top = self._filesystem.top()
+        self._seen.add(self._filesystem.identity(top))
+        stack = [_Open(top, b"", self._list(top, b""))]
+        while stack:
+            current = stack[-1]
+            child = next(current.left, None)
+            if child is None:
+                number = self._send(current)
+                stack.pop()
+                if stack:
+                    stack[-1].numbers[current.entry.name] = number
+                else:
+                    self._line.send(Closed(number, self._node(current.entry, b"/", number)))
+            elif self._may_enter(child, current.path + b"/" + child.name, len(stack)):
+                path = current.path + b"/" + child.name
+                stack.append(_Open(child, path, self._list(child, path)))
+
+    def _list(self, directory: Entry, path: bytes) -> list[Entry]:
+        found: dict[bytes, Entry] = {}
+        try:
+            for entry in self._filesystem.entries(directory):
+                self._entries += 1
+                if self._entries > _MOST_ENTRIES:
+                    raise Unreadable("the file system has more entries than are believed")
+                if entry.name in (b"", b".", b"..") or b"/" in entry.name or b"\0" in entry.name:
+                    self._problem(path + b"/" + entry.name, "it has a name that no file can have")
+                elif entry.name in found:
+                    self._problem(path + b"/" + entry.name, "there are two of this name; the first is kept")
+                else:
+                    found[entry.name] = entry
+        except Exception as error:
+            self._problem(path or b"/", f"not all of the directory can be read: {_reason(error)}")
+        return [found[name] for name in sorted(found)]
+
+    def _may_enter(self, directory: Entry, path: bytes, depth: int) -> bool:
+        identity = self._filesystem.identity(directory)
+        if identity in self._seen:
+            self._problem(path, "it is a directory that was met before: its content is left out")
+            return False
+        if depth >= _MOST_DEPTH:
+            self._problem(path, "it lies deeper than is believed: its content is left out")
+            return False
+        self._seen.add(identity)
+        return True
+
+    def _send(self, current: "_Open") -> int:
+        """Send a directory's entries; return its number."""
+        batch: list[Node] = []
+        for entry in current.entries:
+            path = current.path + b"/" + entry.name
+            number = current.numbers.get(entry.name, 0)
+            if entry.is_directory and not number:
+                # One that was not entered is there, and empty.
+                self._numbers += 1
+                number = self._numbers
+                self._line.send(Closed(number))
+            node = self._node(entry, path, number)
+            if node is not None:
+                batch.append(node)
+        # Files that were read on the way are sent before: then nothing comes between the parts of a directory.
+        for at in range(0, len(batch), _BATCH):
+            self._line.send(Listed(tuple(batch[at : at + _BATCH])))
+        self._numbers += 1
+        if current.path:
+            self._line.send(Closed(self._numbers))
+        return self._numbers
+
+    def _node(self, entry: Entry, path: bytes, number: int) -> Node | None:
+        try:
+            xattrs = tuple(self._filesystem.xattrs(entry))
+        except Exception as error:
+            self._problem(path, f"its attributes cannot be read: {_reason(error)}")
+            xattrs = ()
+        try:
+            return self._with_content(entry, xattrs, number)
+        except Exception as error:
+            self._problem(path, _reason(error))
+            return None
+
+    def _with_content(self, entry: Entry, xattrs: tuple[tuple[bytes, bytes], ...], number: int) -> Node:
+        size = entry.size
+        if not 0 <= size < _MOST_SIZE:
+            raise Unreadable(f"it says that it has {size} bytes")
+        if entry.is_directory:
+            return Node(entry.name, _row_of(entry, size), xattrs, directory=number)
+        if stat.S_ISLNK(entry.mode):
+            if not entry.target or b"\0" in entry.target:
+                raise Unreadable("it is a link without a target")
+            return Node(entry.name, _row_of(entry, len(entry.target)), xattrs, entry.target)
+        if stat.S_ISCHR(entry.mode) or stat.S_ISBLK(entry.mode):
+            device = b"".join((part & 0xFFFFFFFF).to_bytes(4, "little") for part in entry.device)
+            return Node(entry.name, _row_of(entry, 0), xattrs, device)
+        if not entry.is_file or size == 0:
+            return Node(entry.name, _row_of(entry, 0), xattrs)
+        extents = self._filesystem.extents(entry)
+        if extents is not None:
+            return Node(entry.name, _row_of(entry, size), xattrs, extents=tuple(extents))
+        return self._read(entry, xattrs)
+
+    def _read(self, entry: Entry, xattrs: tuple[tuple[bytes, bytes], ...]) -> Node:
+        row = _row_of(entry, entry.size)
+        if entry.size <= MOST_INLINE:
+            return Node(entry.name, row, xattrs, b"".join(self._filesystem.data(entry)))
+        self._numbers += 1
+        number = self._numbers
+        try:
+            for part in self._filesystem.data(entry):
+                self._line.send(Part(part))
+        except Exception as error:
+            self._line.send(PartsEnd(number, _reason(error)))
+            raise
+        self._line.send(PartsEnd(number))
+        return Node(entry.name, row, xattrs, data=number)
+
+    def _problem(self, path: bytes, text: str) -> None:
+        self._problems += 1
+        if self._problems <= _MOST_PROBLEMS:
+            self._line.send(Problem(path, text))
+
+
+class _Open:
+    """A directory on the way down."""
+
+    def __init__(self, entry: Entry, path: bytes, entries: list[Entry]) -> None:
+        self.entry = entry
+        self.path = path
+        self.entries = entries
+        self.left: Iterator[Entry] = iter([child for child in entries if child.is_directory])
+        self.numbers: dict[bytes, int] = {}
+
+
+def _row_of(entry: Entry, size: int) -> bytes:
+    return STAT_ROW.pack(
+        entry.mode & 0xFFFFFFFF,
+        entry.uid & 0xFFFFFFFF,
+        entry.gid & 0xFFFFFFFF,
+        entry.nlink & 0xFFFFFFFF,
+        entry.inode & 0xFFFFFFFFFFFFFFFF,
+        size,
+        *_time(entry.mtime_ns),
+        *_time(entry.ctime_ns),
+    )
+
+
+def _time(time_ns: int) -> tuple[int, int]:
+    bounded = max(-_MOST_TIME_NS, min(_MOST_TIME_NS, time_ns))
+    return bounded // NANOSECONDS, bounded % NANOSECONDS
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "it takes more memory than a reader may have"
+    if isinstance(error, RecursionError):
+        return "it goes deeper than a reader may go"
+    if isinstance(error, OSError) and error.errno == errno.EPERM:
+        return "its reader wanted something that it may not do"
+    return " ".join(f"{error}".split())[:300] or type(error).__name__

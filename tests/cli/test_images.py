@@ -1,0 +1,110 @@
+"""Images as users meet them: the command line, and the mount with tools that know disks."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_commands import Cli
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    cli = Cli(tmp_path)
+    cli("init")
+    return cli
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A disk of one ext4 partition with a file in it."""
+    (tmp_path / "content").mkdir()
+    (tmp_path / "content" / "hosts").write_bytes(b"127.0.0.1 localhost\n")
+    (tmp_path / "content" / "large").write_bytes(os.urandom(3 * MIB))
+    path = tmp_path / "web1.raw"
+    with open(path, "wb") as file:
+        file.truncate(64 * MIB)
+    subprocess.run(["sfdisk", "-q", path], input=b"label: gpt\nsize=40M\n", check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-E", f"offset={MIB}", "-d", tmp_path / "content", path, "40M"], check=True)
+    return path
+
+
+@pytest.mark.fuse
+def test_the_mount_shows_disks_and_volumes_that_tools_take(cli: Cli, disk: Path, tmp_path: Path) -> None:
+    said = cli("image", disk, "--name", "web")
+    assert "image web, snapshot" in said
+    assert f"disk     web1 (64.0 MiB, raw) from {disk}" in said
+    cli("image", f"sda={disk}", "--name", "web")
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    cli("mount", mountpoint)
+    try:
+        assert sorted(os.listdir(mountpoint)) == ["hosts", "ids", "images", "snapshots", "tags"]
+        latest = mountpoint / "images/web/latest"
+        assert len(os.listdir(mountpoint / "images/web")) == 3
+        assert sorted(os.listdir(latest)) == ["disks", "files", "volumes"]
+        assert os.listdir(latest / "disks") == ["sda.raw"]
+        assert (latest / "disks/sda.raw").read_bytes() == disk.read_bytes()
+        status = os.stat(latest / "disks/sda.raw")
+        assert (status.st_size, 3 * MIB <= status.st_blocks * 512 < 8 * MIB) == (64 * MIB, True)
+        status = os.stat(latest / "volumes/sda1.raw")
+        assert (status.st_size, 3 * MIB <= status.st_blocks * 512 < 8 * MIB) == (40 * MIB, True)
+        subprocess.run(["e2fsck", "-fn", latest / "volumes/sda1.raw"], check=True, capture_output=True)
+        found = subprocess.run(
+            ["debugfs", "-R", "cat hosts", latest / "volumes/sda1.raw"], capture_output=True, check=True
+        )
+        assert found.stdout == b"127.0.0.1 localhost\n"
+        for snapshot, name in zip(cli.json("snapshots"), ("web1", "sda"), strict=True):
+            assert os.listdir(mountpoint / "ids" / snapshot["short_id"] / "disks") == [f"{name}.raw"]
+    finally:
+        cli("umount", mountpoint)
+
+
+def test_images_are_listed_and_read_by_name(cli: Cli, disk: Path) -> None:
+    cli("image", disk, "--name", "web", "--tag", "monthly")
+    [snapshot] = cli.json("snapshots")
+    assert (snapshot["kind"], snapshot["image"]) == ("image", "web")
+    assert snapshot["disks"] == [{"name": "web1", "size": 64 * MIB, "format": "raw"}]
+    assert f"image web: {disk}" in cli("snapshots")
+    assert "/volumes/web1p1.raw" in cli("ls", "-R", "web:latest")
+    assert cli.run("dump", "web:latest:/disks/web1.raw").stdout == disk.read_bytes()
+    assert "no file snapshot" in cli("ls", "latest", code=1)
+    [summary] = cli.json("image", disk, "--name", "web")
+    assert (summary["disks"], summary["size"], summary["chunks_new"]) == (1, 64 * MIB, 0)
+    assert summary["parent"] == snapshot["id"]
+    assert "dry run" in cli("image", "--dry-run", disk)
+    assert len(cli.json("snapshots")) == 2
+    cli("forget", snapshot["short_id"])
+    assert cli.run("dump", "web:latest:/disks/web1.raw").stdout == disk.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "give a DISK"),
+        (["/nosuch"], "cannot be opened: No such file"),
+        (["/"], "is no disk"),
+        (["a b=/etc/passwd"], "cannot be the name of a disk"),
+    ],
+)
+def test_bad_words_get_one_line(cli: Cli, words: list[str], says: str) -> None:
+    assert says in cli("image", *words, code=1)
+
+
+def test_a_disk_goes_back_to_where_it_came_from(cli: Cli, disk: Path, tmp_path: Path) -> None:
+    cli("image", disk, "--name", "web")
+    plain = disk.read_bytes()
+    with open(disk, "r+b") as file:
+        file.seek(5 * MIB)
+        file.write(b"an accident")
+    assert "differs in" in cli("restore", "--image", "--dry-run", "web:latest", disk)
+    assert "verified all of it" in cli("restore", "--image", "web:latest:web1", disk)
+    assert disk.read_bytes() == plain
+    [snapshot] = cli.json("snapshots")
+    *_, summary = cli.json("restore", "--image", f"{snapshot['short_id']}:/disks/web1.raw", tmp_path / "out")
+    assert (summary["size"], summary["verified"]) == (len(plain), len(plain))
+    assert (tmp_path / "out").read_bytes() == plain
+    assert "no disk vda" in cli("restore", "--image", "web:latest:vda", tmp_path / "out", code=1)

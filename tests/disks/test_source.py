@@ -1,0 +1,123 @@
+"""Disks in formats of virtual machines, as qemu reads them."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from backupfs.disks.source import DiskSource, ServedDisk, open_disk
+from backupfs.errors import SourceError
+from tests.builders import new_repository
+from tests.processes import children_of_this_process, runs
+from tests.usecases.test_image import MIB, bytes_of, disk_in, make_image
+
+FORMS = {
+    "qcow2": ("qcow2", []),
+    "compressed qcow2": ("qcow2", ["-c"]),
+    "vmdk": ("vmdk", []),
+    "stream-optimized vmdk": ("vmdk", ["-o", "subformat=streamOptimized"]),
+    "vhd": ("vpc", ["-o", "force_size=on"]),
+    "vhd of fixed size": ("vpc", ["-o", "subformat=fixed,force_size=on"]),
+    "vhdx": ("vhdx", []),
+    "vdi": ("vdi", []),
+}
+
+
+def converted(raw: Path, path: Path, form: str, options: list[str]) -> Path:
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", form, *options, raw, path], check=True)
+    return path
+
+
+def whole(source: DiskSource) -> bytes:
+    return source.read(0, source.size)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_disk_in_a_format_is_the_disk(name: str, tmp_path: Path) -> None:
+    form, options = FORMS[name]
+    raw = disk_in(tmp_path / "raw", size=40 * MIB, table=b"label: gpt\nsize=5M\n")
+    path = converted(raw, tmp_path / f"disk.{form}", form, options)
+    source = open_disk(os.fsencode(path))
+    try:
+        plain = raw.read_bytes()
+        assert (source.form, source.name, source.size) == (form, "disk" if form != "vpc" else "disk.vpc", len(plain))
+        assert whole(source) == plain
+        told = bytearray(len(plain))
+        for start, end in source.data_ranges(0, source.size):
+            told[start:end] = plain[start:end]
+        assert told == plain
+        assert list(source.data_ranges(7 * MIB, 7 * MIB + 5)) in ([], [(7 * MIB, 7 * MIB + 5)])
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("scanners", [1, 3])
+def test_an_image_of_a_chain_of_files_is_what_the_machine_saw(
+    scanners: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backupfs.usecases import image as image_module
+
+    monkeypatch.setattr(image_module, "scanner_count", lambda: scanners)
+    base = converted(disk_in(tmp_path / "raw"), tmp_path / "base.qcow2", "qcow2", [])
+    top = tmp_path / "web.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top], check=True)
+    (tmp_path / "change").write_bytes(os.urandom(100_000))
+    subprocess.run(["qemu-io", "-c", f"write -s {tmp_path / 'change'} 20M 98304", top], check=True, capture_output=True)
+    wanted = bytearray((tmp_path / "raw").read_bytes())
+    wanted[20 * MIB : 20 * MIB + 98304] = (tmp_path / "change").read_bytes()[:98304]
+    repository = new_repository()
+    snapshot = make_image(repository, top)
+    assert [disk.form for disk in snapshot.disks] == ["qcow2"]
+    assert bytes_of(repository, snapshot, "/disks/web.raw") == wanted
+    assert snapshot.volumes[0].data_size < 30 * MIB
+
+
+def test_what_qemu_cannot_read_is_said_in_its_words(tmp_path: Path) -> None:
+    (tmp_path / "disk.qcow2").write_bytes(b"QFI\xfb" + b"\xff" * 5000)
+    with pytest.raises(SourceError, match=r"disk\.qcow2 cannot be opened: .*[Uu]nsupported"):
+        open_disk(os.fsencode(tmp_path / "disk.qcow2"))
+    assert not [pid for pid in children_of_this_process() if runs(pid)]
+
+
+def test_without_qemu_the_message_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk.qcow2").write_bytes(b"QFI\xfb" + bytes(5000))
+    monkeypatch.setenv("PATH", "/nosuch")
+    with pytest.raises(SourceError, match="install the package qemu-utils"):
+        open_disk(os.fsencode(tmp_path / "disk.qcow2"))
+
+
+def test_the_server_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    path = converted(
+        disk_in(tmp_path / "raw", size=8 * MIB, table=b"label: dos\n"), tmp_path / "disk.qcow2", "qcow2", []
+    )
+    source = open_disk(os.fsencode(path))
+    assert isinstance(source, ServedDisk)
+    [pid] = [pid for pid in children_of_this_process() if runs(pid)]
+    source.close()
+    assert not runs(pid)
+    script = (
+        "import os, sys, time\nfrom backupfs.disks.source import open_disk\n"
+        "source = open_disk(os.fsencode(sys.argv[1]))\nprint(source._server._process.pid, flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pid = process.stdout.readline().strip()
+    assert runs(pid)
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 10
+    while runs(pid):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_raw_disk_that_looks_like_a_format_inside_is_raw(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4096) + b"QFI\xfb" + bytes(100_000))
+    source = open_disk(os.fsencode(path))
+    assert (source.form, whole(source)) == ("raw", path.read_bytes())
+    source.close()

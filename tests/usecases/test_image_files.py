@@ -1,0 +1,319 @@
+"""The files inside disks: as the file system has them, whatever it is made of, and whatever its reader does."""
+
+import os
+import random
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from backupfs.disks import explorer
+from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable
+from backupfs.repository.repository import Repository
+from backupfs.snapshots.snapshot import Snapshot
+from backupfs.usecases import image_files
+from backupfs.usecases.events import Event, FileSkipped, Remark
+from backupfs.usecases.restore import RestoreOptions, restore
+from tests.builders import (
+    Directory,
+    File,
+    Hardlink,
+    Seen,
+    Sparse,
+    Special,
+    Symlink,
+    Tree,
+    build,
+    ignore,
+    new_repository,
+    reopened,
+    run_check,
+    snapshot_of,
+)
+from tests.usecases.test_image import bytes_of, run_image
+
+MIB = 1 << 20
+
+HARD: Tree = {
+    b"empty": File(),
+    b"tiny": File(b"x"),
+    b"inline": File(b"y" * 100),
+    b"large": File(random.Random(1).randbytes(3 * MIB + 17), mode=0o4711, owner=(1000, 70000)),
+    b"not \xff utf-8 \n": File(b"name"),
+    b"n" * 255: File(b"long name"),
+    b"old": File(b"1965", mtime_ns=-150_000_000 * 10**9),
+    b"xattrs": File(b"a", xattrs={"user.one": b"1", "user.large": b"v" * 900, "trusted.t": b"\0\1"}),
+    b"sparse": Sparse(40 * MIB, {0: b"start", 17 * MIB + 4096: b"island" * 999, 40 * MIB - 4: b"end."}),
+    b"dir": Directory(
+        {b"one": File(b"1"), b"deep": {b"er": {b"still": {b"file": File(b"deep")}}}, b"link": Hardlink("large")},
+        mode=0o1777,
+    ),
+    b"many": {b"f%04d" % number: File(b"%d" % number * (number % 50)) for number in range(1500)},
+    b"empty dir": {},
+    b"fast": Symlink(b"tiny"),
+    b"slow": Symlink(b"../" * 60 + b"x" * 40),
+    b"fifo": Special(),
+    b"device": Special(stat.S_IFCHR, device=(5, 300)),
+}
+
+
+def as_of_mkfs(seen: Mapping[bytes, Seen]) -> dict[bytes, Seen]:
+    """Return what mkfs keeps of a tree: times to the second, but for the top's, and its own idea of holes."""
+    return {
+        path: replace(one, mtime_ns=one.mtime_ns // 10**9 if path else 0, data=())
+        for path, one in seen.items()
+        if path != b"lost+found"
+    }
+
+
+def volume_of(tree: Path, path: Path, kind: str, *options: str, size: int = 96 * MIB) -> Path:
+    with open(path, "wb") as file:
+        file.truncate(size)
+    subprocess.run([f"mkfs.{kind}", "-q", *options, "-d", tree, path], check=True, capture_output=True)
+    return path
+
+
+def restored(repository: Repository, snapshot: Snapshot, path: str, target: Path) -> dict[bytes, Seen]:
+    options = RestoreOptions(verify=True)
+    result = trio.run(partial(restore, repository, snapshot, os.fsencode(path), os.fsencode(target), options, ignore))
+    assert (result.errors, result.damaged) == (0, 0)
+    return snapshot_of(target)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ext4", []),
+        ("ext4", ["-O", "inline_data", "-I", "256"]),
+        ("ext4", ["-b", "1024"]),
+        ("ext3", []),
+        ("ext2", []),
+    ],
+)
+def test_files_of_a_volume_are_what_was_put_into_it(kind: str, options: list[str], tmp_path: Path) -> None:
+    source = Path(os.fsdecode(build(HARD, tmp_path / "source")))
+    path = volume_of(source, tmp_path / "disk.raw", kind, *options)
+    repository = new_repository()
+    events: list[Event] = []
+    snapshot = run_image(repository, path, report=events.append).snapshot
+    assert snapshot is not None
+    assert not [event for event in events if isinstance(event, FileSkipped | Remark)]
+    repository = reopened(repository)
+    found = restored(repository, snapshot, "/files/disk", tmp_path / "out")
+    assert as_of_mkfs(found) == as_of_mkfs(snapshot_of(source))
+    assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
+    assert not run_check(repository, read_data=True).damaged
+
+
+def test_contents_of_files_take_no_space_beside_the_disk(tmp_path: Path) -> None:
+    source = Path(os.fsdecode(build({f"f{number}": File(os.urandom(MIB)) for number in range(9)}, tmp_path / "source")))
+    path = volume_of(source, tmp_path / "disk.raw", "ext4")
+    repository = new_repository()
+    result = run_image(repository, path)
+    assert 9 * MIB <= result.data.plain_bytes < 12 * MIB
+    assert result.trees.plain_bytes < 100_000
+
+
+def test_damaged_file_systems_cost_their_view_only(tmp_path: Path) -> None:
+    source = Path(os.fsdecode(build({**HARD, b"many": {}}, tmp_path / "source")))
+    whole = volume_of(source, tmp_path / "whole.raw", "ext4", "-b", "1024", size=16 * MIB).read_bytes()
+    chooser = random.Random(7)
+    repository = new_repository()
+    path = tmp_path / "disk.raw"
+    problems = 0
+    for _ in range(25):
+        damaged = bytearray(whole)
+        for _ in range(chooser.choice((1, 200, 5000))):
+            damaged[chooser.randrange(1024, MIB // 2)] = chooser.randrange(256)
+        path.write_bytes(damaged)
+        events: list[Event] = []
+        snapshot = run_image(repository, path, report=events.append).snapshot
+        assert snapshot is not None
+        assert bytes_of(repository, snapshot, "/disks/disk.raw") == damaged
+        problems += any(isinstance(event, FileSkipped) for event in events)
+    assert problems >= 3
+    assert not run_check(repository).damaged
+
+
+# Readers that do what they like.
+
+
+class Made:
+    """A file system that is a mapping, and does as its parts say."""
+
+    form = "made"
+    remarks: tuple[str, ...] = ("it was made",)
+
+    def __init__(self, entries: dict[int, list[Entry]], contents: Mapping[bytes, object] | None = None) -> None:
+        self._entries = entries
+        self._contents = contents or {}
+
+    def top(self) -> Entry:
+        return Entry(b"", stat.S_IFDIR | 0o755, inode=1)
+
+    def entries(self, directory: Entry) -> Iterator[Entry]:
+        for entry in self._entries.get(directory.inode, []):
+            if entry.name == b"raise":
+                raise Unreadable("the rest is garbled")
+            if entry.name == b"hang":
+                time.sleep(1000)
+            if entry.name == b"die":
+                os._exit(3)
+            if entry.name == b"eat":
+                bytearray(8 << 30)
+            yield entry
+
+    def identity(self, directory: Entry) -> object:
+        return directory.inode
+
+    def xattrs(self, entry: Entry) -> list[tuple[bytes, bytes]]:
+        if entry.name == b"no xattrs":
+            raise ValueError("odd")
+        return [(b"user.a", b"1")] if entry.name == b"has xattrs" else []
+
+    def extents(self, file: Entry) -> list[Extent] | None:
+        found = self._contents.get(file.name)
+        return found if isinstance(found, list) else None
+
+    def data(self, file: Entry) -> Iterator[bytes]:
+        found = self._contents[file.name]
+        assert isinstance(found, bytes)
+        yield found[: len(found) // 2]
+        if file.name == b"cut":
+            raise Unreadable("the second half is garbled")
+        yield found[len(found) // 2 :]
+
+
+def file(name: bytes, size: int = 0, inode: int = 9, **fields: int) -> Entry:
+    return Entry(name, stat.S_IFREG | 0o644, size=size, inode=inode, **fields)
+
+
+def folder(name: bytes, inode: int) -> Entry:
+    return Entry(name, stat.S_IFDIR | 0o700, inode=inode)
+
+
+Image = Callable[[Made], tuple[Repository, Snapshot, list[Event]]]
+
+
+@pytest.fixture
+def imaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Image:
+    """Return what makes an image of a disk with a given file system in it."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(random.Random(3).randbytes(200_000))
+
+    def make(filesystem: Made) -> tuple[Repository, Snapshot, list[Event]]:
+        def opened(read: Read, size: int) -> Made:
+            assert (read(0, 5), size) == (path.read_bytes()[:5], 200_000)
+            return filesystem
+
+        monkeypatch.setattr(explorer, "open_filesystem", opened)
+        repository, events = new_repository(), list[Event]()
+        snapshot = run_image(repository, path, report=events.append).snapshot
+        assert snapshot is not None
+        assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
+        assert not run_check(repository).damaged
+        return repository, snapshot, events
+
+    return make
+
+
+def problems_of(events: list[Event]) -> dict[bytes, str]:
+    return {event.path: event.reason for event in events if isinstance(event, FileSkipped)}
+
+
+def test_what_has_no_place_in_the_volume_is_stored_as_a_file(imaged: Image, tmp_path: Path) -> None:
+    large, small = os.urandom(100_000), os.urandom(400)
+    plain = random.Random(3).randbytes(200_000)
+    entries = {
+        1: [
+            file(b"large", 100_000), file(b"small", 400), file(b"cut", 2000), folder(b"d", 2),
+            file(b"pieces", 5000), file(b"has xattrs"), file(b"no xattrs"),
+        ],
+        2: [file(b"inner", 3000)],
+    }  # fmt: skip
+    contents = {
+        b"large": large, b"small": small, b"cut": bytes(2000), b"inner": large[:3000],
+        b"pieces": [(1000, 150_001), (2000, None), (2000, 7)],
+    }  # fmt: skip
+    repository, snapshot, events = imaged(Made(entries, contents))
+    assert problems_of(events) == {
+        b"disk:/cut": "the second half is garbled", b"disk:/no xattrs": "its attributes cannot be read: odd",
+    }  # fmt: skip
+    assert [event.text for event in events if isinstance(event, Remark)] == ["disk (made): it was made"]
+    found = restored(repository, snapshot, "/files/disk", tmp_path / "out")
+    assert sorted(found) == [
+        b"", b"d", b"d/inner", b"has xattrs", b"large", b"no xattrs", b"pieces", b"small",
+    ]  # fmt: skip
+    assert (tmp_path / "out/large").read_bytes() == large
+    assert (tmp_path / "out/small").read_bytes() == small
+    assert (tmp_path / "out/d/inner").read_bytes() == large[:3000]
+    assert (tmp_path / "out/pieces").read_bytes() == plain[150_001:151_001] + bytes(2000) + plain[7:2007]
+    assert found[b"has xattrs"].xattrs == ((b"user.a", b"1"),)
+
+
+def test_names_and_loops_that_cannot_be_are_told_and_passed_over(imaged: Image, tmp_path: Path) -> None:
+    entries = {
+        1: [
+            file(b"a/b"), file(b".."), file(b""), file(b"twice", inode=5), file(b"twice", inode=6), folder(b"d", 2),
+            file(b"huge", 1 << 63), folder(b"lost", 4), Entry(b"link", stat.S_IFLNK | 0o777),
+        ],
+        2: [folder(b"up", 1), folder(b"self", 2), file(b"good")],
+        4: [file(b"here"), file(b"raise"), file(b"not reached")],
+    }  # fmt: skip
+    repository, snapshot, events = imaged(Made(entries))
+    said = problems_of(events)
+    assert said.keys() == {
+        b"disk:/a/b", b"disk:/..", b"disk:/", b"disk:/twice", b"disk:/d/up", b"disk:/d/self", b"disk:/huge",
+        b"disk:/lost", b"disk:/link",
+    }  # fmt: skip
+    assert "not all of the directory can be read: the rest is garbled" in said[b"disk:/lost"]
+    found = restored(repository, snapshot, "/files/disk", tmp_path / "out")
+    assert sorted(found) == [b"", b"d", b"d/good", b"d/self", b"d/up", b"lost", b"lost/here", b"twice"]
+
+
+def test_an_extent_beyond_the_volume_is_damage_to_its_file_only(imaged: Image, tmp_path: Path) -> None:
+    entries = {1: [file(b"beyond", 5000), file(b"good", 50)]}
+    repository, snapshot, _ = imaged(Made(entries, {b"beyond": [(5000, 199_000)], b"good": [(50, 0)]}))
+    options = RestoreOptions()
+    result = trio.run(
+        partial(restore, repository, snapshot, b"/files/disk", os.fsencode(tmp_path / "out"), options, ignore)
+    )
+    assert (result.damaged, result.files) == (1, 1)
+
+
+def test_a_tree_deeper_than_is_believed_is_cut(imaged: Image) -> None:
+    entries = {number: [folder(b"d", number + 1)] for number in range(1, 3000)}
+    _, _, events = imaged(Made(entries))
+    assert "deeper than is believed" in " ".join(problems_of(events).values())
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [("hang", "has said nothing"), ("die", "ended before its work did"), ("eat", "more memory than a reader may have")],
+)
+def test_a_reader_that_hangs_dies_or_eats_is_ended(
+    what: str, says: str, imaged: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_files, "_PATIENCE_S", 2.0)
+    _, _, events = imaged(Made({1: [file(b"a"), file(what.encode())]}))
+    assert says in " ".join(problems_of(events).values())
+
+
+def test_without_the_library_disks_are_complete_and_the_report_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explorer, "is_installed", lambda: False)
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(100_000))
+    events: list[Event] = []
+    repository = new_repository()
+    snapshot = run_image(repository, path, report=events.append).snapshot
+    assert snapshot is not None
+    assert ["backupfs[images]" in event.text for event in events if isinstance(event, Remark)] == [True]
+    assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
