@@ -40,6 +40,14 @@ class Node:
     filesystem: int = 0  # ordinal of its filesystem in the snapshot; with the inode it identifies a hardlinked file
 
     @property
+    def row(self) -> bytes:
+        """Its stat row."""
+        return STAT_ROW.pack(
+            self.mode, self.uid, self.gid, self.nlink, self.inode, self.size,
+            self.mtime_s, self.mtime_part_ns, self.ctime_s, self.ctime_part_ns,
+        )  # fmt: skip
+
+    @property
     def mtime_ns(self) -> int:
         """The modification time in nanoseconds since 1970; negative before."""
         return self.mtime_s * NANOSECONDS + self.mtime_part_ns

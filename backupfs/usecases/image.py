@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from backupfs.disks import explorer
+from backupfs.disks.layout import read_layout
 from backupfs.disks.source import DiskSource, attached_disks
 from backupfs.errors import UsageError, shown
 from backupfs.repository.repository import Repository
@@ -20,6 +22,7 @@ class ImageOptions(WriteOptions):
     """What a user can say about an image."""
 
     name: str = ""  # of the image; empty: the host's
+    force: bool = False  # compare with nothing, read all files again
 
 
 def image(repository: Repository, disks: list[DiskSource], options: ImageOptions, report: Report) -> BackupResult:
@@ -33,10 +36,22 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     run = StoringRun(repository, options, report)
     name = options.name or run.host
     _tell_others(disks, report)
-    parent = _parent_of(run, name)
+    parent = None if options.force or not run.is_whole else _parent_of(run, name)
+    layout = read_layout(disks)
+    for remark in layout.remarks:
+        report(Remark(remark))
+    if not explorer.is_installed():
+        report(
+            Remark(
+                "the files in the disks are not shown, as the library that reads them is missing: "
+                "`pip install 'backupfs[images]'`; the disks themselves are complete"
+            )
+        )
 
     def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
-        return image_scan(repository, disks, run.taken_ns, options.sizes, slots, scanner, begins)
+        return image_scan(
+            repository, disks, layout, parent, run.taken_ns, options.sizes, slots, scanner, begins
+        )  # fmt: skip
 
     root = run.store({}, scanner_count(), scan)
     assert isinstance(root, DiskRoot)

@@ -5,17 +5,20 @@ and hashing. A chunk is 32 KiB: a random write of 4 KiB stores so much again, an
 the index. What is zero is a hole, as it is in a disk that was made sparse.
 """
 
+import contextlib
 import os
 import stat
 from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from blake3 import blake3
 
 from backupfs.codec.sealing import Kind
 from backupfs.disks import explorer
-from backupfs.disks.layout import Layout, VolumeReader, on_disks, read_layout
+from backupfs.disks.layout import Layout, VolumeReader, on_disks
 from backupfs.disks.source import DiskSource
+from backupfs.errors import DamagedObject, PathNotFound, StoreError
 from backupfs.ids import ChunkId
 from backupfs.localfs import reading
 from backupfs.localfs.selection import Selection, SelectionRules
@@ -24,10 +27,11 @@ from backupfs.repository.slots import Slots
 from backupfs.repository.writer import ChunkSaver, WriteSizes
 from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, Content, ContentBuilder
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
+from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.volumes import DISK, RANGES, Volume
+from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_files import FileStorer
-from backupfs.usecases.events import Remark
 from backupfs.usecases.image_files import Place, VolumeFiles, VolumeTree
 from backupfs.usecases.scanner import Root, Scanner
 
@@ -60,9 +64,18 @@ class RangeTask:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class WalkTask:
+    """A volume whose files are to be stored by somebody else."""
+
+    number: int  # in the table of volumes
+
+
 def image_scan(
     repository: Repository,
     disks: list[DiskSource],
+    layout: Layout,
+    parent: Snapshot | None,
     taken_ns: int,
     sizes: WriteSizes,
     slots: Slots,
@@ -81,8 +94,8 @@ def image_scan(
     id_key = keyring.chunk_id_key(tree=False)
     cut_sizes = repository.config.cut_sizes
     files = FileStorer(id_key, keyring.file_cut_seed(), cut_sizes, data, context.save_tree, scanner.send)
-    storer = DiskStorer(disks, context, data, files, id_key)
-    scanner.serve(storer.store_range)
+    storer = DiskStorer(disks, layout, parent, repository.trees.load, context, data, files, id_key)
+    scanner.serve(storer.do)
     root = storer.store_all(taken_ns) if begins else None
     if root is None:
         scanner.work_to_the_end()
@@ -98,6 +111,9 @@ class DiskStorer:
     def __init__(
         self,
         disks: list[DiskSource],
+        layout: Layout,
+        parent: Snapshot | None,
+        load: Callable[[ChunkId], bytes | memoryview],
         context: ArchiveContext,
         data: ChunkSaver,
         files: FileStorer,
@@ -105,9 +121,13 @@ class DiskStorer:
     ) -> None:
         """Take the parts.
 
+        parent: the image before, whose files stand where a volume is the same. load: gives its tree chunks.
         files: stores what has no place in a disk. id_key: names chunks.
         """
         self._disks = disks
+        self._layout = layout
+        self._parent = parent
+        self._load = load
         self._files = files
         self._context = context
         self._data = data
@@ -116,9 +136,9 @@ class DiskStorer:
 
     def store_all(self, taken_ns: int) -> DiskRoot:
         """Store all disks and the tree that shows them; return `/`."""
-        layout = read_layout(self._disks)
-        for remark in layout.remarks:
-            self._context.scanner.send(Remark(remark))
+        layout = self._layout
+        # What is not compared with anything is walked while the disks are read.
+        walks = {} if self._parent is not None else self._give_walks(layout.undivided)
         shown: dict[bytes, dict[bytes, tuple[Content, int]]] = {b"disks": {}, b"volumes": {}}
         volumes: list[Volume] = []
         meters: list[_DataMeter] = []
@@ -132,27 +152,46 @@ class DiskStorer:
             shown[b"volumes"][laid.name.encode() + b".raw"] = ([[laid.size, EXTENT, len(volumes), 0]], laid.size)
             data_size = sum(meters[disk].between(start, start + length) for length, disk, start in laid.on_disks)
             volumes.append(Volume(laid.name, RANGES, laid.size, data_size, b"", laid.ranges))
-        return self._root(shown, self._walk(layout, volumes), volumes, taken_ns)
-
-    def _walk(self, layout: Layout, volumes: list[Volume]) -> dict[bytes, VolumeTree]:
-        """Store the files of each volume that is not divided."""
-        found: dict[bytes, VolumeTree] = {}
-        if not explorer.is_installed():
-            self._context.scanner.send(
-                Remark(
-                    "the files in the disks are not shown, as the library that reads them is missing: "
-                    "`pip install 'backupfs[images]'`; the disks themselves are complete"
-                )
-            )
-            return found
-        for number in layout.undivided:
-            volume = volumes[number]
-            reader = VolumeReader(self._disks, on_disks(self._disks, layout.volumes, number))
-            place = Place(volume.name, number, volume.size, reader)
-            tree = VolumeFiles(self._context, self._files, place).store()
+        trees = self._known_trees(volumes)
+        walks |= self._give_walks(number for number in layout.undivided if number not in trees and number not in walks)
+        for number, task in walks.items():
+            tree = self._context.scanner.result_of(task)
             if tree is not None:
-                found[volume.name.encode()] = tree
+                trees[number] = tree
+        named = {volumes[number].name.encode(): tree for number, tree in trees.items()}
+        return self._root(shown, named, volumes, taken_ns)
+
+    def _give_walks(self, numbers: Iterable[int]) -> dict[int, int]:
+        """Give away the walks through volumes; return the number of each task."""
+        if not explorer.is_installed():
+            return {}
+        return {number: self._context.scanner.give(WalkTask(number)) for number in numbers}
+
+    def _known_trees(self, volumes: list[Volume]) -> dict[int, VolumeTree]:
+        """Return the trees of volumes that are the same in the parent, bit for bit."""
+        parent = self._parent
+        if parent is None:
+            return {}
+        same = {number for number, volume in enumerate(volumes) if parent.volumes[number : number + 1] == (volume,)}
+        found: dict[int, VolumeTree] = {}
+        for number in self._layout.undivided:
+            below = {disk for _, disk, _ in on_disks(self._disks, self._layout.volumes, number)}
+            if number in same and below <= same:
+                with contextlib.suppress(PathNotFound, DamagedObject, StoreError):
+                    node = find_path(parent, b"/files/" + volumes[number].name.encode(), self._load)
+                    found[number] = VolumeTree(tree_of(node), node.row, self._context.save_xattrs(node.xattrs))
         return found
+
+    def do(self, task: "RangeTask | WalkTask") -> "Cuts | VolumeTree | None":
+        """Do what was given away."""
+        return self.store_range(task) if isinstance(task, RangeTask) else self._store_files(task.number)
+
+    def _store_files(self, number: int) -> VolumeTree | None:
+        disks, volumes = self._disks, self._layout.volumes
+        ranges = on_disks(disks, volumes, number)
+        name = disks[number].name if number < len(disks) else volumes[number - len(disks)].name
+        place = Place(name, number, sum(length for length, _, _ in ranges), VolumeReader(disks, ranges))
+        return VolumeFiles(self._context, self._files, place).store()
 
     def _root(
         self,

@@ -1,5 +1,6 @@
 """The files inside disks: as the file system has them, whatever it is made of, and whatever its reader does."""
 
+import logging
 import os
 import random
 import stat
@@ -317,3 +318,55 @@ def test_without_the_library_disks_are_complete_and_the_report_says_what_is_miss
     assert snapshot is not None
     assert ["backupfs[images]" in event.text for event in events if isinstance(event, Remark)] == [True]
     assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
+
+
+def test_files_of_a_volume_that_did_not_change_are_not_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(os.fsdecode(build(HARD, tmp_path / "source")))
+    path = volume_of(source, tmp_path / "disk.raw", "ext4")
+    repository = new_repository()
+    first = run_image(repository, path).snapshot
+
+    def opened(read: Read, size: int) -> object:
+        raise AssertionError("nobody should look")
+
+    monkeypatch.setattr(explorer, "open_filesystem", opened)
+    events: list[Event] = []
+    second = run_image(repository, path, report=events.append).snapshot
+    assert not problems_of(events)
+    assert first is not None
+    assert second is not None
+    wanted = restored(repository, first, "/files/disk", tmp_path / "first")
+    assert restored(repository, second, "/files/disk", tmp_path / "second") == wanted
+
+
+@pytest.mark.expected_log("a look at")
+@pytest.mark.parametrize("how", ["changed", "forced"])
+def test_files_of_a_volume_that_changed_are(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(os.fsdecode(build({"a": File(b"first" * 500)}, tmp_path / "source")))
+    path = volume_of(source, tmp_path / "disk.raw", "ext4", size=8 * MIB)
+    repository = new_repository()
+    run_image(repository, path)
+    if how == "changed":
+        (source / "b").write_bytes(b"second" * 500)
+        volume_of(source, path, "ext4", size=8 * MIB)
+    real = explorer.open_filesystem
+    looks: list[str] = []
+
+    class Looks(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            looks.append(record.getMessage())
+
+    def opened(read: Read, size: int) -> object:
+        logging.getLogger("test").warning("a look at %d bytes", size)
+        return real(read, size)
+
+    monkeypatch.setattr(explorer, "open_filesystem", opened)
+    logging.getLogger("test").addHandler(handler := Looks())
+    snapshot = run_image(repository, path, force=how == "forced").snapshot
+    logging.getLogger("test").removeHandler(handler)
+    assert looks == [f"a look at {8 * MIB} bytes"]
+    assert snapshot is not None
+    found = restored(repository, snapshot, "/files/disk", tmp_path / "out")
+    assert (b"b" in found) == (how == "changed")

@@ -15,6 +15,7 @@ from backupfs.errors import UsageError
 @click.option("--tag", multiple=True, metavar="TAG", help="Tag the snapshot.")
 @click.option("--host", default="", metavar="NAME", help="Another host name than this machine's.")
 @click.option("--time", "when", metavar="TIME", help="Another time than now: 2026-11-22T08:13:11, with Z or +01:00.")
+@click.option("--force", is_flag=True, help="Compare with no other image; look through all file systems again.")
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
 @click.option("-n", "--dry-run", is_flag=True, help="Read and count, store nothing.")
 @with_settings
@@ -25,6 +26,7 @@ def image_command(
     tag: tuple[str, ...],
     host: str,
     when: str | None,
+    force: bool,
     compression: str,
     dry_run: bool,
 ) -> int:
@@ -47,7 +49,7 @@ def image_command(
     from backupfs.disks.source import open_disk
     from backupfs.usecases.image import ImageOptions, image
 
-    options = ImageOptions(host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name)
+    options = ImageOptions(host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name, force=force)
     report = Reporter(settings)
     with contextlib.ExitStack() as opened:
         sources = []
