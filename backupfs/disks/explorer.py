@@ -33,8 +33,16 @@ def is_installed() -> bool:
     return importlib.util.find_spec("fs_explorer") is not None
 
 
+def load() -> None:
+    """Load all of the library, if it is there."""
+    if is_installed():
+        importlib.import_module("fs_explorer.detect").drivers()
+
+
 def open_filesystem(read: Read, size: int) -> Filesystem | None:
     """Return the file system in a volume; None if there is none that the library knows. Raises: anything."""
+    if not is_installed():
+        return None
     # The package's attribute of this name is a function.
     detect = importlib.import_module("fs_explorer.detect")
     tree = importlib.import_module("fs_explorer.tree")

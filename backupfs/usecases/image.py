@@ -43,7 +43,7 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     if not explorer.is_installed():
         report(
             Remark(
-                "the files in the disks are not shown, as the library that reads them is missing: "
+                "of the files in the disks only those on XFS are shown, as the library that reads others is missing: "
                 "`pip install 'backupfs[images]'`; the disks themselves are complete"
             )
         )

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from backupfs.codec.sealing import Kind
-from backupfs.disks import explorer
 from backupfs.disks.layout import Layout, VolumeReader, on_disks
 from backupfs.disks.source import DiskSource
 from backupfs.errors import DamagedObject, PathNotFound, StoreError
@@ -163,8 +162,6 @@ class DiskStorer:
 
     def _give_walks(self, numbers: Iterable[int]) -> dict[int, int]:
         """Give away the walks through volumes; return the number of each task."""
-        if not explorer.is_installed():
-            return {}
         return {number: self._context.scanner.give(WalkTask(number)) for number in numbers}
 
     def _known_trees(self, volumes: list[Volume]) -> dict[int, VolumeTree]:

@@ -5,12 +5,11 @@ receives builds each tree at once. What cannot be read is named and passed over.
 """
 
 import errno
-import importlib
 import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from backupfs.disks import explorer, sandbox
+from backupfs.disks import explorer, sandbox, xfs
 from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
 from backupfs.forked import Line
 from backupfs.snapshots.content import MOST_INLINE
@@ -102,10 +101,10 @@ def walk_volume(line: Line, read: Read, size: int, kept: list[int]) -> None:
     kept: descriptors that `read` needs.
     """
     # What it needs is loaded while files can be.
-    importlib.import_module("fs_explorer.detect").drivers()
+    explorer.load()
     sandbox.confine([*kept, *line.descriptors])
     try:
-        filesystem = explorer.open_filesystem(read, size)
+        filesystem = xfs.open_xfs(read, size) or explorer.open_filesystem(read, size)
     except Exception as error:
         line.send(Problem(b"/", f"its file system cannot be read: {_reason(error)}"))
         return

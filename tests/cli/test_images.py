@@ -1,5 +1,6 @@
 """Images as users meet them: the command line, and the mount with tools that know disks."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -108,3 +109,22 @@ def test_a_disk_goes_back_to_where_it_came_from(cli: Cli, disk: Path, tmp_path: 
     assert (summary["size"], summary["verified"]) == (len(plain), len(plain))
     assert (tmp_path / "out").read_bytes() == plain
     assert "no disk vda" in cli("restore", "--image", "web:latest:vda", tmp_path / "out", code=1)
+
+
+def test_commands_run_before_disks_are_opened_and_after_they_were_read(cli: Cli, disk: Path, tmp_path: Path) -> None:
+    # The first one makes the disk, as a snapshot of a volume would be made.
+    snapshot, log = tmp_path / "snapshot.raw", tmp_path / "log"
+    cli(
+        "image", snapshot, "--before", f"cp {disk} {snapshot}; echo before >>{log}",
+        "--after", f"echo after >>{log}; rm {snapshot}",
+    )  # fmt: skip
+    assert log.read_text() == "before\nafter\n"
+    assert not snapshot.exists()
+    said = cli("image", disk, "--before", "exit 7", "--after", f"echo never >>{log}", code=1)
+    assert "the command before the image ended with 7, so no disk was read" in said
+    assert "the command after the image ended with 3" in cli("image", disk, "--after", "exit 3")
+    assert "/nosuch cannot be opened" in cli("image", "/nosuch", "--after", f"echo failed >>{log}", code=1)
+    assert log.read_text() == "before\nafter\nfailed\n"
+    done = cli.run("--json", "image", disk, "--before", "echo words")
+    assert [json.loads(line)["event"] for line in done.stdout.splitlines()][-1] == "summary"
+    assert len(cli.json("snapshots")) == 3

@@ -1,12 +1,14 @@
 """image: snapshots of whole disks."""
 
 import contextlib
+import logging
 import os
+from collections.abc import Iterator
 
 import click
 
 from backupfs.cli.settings import PATH, Settings, with_settings
-from backupfs.errors import UsageError
+from backupfs.errors import SourceError, UsageError, shown
 
 
 @click.command("image")
@@ -16,6 +18,8 @@ from backupfs.errors import UsageError
 @click.option("--host", default="", metavar="NAME", help="Another host name than this machine's.")
 @click.option("--time", "when", metavar="TIME", help="Another time than now: 2026-11-22T08:13:11, with Z or +01:00.")
 @click.option("--force", is_flag=True, help="Compare with no other image; look through all file systems again.")
+@click.option("--before", metavar="COMMAND", help="Run COMMAND before disks are opened: to freeze, or to snapshot.")
+@click.option("--after", metavar="COMMAND", help="Run COMMAND when disks were read, or could not be.")
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
 @click.option("-n", "--dry-run", is_flag=True, help="Read and count, store nothing.")
 @with_settings
@@ -27,6 +31,8 @@ def image_command(
     host: str,
     when: str | None,
     force: bool,
+    before: str | None,
+    after: str | None,
     compression: str,
     dry_run: bool,
 ) -> int:
@@ -52,6 +58,7 @@ def image_command(
     options = ImageOptions(host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name, force=force)
     report = Reporter(settings)
     with contextlib.ExitStack() as opened:
+        opened.enter_context(_between(before, after))
         sources = []
         for words in disks:
             disk, equals, path = words.partition(b"=")
@@ -63,3 +70,27 @@ def image_command(
     report.clear()
     tell_image(settings, result)
     return 0
+
+
+@contextlib.contextmanager
+def _between(before: str | None, after: str | None) -> Iterator[None]:
+    """Run commands of the user around what is done; nothing is done if the first one fails."""
+    if before:
+        code = _run(before)
+        if code:
+            raise SourceError(f"the command before the image ended with {code}, so no disk was read: {shown(before)}")
+    try:
+        yield
+    finally:
+        if after:
+            code = _run(after)
+            if code:
+                # The image stands; what it was frozen for may still be frozen.
+                logging.getLogger(__name__).error("the command after the image ended with %d: %s", code, shown(after))
+
+
+def _run(command: str) -> int:
+    import subprocess
+
+    # Its words go where they disturb no JSON.
+    return subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=2, check=False).returncode

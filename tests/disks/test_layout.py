@@ -1,0 +1,154 @@
+"""Logical volumes, in metadata that LVM wrote and in such as it never would.
+
+vg0.pv.gz is the first MiB of a physical volume of 100 MiB, as lvm2 2.03.16 made it:
+    vgcreate vg0 PV; lvcreate -n root -L 20M vg0; lvcreate -n data -L 30M vg0; lvextend -L +8M vg0/root
+"""
+
+import gzip
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from backupfs.disks.layout import Layout, VolumeReader, cut, read_layout
+from backupfs.disks.lvm import NotLvm, PhysicalVolume, logical_volumes, parse, read_physical_volume
+from backupfs.disks.source import open_disk
+from tests.builders import File, build, new_repository
+from tests.usecases.test_image import bytes_of, make_image
+
+MIB = 1 << 20
+PV = gzip.decompress((Path(__file__).parent / "vg0.pv.gz").read_bytes())
+EXTENT = 4 * MIB
+# (place in the volume, place behind the header, length), in extents.
+ROOT = ((0, 0, 5), (5, 13, 2))
+
+
+def disk_of(folder: Path, root: bytes, before: int = 0) -> Path:
+    """Return a disk whose physical volume begins at a place and has something in its logical volume `root`."""
+    path = folder / "disk.raw"
+    with open(path, "wb") as file:
+        file.truncate(before + 101 * MIB)
+        file.seek(before)
+        file.write(PV)
+        for at, place, count in ROOT:
+            file.seek(before + MIB + place * EXTENT)
+            file.write(root[at * EXTENT : (at + count) * EXTENT])
+    return path
+
+
+def layout_of(*paths: Path) -> Layout:
+    sources = [open_disk(os.fsencode(path)) for path in paths]
+    try:
+        return read_layout(sources)
+    finally:
+        for source in sources:
+            source.close()
+
+
+def file_system(folder: Path) -> bytes:
+    source = build({"etc": {"hosts": File(b"127.0.0.1 localhost\n" * 500)}}, folder / "source")
+    path = folder / "fs.raw"
+    path.write_bytes(bytes(28 * MIB))
+    subprocess.run(["mkfs.ext4", "-q", "-d", source, path], check=True)
+    return path.read_bytes()
+
+
+def test_volumes_are_where_lvm_put_them(tmp_path: Path) -> None:
+    layout = layout_of(disk_of(tmp_path, bytes(28 * MIB)))
+    assert layout.remarks == ()
+    assert [(volume.name, volume.size) for volume in layout.volumes] == [("vg0-data", 32 * MIB), ("vg0-root", 28 * MIB)]
+    assert layout.volumes[0].on_disks == ((32 * MIB, 0, MIB + 5 * EXTENT),)
+    assert layout.volumes[1].on_disks == ((20 * MIB, 0, MIB), (8 * MIB, 0, MIB + 13 * EXTENT))
+    assert layout.undivided == (1, 2)
+
+
+@pytest.mark.parametrize("in_partition", [False, True])
+def test_files_of_a_logical_volume_are_shown(in_partition: bool, tmp_path: Path) -> None:
+    root = file_system(tmp_path)
+    path = disk_of(tmp_path, root, 3 * MIB if in_partition else 0)
+    if in_partition:
+        table = b"label: gpt\nstart=3M,size=100M\n"
+        with open(path, "r+b") as file:
+            file.truncate(110 * MIB)
+        subprocess.run(["sfdisk", "-q", "--wipe=never", "--wipe-partitions=never", path], input=table, check=True)
+    repository = new_repository()
+    snapshot = make_image(repository, path)
+    assert bytes_of(repository, snapshot, "/volumes/vg0-root.raw") == root
+    assert bytes_of(repository, snapshot, "/files/vg0-root/etc/hosts") == b"127.0.0.1 localhost\n" * 500
+    assert [volume.name for volume in snapshot.volumes] == ["disk", *["disk1"] * in_partition, "vg0-data", "vg0-root"]
+
+
+def test_a_group_without_one_of_its_disks_is_told(tmp_path: Path) -> None:
+    there = read_physical_volume(lambda at, length: PV[at : at + length])
+    assert there is not None
+    other = PhysicalVolume("another", there.group, 0, there.metadata)
+    found, remarks = logical_volumes([other])
+    assert found == []
+    assert remarks == [
+        f"the logical volume vg0-{name} is not shown: a physical volume of it is missing" for name in ("data", "root")
+    ]
+    # The newest metadata counts, whoever has it.
+    found, remarks = logical_volumes([other, there])
+    assert ([volume.name for volume in found], remarks) == (["data", "root"], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ('type = "striped"', 'type = "thin"'),
+        ("stripe_count = 1", "stripe_count = 2"),
+        ("start_extent = 5", "start_extent = 6"),
+        ("segment_count = 2", "segment_count = 3"),
+        ("pe_start = 2048", "pe_start = x"),
+        ("extent_size = 8192", "extent_size = 0"),
+    ],
+)
+def test_what_is_not_read_or_makes_no_sense_is_told(change: str, says: str) -> None:
+    there = read_physical_volume(lambda at, length: PV[at : at + length])
+    assert there is not None
+    start = PV.rindex(b"vg0 {")
+    text = PV[start : PV.index(b"\0", start)].decode()
+    assert change in text
+    changed = PhysicalVolume(there.uuid, "vg0", 9, parse(text.replace(change, says))["vg0"])
+    found, remarks = logical_volumes([changed])
+    assert len(found) < 2
+    assert remarks
+
+
+@pytest.mark.parametrize(
+    "text", ["a {", "a = [1, 2", "a b", "= 3", "a = }", "}" * 2 + "x", "a {" * 50, 'a = "b', "a = \x01"]
+)
+def test_garbled_text_is_refused_or_harmless(text: str) -> None:
+    try:
+        parsed = parse(text)
+    except NotLvm:
+        return
+    assert isinstance(parsed, dict)
+
+
+def test_damaged_metadata_costs_the_volumes_only(tmp_path: Path) -> None:
+    plain = file_system(tmp_path)
+    path = disk_of(tmp_path, plain)
+    with open(path, "r+b") as file:
+        file.seek(4096)
+        file.write(b"?" * 512)
+    [remark] = layout_of(path).remarks
+    assert "without metadata" in remark
+    repository = new_repository()
+    snapshot = make_image(repository, path)
+    assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
+
+
+def test_ranges_are_cut_where_asked(tmp_path: Path) -> None:
+    ranges = ((10, 0, 100), (20, 1, 0), (5, 0, 7))
+    assert cut(ranges, 5, 27) == [(5, 0, 105), (20, 1, 0), (2, 0, 7)]
+    assert cut(ranges, 30, 99) == [(5, 0, 7)]
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(os.urandom(200))
+    sources = [open_disk(os.fsencode(tmp_path / name)) for name in ("a", "b")]
+    one, two = (tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes()
+    whole = one[100:110] + two[:20] + one[7:12]
+    assert VolumeReader(sources, ranges).read(3, 100) == whole[3:]
+    for source in sources:
+        source.close()

@@ -1,0 +1,184 @@
+"""XFS as mkfs.xfs makes it from a prototype, and damaged at random.
+
+Against the kernel's own view (extents of all kinds, attributes, ACLs, times, dates beyond 2038) it is compared by hand,
+as that needs a loop device; what was compared stands in docs/performance.rst.
+"""
+
+import os
+import random
+import struct
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from backupfs.disks.filesystem import Entry, Unreadable
+from backupfs.disks.xfs import Xfs, _acl, _short_attributes, _unpacked, open_xfs
+
+MIB = 1 << 20
+Files = Mapping[str, "bytes | str | tuple[int, int] | Files"]
+
+TREE: Files = {
+    "empty": b"",
+    "small": b"content",
+    "large": random.Random(1).randbytes(3 * MIB + 5),
+    "link": "small",
+    "long": "x" * 700,
+    "device": (300, 70000),
+    "d": {"one": b"1", "deep": {"er": {"file": b"deep"}}},
+    "many": {f"f{number:05d}": b"%d" % number for number in range(3000)},
+    "some": {f"f{number}": b"%d" % number for number in range(40)},
+}
+
+
+def prototype(files: Files, folder: Path) -> str:
+    """Return what mkfs.xfs makes of a tree; contents go to files in a folder."""
+    lines: list[str] = []
+
+    def add(name: str, entry: "bytes | str | tuple[int, int] | Files") -> None:
+        if isinstance(entry, bytes):
+            path = folder / f"content{len(os.listdir(folder))}"
+            path.write_bytes(entry)
+            lines.append(f"{name} ---640 1000 2000 {path}")
+        elif isinstance(entry, str):
+            lines.append(f"{name} l--777 0 0 {entry}")
+        elif isinstance(entry, tuple):
+            lines.append(f"{name} c--600 0 0 {entry[0]} {entry[1]}")
+        else:
+            lines.append(f"{name} d--751 5 6")
+            for below, inner in entry.items():
+                add(below, inner)
+            lines.append("$")
+
+    for name, entry in files.items():
+        add(name, entry)
+    return "\n".join(["/stand/diag", "4872 110", "d--755 0 0", *lines, "$", ""])
+
+
+@pytest.fixture(scope="module", params=["", "-m crc=0", "-n size=8192", "-b size=1024", "-i size=2048"])
+def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("xfs")
+    (folder / "contents").mkdir()
+    (folder / "proto").write_text(prototype(TREE, folder / "contents"))
+    path = folder / "volume"
+    with open(path, "wb") as file:
+        file.truncate(320 * MIB)
+    subprocess.run(
+        ["mkfs.xfs", "-q", "-f", "-p", folder / "proto", *request.param.split(), path], check=True, capture_output=True
+    )
+    return path
+
+
+def reader_of(path: Path) -> Callable[[int, int], bytes]:
+    fd = os.open(path, os.O_RDONLY)
+    return lambda at, length: os.pread(fd, length, at)
+
+
+def opened(path: Path) -> Xfs:
+    found = open_xfs(reader_of(path), path.stat().st_size)
+    assert found is not None
+    return found
+
+
+def content_of(path: Path, filesystem: Xfs, entry: Entry) -> bytes:
+    read = reader_of(path)
+    extents = filesystem.extents(entry)
+    assert extents is not None
+    return b"".join(bytes(length) if at is None else read(at, length) for length, at in extents)
+
+
+def test_everything_is_as_the_prototype_says(volume: Path) -> None:
+    filesystem = opened(volume)
+
+    def compare(directory: Entry, files: Files) -> None:
+        found = {entry.name.decode(): entry for entry in filesystem.entries(directory)}
+        assert found.keys() == files.keys()
+        for name, wanted in files.items():
+            entry = found[name]
+            assert filesystem.xattrs(entry) == []
+            if isinstance(wanted, bytes):
+                assert (entry.mode, entry.uid, entry.gid, entry.nlink) == (0o100640, 1000, 2000, 1)
+                assert content_of(volume, filesystem, entry) == wanted
+            elif isinstance(wanted, str):
+                assert (entry.mode, entry.target) == (0o120777, wanted.encode())
+            elif isinstance(wanted, tuple):
+                assert (entry.mode, entry.device) == (0o020600, wanted)
+            else:
+                assert (entry.mode, entry.uid, entry.gid) == (0o040751, 5, 6)
+                compare(entry, wanted)
+
+    assert filesystem.remarks == ()
+    assert filesystem.top().mode == 0o040755
+    compare(filesystem.top(), TREE)
+
+
+def test_damage_ends_in_errors_of_its_own(volume: Path) -> None:
+    """Every block that a walk reads is hit some time; a walk ends, whatever it meets."""
+    chooser = random.Random(5)
+    read = reader_of(volume)
+    places: set[int] = set()
+
+    def noted(at: int, length: int) -> bytes:
+        places.update(range(at // 512, (at + length + 511) // 512))
+        return read(at, length)
+
+    def walk(filesystem: Xfs) -> None:
+        stack, seen = [filesystem.top()], set()
+        while stack:
+            directory = stack.pop()
+            for entry in filesystem.entries(directory):
+                filesystem.xattrs(entry)
+                if entry.is_file:
+                    filesystem.extents(entry)
+                if entry.is_directory and entry.inode not in seen and len(seen) < 1000:
+                    seen.add(entry.inode)
+                    stack.append(entry)
+
+    size = volume.stat().st_size
+    walk(Xfs(noted, size))
+    used = sorted(places)
+    errors = 0
+    for _ in range(60):
+        hits = {chooser.choice(used) * 512 + chooser.randrange(512): chooser.randrange(256) for _ in range(300)}
+
+        def damaged(at: int, length: int, hits: dict[int, int] = hits) -> bytes:
+            data = bytearray(read(at, length))
+            for place, value in hits.items():
+                if at <= place < at + len(data):
+                    data[place - at] = value
+            return bytes(data)
+
+        try:
+            walk(Xfs(damaged, size))
+        except (Unreadable, struct.error, ValueError, IndexError):
+            errors += 1
+    assert errors > 5
+
+
+def test_what_is_no_xfs_is_none_and_what_is_garbled_is_refused() -> None:
+    assert open_xfs(lambda at, length: bytes(length), MIB) is None
+    with pytest.raises(Unreadable, match="makes no sense"):
+        open_xfs(lambda at, length: b"XFSB".ljust(length, b"\0"), MIB)
+    with pytest.raises((Unreadable, struct.error)):
+        open_xfs(lambda at, length: b"XFSB", MIB)
+
+
+def test_an_extent_is_taken_apart_as_the_kernel_puts_it_together() -> None:
+    offset, block, count = (1 << 54) - 2, (1 << 52) - 3, (1 << 21) - 5
+    packed = (1 << 127 | offset << 73 | block << 21 | count).to_bytes(16, "big")
+    assert _unpacked(packed, 0) == (offset, block, count, True)
+
+
+def test_short_attributes_and_acls() -> None:
+    entries = [(0, b"one", b"1"), (2, b"SGI_ACL_FILE", b"x" * 40), (4, b"selinux", b"")]
+    fork = b"\0\0" + bytes([len(entries), 0])
+    for flags, name, value in entries:
+        fork += bytes([len(name), len(value), flags]) + name + value
+    assert list(_short_attributes(fork + bytes(9))) == entries
+    with pytest.raises(Unreadable, match="cut short"):
+        list(_short_attributes(fork[:-1]))
+    stored = struct.pack(">I", 2) + struct.pack(">IIHH", 1, 0, 6, 0) + struct.pack(">IIHH", 2, 1234, 4, 0)
+    assert _acl(stored) == struct.pack("<IHHIHHI", 2, 1, 6, 0xFFFFFFFF, 2, 4, 1234)
+    with pytest.raises(Unreadable, match="cut short"):
+        _acl(stored[:-1])
