@@ -6,6 +6,7 @@ Threading: everything is safe in threads; a lock covers the table of blocks and 
 import logging
 import threading
 from collections import OrderedDict
+from typing import Protocol
 
 from backupfs.codec.keys import Keyring, keyed_hash
 from backupfs.codec.sealing import FRAME, FRAME_MAGIC, TRAILER, Kind, OpenedHeader, UnitRole
@@ -15,12 +16,21 @@ from backupfs.repository import layout
 from backupfs.repository.index import Index
 from backupfs.repository.pack import PackRef
 from backupfs.repository.run import Location
-from backupfs.stores.kept_files import KeptFiles
 from backupfs.stores.store import Store
 
 log = logging.getLogger(__name__)
 
 _MOST_OPENED_PACKS = 256
+
+
+class Kept(Protocol):
+    """Where stored blocks are kept on this machine's disk."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return what is kept under a name, or None."""
+
+    def keep(self, name: str, content: bytes | memoryview) -> None:
+        """Keep something under a name, if that can be."""
 
 
 class _CachedBlock:
@@ -52,7 +62,7 @@ class ChunkReader:
         self._opened: OrderedDict[ObjectId, OpenedHeader] = OrderedDict()
         self._lock = threading.Lock()
         self._verified_cache = False
-        self._disk: KeptFiles | None = None
+        self._disk: Kept | None = None
         self.index = index
 
     @property
@@ -68,7 +78,7 @@ class ChunkReader:
         """Set how many bytes of decoded blocks are kept."""
         self._cache_size = size
 
-    def keep_on_disk(self, files: KeptFiles) -> None:
+    def keep_on_disk(self, files: Kept) -> None:
         """Keep blocks on this machine's disk, too, as they are in the store: PACK-OFFSET."""
         self._disk = files
 
@@ -131,7 +141,7 @@ class ChunkReader:
             if place not in self._blocks:
                 unit = stored[done:end] if end <= length else self.fetch(pack, offset, end)
                 self._keep(place, _CachedBlock(self.open_block(pack, unit, offset + done), end - done))
-                self._keep_on_disk(pack, offset + done, unit)
+                self.keep(pack, offset + done, unit)
             done = end
 
     def load(self, chunk_id: ChunkId) -> memoryview:
@@ -234,12 +244,12 @@ class ChunkReader:
             self._store.forget(key)
             stored = self._store.get(key, start=offset, length=stored_length)
             plain = self.open_block(pack, stored, offset)
-        self._keep_on_disk(pack, offset, stored)
+        self.keep(pack, offset, stored)
         return plain
 
     def _kept_block(self, pack: PackRef, offset: int) -> tuple[bytes, int] | None:
         """Return (plain bytes, stored length) of a block that is kept on disk, or None."""
-        stored = self._disk.read(_block_name(pack, offset)) if self._disk is not None else None
+        stored = self.kept(pack, offset)
         if stored is None:
             return None
         try:
@@ -248,7 +258,28 @@ class ChunkReader:
             log.warning("%s, as it is kept in the cache; it is fetched again", error)
             return None
 
-    def _keep_on_disk(self, pack: PackRef, offset: int, stored: bytes | memoryview) -> None:
+    def kept(self, pack: PackRef, offset: int) -> bytes | None:
+        """Return the stored bytes of a block, if they are kept on disk."""
+        return self._disk.read(_block_name(pack, offset)) if self._disk is not None else None
+
+    @property
+    def keeps(self) -> bool:
+        """Tell whether stored blocks are kept on disk."""
+        return self._disk is not None
+
+    def keep_all(self, pack: PackRef, start: int, stored: bytes) -> None:
+        """Keep the blocks in a range of a pack, which begins with a block, as far as they are whole."""
+        view, at = memoryview(stored), 0
+        while at + FRAME.size <= len(view):
+            magic, role, _, _, _, sealed_length = FRAME.unpack_from(view, at)
+            end = at + FRAME.size + sealed_length
+            if magic != FRAME_MAGIC or role != UnitRole.BLOCK or end > len(view):
+                return
+            self.keep(pack, start + at, view[at:end])
+            at = end
+
+    def keep(self, pack: PackRef, offset: int, stored: bytes | memoryview) -> None:
+        """Keep the stored bytes of a block on disk, where that is wanted."""
         if self._disk is not None:
             self._disk.keep(_block_name(pack, offset), stored)
 

@@ -23,6 +23,7 @@ from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.volumes import Volume, extents_of
 from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.stores.requests import RequestCounts
+from backupfs.stores.spool import Spool
 from backupfs.usecases.events import Progress, Report
 from backupfs.usecases.restore_files import Restorer
 from backupfs.usecases.restore_items import BY_NUMBER, OVERWRITE, RestoreOptions, Use
@@ -39,6 +40,8 @@ Arguments = TypeVarTuple("Arguments")
 
 # Requests under way; each holds up to 8 MiB until it is written. Over 100 Mbit/s and 50 ms three fill 92 % of the line.
 _FETCHERS = 4
+# Of blocks that came over a network and may be wanted once more.
+_SPOOL_SIZE = 4 << 30
 # Ranges that wait to be fetched, about a window of the walk: the walk goes on meanwhile.
 _WAITING_RANGES = 16
 _PROGRESS_SECONDS = 0.2
@@ -107,6 +110,10 @@ class _Run:
         report: Report,
     ) -> None:
         self._reader = repository.data
+        # Files that are equal lie in one block, and are restored far from each other.
+        self._spool = Spool(repository.cache, _SPOOL_SIZE) if repository.store.is_far else None
+        if self._spool is not None:
+            self._reader.keep_on_disk(self._spool)
         self._load = repository.trees.load
         self._node = node
         self._options = options
@@ -147,6 +154,8 @@ class _Run:
     def clean_up(self) -> None:
         """End all processes, then remove what is not whole, and close everything."""
         self._writers.end()
+        if self._spool is not None:
+            self._spool.close()
         self.outcome.clean_up()
 
     def _traversal(self) -> Traversal:

@@ -1,14 +1,19 @@
 """Asking for many things at once: the answers in order, and no thread is left."""
 
+import os
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
 from backupfs.errors import ObjectMissing
 from backupfs.stores.memory import MemoryStore
 from backupfs.stores.together import each
-from tests.builders import File, back_up, build, new_repository, reopened
+from backupfs.usecases import restore_files
+from backupfs.usecases.restore import RestoreOptions, restore
+from tests.builders import File, back_up, build, ignore, new_repository, noise, reopened, snapshot_of
 from tests.faults import AroundStore, CountingStore
 
 
@@ -50,3 +55,23 @@ def test_a_repository_that_is_far_opens_as_one_at_hand(tmp_path: Path) -> None:
     near, far = load_snapshots(reopened(repository.store)), load_snapshots(reopened(Far(counting)))
     assert near.snapshots == far.snapshots
     assert len(far.snapshots) == 20
+
+
+def test_a_restore_fetches_what_files_share_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of few files, each of which wants a part of every block."""
+    monkeypatch.setattr(restore_files, "_FIRST_WINDOW_FILES", 5)
+    monkeypatch.setattr(restore_files, "_WINDOW_FILES", 5)
+    shared = {f"s{number}": File(noise(number, 2500)) for number in range(10)}
+    tree = {f"d{n:02}": {**shared, **{f"own{k}": File(noise(100 * n + k, 2500)) for k in range(5)}} for n in range(12)}
+    source = build(tree, tmp_path / "source")
+    repository = new_repository()
+    snapshot = back_up(repository, source)
+    counting = CountingStore(repository.store)
+    far = reopened(Far(counting))
+    counting.bytes_got = 0
+    target = os.fsencode(tmp_path / "out")
+    result = trio.run(partial(restore, far, snapshot, source, target, RestoreOptions(verify=False), ignore))
+    assert (result.errors, result.files) == (0, 12 * 15)
+    assert snapshot_of(tmp_path / "out") == snapshot_of(source)
+    stored = sum(info.size for info in repository.store.list("packs/"))
+    assert counting.bytes_got < 1.2 * stored
