@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
@@ -34,9 +35,10 @@ def is_installed() -> bool:
 
 
 def load() -> None:
-    """Load all of the library, if it is there."""
+    """Load all of the library, if it is there: once it is confined, a process can load nothing native."""
     if is_installed():
         importlib.import_module("fs_explorer.detect").drivers()
+        importlib.import_module("fs_explorer.native").info()
 
 
 def open_filesystem(read: Read, size: int) -> Filesystem | None:
@@ -56,6 +58,9 @@ def open_filesystem(read: Read, size: int) -> Filesystem | None:
     name = found.driver.__module__.rpartition("fs_explorer.filesystems.")[2].split(".")[0]
     if not isinstance(layer, tree.Tree) or name not in _FORMS:
         return None
+    if name == "btrfs":
+        # Its addresses are logical, and the library does not say where they are.
+        layer.lra.physical_ranges = partial(_ranges_of_btrfs, layer.lra)
     return _ExplorerFilesystem(layer, getattr(layer, "format", "") or _FORMS[name])
 
 
@@ -83,6 +88,8 @@ class _ExplorerFilesystem:
         self._tree = tree
         self.form = form
         recovers = getattr(tree, "incompat", 0) & _EXT_RECOVER if form.startswith("ext") else 0
+        if form == "btrfs":
+            recovers = tree.sb.log_root
         self.remarks: tuple[str, ...] = (
             ("it was not unmounted: files are shown as of before its journal is replayed",) if recovers else ()
         )
@@ -160,6 +167,19 @@ class _ExplorerFilesystem:
                 raise Unreadable(f"it ends at {at} instead of {file.size}")
             yield bytes(part)
             at += len(part)
+
+
+def _ranges_of_btrfs(logical: Any, offset: int, length: int) -> list[tuple[int | None, int, int]] | None:
+    """Return where a range of the address space of btrfs lies in the volume; None if it lies on several devices."""
+    found: list[tuple[int | None, int, int]] = []
+    while length > 0:
+        chunk = logical.cmap.find(offset)
+        if chunk.refusal is not None:
+            return None
+        count = min(length, chunk.end - offset)
+        found += logical.dev.physical_ranges(chunk.phys + offset - chunk.logical, count)
+        offset, length = offset + count, length - count
+    return found
 
 
 def _acl_of_ext(stored: bytes) -> bytes:

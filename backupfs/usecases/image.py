@@ -40,6 +40,8 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     layout = read_layout(disks)
     for remark in layout.remarks:
         report(Remark(remark))
+    # Once, before anything is forked.
+    explorer.load()
     if not explorer.is_installed():
         report(
             Remark(

@@ -370,3 +370,69 @@ def test_files_of_a_volume_that_changed_are(how: str, tmp_path: Path, monkeypatc
     assert snapshot is not None
     found = restored(repository, snapshot, "/files/disk", tmp_path / "out")
     assert (b"b" in found) == (how == "changed")
+
+
+PLAIN: Tree = {
+    "a": File(b"a" * 5000),
+    "large": File(random.Random(2).randbytes(700_000) + bytes(100_000) + b"text " * 50_000),
+    "d": {"e": {"deep": File(b"deep")}, **{f"file{number}": File(b"%d" % number) for number in range(60)}},
+}
+
+
+def _squashfs(source: bytes, path: Path) -> list[list[str | bytes | Path]]:
+    return [["mksquashfs", source, path, "-quiet", "-no-progress"]]
+
+
+def _iso(source: bytes, path: Path) -> list[list[str | bytes | Path]]:
+    return [["genisoimage", "-quiet", "-R", "-o", path, source]]
+
+
+def _btrfs(source: bytes, path: Path) -> list[list[str | bytes | Path]]:
+    return [["truncate", "-s", "160M", path], ["mkfs.btrfs", "-q", "--rootdir", source, path]]
+
+
+def _fat(source: bytes, path: Path) -> list[list[str | bytes | Path]]:
+    names = [source + b"/a", source + b"/large", source + b"/d"]
+    return [["truncate", "-s", "40M", path], ["mkfs.vfat", path], ["mcopy", "-s", "-i", path, *names, "::"]]
+
+
+def _ntfs(source: bytes, path: Path) -> list[list[str | bytes | Path]]:
+    return [
+        ["truncate", "-s", "40M", path], ["mkntfs", "-q", "-F", path],
+        ["ntfscp", "-q", path, source + b"/large", "large"], ["ntfscp", "-q", path, source + b"/a", "a"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [_squashfs, _iso, _btrfs, _fat, _ntfs])
+def test_other_file_systems_are_read(
+    make: Callable[[bytes, Path], list[list[str | bytes | Path]]], tmp_path: Path
+) -> None:
+    source = build(PLAIN, tmp_path / "source")
+    path = tmp_path / "disk.raw"
+    for command in make(source, path):
+        subprocess.run(command, check=True, capture_output=True)
+    repository = new_repository()
+    events: list[Event] = []
+    result = run_image(repository, path, report=events.append)
+    snapshot = result.snapshot
+    assert snapshot is not None
+    assert not problems_of(events)
+    found = restored(repository, snapshot, "/files/disk", tmp_path / "out")
+    wanted = snapshot_of(source)
+    contents = {name: one.content for name, one in found.items() if one.kind == "file"}
+    expected = {name: one.content for name, one in wanted.items() if one.kind == "file"}
+    if make is _ntfs:
+        expected = {name: expected[name] for name in (b"a", b"large")}
+        contents = {name: contents.get(name, "") for name in expected}
+    assert contents == expected
+    if make in (_iso, _btrfs, _fat):
+        # The bytes of files are stored as parts of the disk, and nowhere else.
+        assert not [entry for entry in events if isinstance(entry, Remark)]
+        assert result.data.plain_bytes <= snapshot.volumes[0].data_size
+    if make in (_squashfs, _btrfs, _iso):
+        # ISO 9660 keeps no owner who may write.
+        keep = 0o777 if make is not _iso else 0o444
+        assert {name: one.mode & keep for name, one in found.items() if one.kind == "file"} == {
+            name: one.mode & keep for name, one in wanted.items() if one.kind == "file"
+        }
+    assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
