@@ -24,6 +24,7 @@ _COMMANDS = {
     "init": "repositories",
     "backup": "backups",
     "image": "images",
+    "export": "images",
     "snapshots": "backups",
     "forget": "backups",
     "ls": "contents",

@@ -99,3 +99,12 @@ def own_folders(folders: LocalFolders, store: Store) -> tuple[bytes, ...]:
     """Return the folders that are backupfs's own: never backed up, never deleted by a restore."""
     found = [folder for folder in (folders.cache, folders.state, store.folder) if folder is not None]
     return tuple(os.fsencode(folder) for folder in found)
+
+
+def split_disk(text: bytes) -> tuple[str, str]:
+    """Return the snapshot and the disk of SNAP[:DISK]; the disk may be written as its path in the image."""
+    words = os.fsdecode(text).split(":")
+    # NAME:latest is one word to a user.
+    count = 2 if words[1:2] == ["latest"] else 1
+    disk = ":".join(words[count:])
+    return ":".join(words[:count]), disk.removeprefix("/disks/").removesuffix(".raw")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from backupfs.disks.source import open_disk
 from tests.cli.test_commands import Cli
 
 MIB = 1 << 20
@@ -128,3 +129,17 @@ def test_commands_run_before_disks_are_opened_and_after_they_were_read(cli: Cli,
     done = cli.run("--json", "image", disk, "--before", "echo words")
     assert [json.loads(line)["event"] for line in done.stdout.splitlines()][-1] == "summary"
     assert len(cli.json("snapshots")) == 3
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi"])
+def test_a_disk_is_exported_in_formats_of_virtual_machines(form: str, cli: Cli, disk: Path, tmp_path: Path) -> None:
+    cli("image", disk, "--name", "web")
+    target = tmp_path / "out"
+    assert "verified all of it" in cli("export", "web:latest", target, "--format", form)
+    source = open_disk(os.fsencode(target))
+    assert source.read(0, source.size) == disk.read_bytes()
+    assert source.form == {"vhd": "vpc"}.get(form, form)
+    source.close()
+    assert sorted(path.name for path in tmp_path.iterdir() if "backupfs" in path.name) == []
+    assert "is there already" in cli("export", "web:latest:web1", target, code=1)
+    assert "choose one of raw" in cli("export", "web:latest", tmp_path / "other", "--format", "zip", code=1)

@@ -160,10 +160,9 @@ def restore_command(
 
 
 def _restore_image(settings: Settings, what: bytes, target: bytes, dry_run: bool) -> int:
-    words = os.fsdecode(what).split(":")
-    # NAME:latest is one word to a user.
-    count = 2 if words[1:2] == ["latest"] else 1
-    name, disk = ":".join(words[:count]), ":".join(words[count:])
+    from backupfs.cli.values import split_disk
+
+    name, disk = split_disk(what)
     repository = settings.open_repository("backupfs.usecases.restore_image")
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_restore_image
@@ -172,7 +171,6 @@ def _restore_image(settings: Settings, what: bytes, target: bytes, dry_run: bool
 
     snapshot = load_all(repository).find(name)
     report = Reporter(settings)
-    disk = disk.removeprefix("/disks/").removesuffix(".raw")
     result = restore_image(repository, snapshot, disk, os.path.abspath(target), dry_run, report)
     report.clear()
     tell_restore_image(settings, result, dry_run)

@@ -1,4 +1,4 @@
-"""image: snapshots of whole disks."""
+"""image, export: whole disks, into snapshots and out of them."""
 
 import contextlib
 import logging
@@ -69,6 +69,37 @@ def image_command(
         result = image(repository, sources, options, report)
     report.clear()
     tell_image(settings, result)
+    return 0
+
+
+@click.command("export")
+@click.argument("what", metavar="SNAP[:DISK]", type=PATH)
+@click.argument("file", type=PATH)
+@click.option(
+    "--format",
+    "form",
+    default="raw",
+    show_default=True,
+    metavar="FORMAT",
+    help="raw, or with qemu-utils qcow2, vmdk, vhd, vhdx or vdi.",
+)
+@with_settings
+def export_command(settings: Settings, what: bytes, file: bytes, form: str) -> int:
+    """Write a disk of an image to the new file FILE, for a virtual machine, and compare it with the image."""
+    from backupfs.cli.values import split_disk
+
+    name, disk = split_disk(what)
+    repository = settings.open_repository("backupfs.usecases.export")
+    from backupfs.cli.report import Reporter
+    from backupfs.cli.summaries import tell_restore_image
+    from backupfs.snapshots.listing import load_all
+    from backupfs.usecases.export import export
+
+    snapshot = load_all(repository).find(name)
+    report = Reporter(settings)
+    result = export(repository, snapshot, disk, os.path.abspath(file), form, report)
+    report.clear()
+    tell_restore_image(settings, result, dry_run=False)
     return 0
 
 
