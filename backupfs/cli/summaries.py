@@ -192,7 +192,8 @@ def tell_image(settings: Settings, result: "BackupResult") -> None:
 
 
 def _skipped_in_image(count: int) -> str:
-    return f"; {count:,} problems, each named above: the disks themselves are complete" if count else ""
+    problems = "1 problem, named above" if count == 1 else f"{count:,} problems, each named above"
+    return f"; {problems}: the disks themselves are complete" if count else ""
 
 
 def _tell_requests(requests: RequestCounts) -> None:

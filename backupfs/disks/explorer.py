@@ -37,6 +37,8 @@ def is_installed() -> bool:
 def load() -> None:
     """Load all of the library, if it is there: once it is confined, a process can load nothing native."""
     if is_installed():
+        # What the system has is looked for with other programs, and loaded late; what comes with it is as good.
+        os.environ.setdefault("FS_EXPLORER_NO_SYSTEM_CODECS", "1")
         importlib.import_module("fs_explorer.detect").drivers()
         importlib.import_module("fs_explorer.native").info()
 
@@ -61,7 +63,7 @@ def open_filesystem(read: Read, size: int) -> Filesystem | None:
     if name == "btrfs":
         # Its addresses are logical, and the library does not say where they are.
         layer.lra.physical_ranges = partial(_ranges_of_btrfs, layer.lra)
-    return _ExplorerFilesystem(layer, getattr(layer, "format", "") or _FORMS[name])
+    return _ExplorerFilesystem(layer, getattr(layer, "format", "") or _FORMS[name], size)
 
 
 def _volume(read: Read, size: int) -> Any:
@@ -75,7 +77,9 @@ def _volume(read: Read, size: int) -> Any:
             return read(offset, max(0, min(length, size - offset)))
 
         def physical_ranges(self, offset: int, length: int) -> list[tuple[int, int, int]]:
-            length = min(length, size - offset)
+            if offset + length > size:
+                # The library would make zeros of it.
+                raise Unreadable("it lies behind the end of the disk, which is cut short")
             return [(0, offset, length)] if length > 0 else []
 
     return Volume()
@@ -84,24 +88,33 @@ def _volume(read: Read, size: int) -> Any:
 class _ExplorerFilesystem:
     """Adapts a tree of the library."""
 
-    def __init__(self, tree: Any, form: str) -> None:
+    def __init__(self, tree: Any, form: str, size: int) -> None:
         self._tree = tree
         self.form = form
         recovers = getattr(tree, "incompat", 0) & _EXT_RECOVER if form.startswith("ext") else 0
         if form == "btrfs":
             recovers = tree.sb.log_root
-        self.remarks: tuple[str, ...] = (
-            ("it was not unmounted: files are shown as of before its journal is replayed",) if recovers else ()
-        )
+        remarks = []
+        if recovers:
+            remarks.append("it was not unmounted: files are shown as of before its journal is replayed")
+        if form.startswith("ext") and tree.blocks_count * tree.bs > size:
+            remarks.append("it is larger than the disk, which is cut short: some files cannot be whole")
+        self.remarks: tuple[str, ...] = tuple(remarks)
 
     def top(self) -> Entry:
         return self._entry(self._tree.root())
 
     def entries(self, directory: Entry) -> Iterator[Entry]:
-        for node in self._tree.children(directory.handle):
-            if not node.statted:
-                node = self._tree.stat(node)
-            yield self._entry(node)
+        try:
+            nodes = list(self._tree.children(directory.handle))
+        except Exception:
+            # One that is garbled must not hide the others.
+            nodes = self._tree.children(directory.handle, stat=False)
+        for node in nodes:
+            try:
+                yield self._entry(node if node.statted else self._tree.stat(node))
+            except Exception as error:
+                yield Entry(os.fsencode(node.name), 0, problem=str(error) or type(error).__name__)
 
     def identity(self, directory: Entry) -> object:
         found: object = self._tree.identity(directory.handle)

@@ -34,6 +34,7 @@ class Entry:
     target: bytes = b""  # of a symbolic link
     device: tuple[int, int] = (0, 0)
     handle: Any = field(default=None, repr=False)  # the reader's own
+    problem: str = ""  # why nothing but its name can be read
 
     @property
     def is_directory(self) -> bool:

@@ -25,6 +25,7 @@ _REQUEST, _REPLY = 0x25609513, 0x67446698
 _READ = 0
 _MOST_READ = 4 << 20
 _PR_SET_PDEATHSIG = 1
+_CHECK_DAMAGED = 2
 
 
 class NbdServer:
@@ -72,14 +73,30 @@ class NbdServer:
                 connection.connect(self._socket_path)
                 break
             except OSError:
-                # Only the process that started it may ask for its end.
                 ended = self._pid == 0 and self._process.poll() is not None
                 if ended or time.monotonic() > deadline:
                     connection.close()
-                    said = self._process.stderr.read() if ended and self._process.stderr is not None else b""
-                    why = said.strip().rpartition(b"\n")[2] or b"qemu-nbd does not answer"
-                    raise SourceError(f"the disk {shown(self._path)} cannot be opened: {shown(why)}") from None
+                    why = self._last_words() if ended else "qemu-nbd does not answer"
+                    raise SourceError(f"the disk {shown(self._path)} cannot be opened: {why}") from None
                 time.sleep(0.01)
+        try:
+            return self._greet(connection)
+        except OSError as error:
+            connection.close()
+            raise SourceError(f"the disk {shown(self._path)} cannot be opened: {self._last_words() or error}") from None
+
+    def _last_words(self) -> str:
+        """Return what the server said before it ended, if it did."""
+        # Only the process that started it may ask for its end.
+        if self._pid or self._process.stderr is None:
+            return ""
+        try:
+            self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            return ""
+        return shown(self._process.stderr.read().strip().rpartition(b"\n")[2])
+
+    def _greet(self, connection: socket.socket) -> tuple[socket.socket, int]:
         magic, option, flags = struct.unpack(">QQH", _receive(connection, 18))
         if (magic, option) != (_INIT, _OPTION) or not flags & _FIXED_NEW_STYLE:
             raise SourceError(f"the disk {shown(self._path)} cannot be read: qemu-nbd speaks another protocol")
@@ -114,6 +131,21 @@ class NbdServer:
                 raise SourceError(
                     f"the disk {shown(self._path)} cannot be read at byte {offset + start:,}: {reason}"
                 ) from error
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return what the format's own check finds wrong."""
+        done = subprocess.run(
+            ["qemu-img", "check", "--force-share", "-f", self._form, self._path],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        # 2 is damage; 3 is space that is lost, 63 a format without a check.
+        if done.returncode != _CHECK_DAMAGED:
+            return ()
+        return (
+            f"the disk {shown(self._path)} is damaged by the word of `qemu-img check`: what is lost reads as zeros",
+        )
 
     def data_ranges(self) -> list[tuple[int, int]]:
         """Return (start, end) of what is not zero by the word of the format, in order. Raises: SourceError."""

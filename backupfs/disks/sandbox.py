@@ -23,20 +23,20 @@ _NUMBER_AT, _ARCHITECTURE_AT, _FLAGS_AT = 0, 4, 32  # of the call, in what the k
 
 # openat, which may only read, first; then sendto and recvfrom, for connections that are open; then read, write, close,
 # fstat, poll, lseek, mmap, mprotect, munmap, brk, rt_sigaction, rt_sigprocmask, rt_sigreturn, pread64, readv, writev,
-# access, select, sched_yield, mremap, madvise, dup, nanosleep, getpid, exit, fcntl, getcwd, readlink, gettimeofday,
-# getrlimit, getuid, getgid, geteuid, getegid, sigaltstack, gettid, futex, getdents64, clock_gettime, clock_nanosleep,
-# exit_group, newfstatat, readlinkat, faccessat, pselect6, ppoll, set_robust_list, preadv, preadv2, prlimit64,
-# getrandom, statx, rseq, faccessat2, stat, lstat, time, sched_getaffinity: where a machine has them.
+# access, select, sched_yield, mremap, madvise, dup, nanosleep, getpid, exit, uname, fcntl, getcwd, readlink,
+# gettimeofday, getrlimit, getuid, getgid, geteuid, getegid, sigaltstack, gettid, futex, getdents64, clock_gettime,
+# clock_nanosleep, exit_group, newfstatat, readlinkat, faccessat, pselect6, ppoll, set_robust_list, preadv, preadv2,
+# prlimit64, getrandom, statx, rseq, faccessat2, stat, lstat, time, sched_getaffinity: where a machine has them.
 _CALLS = {
     "x86_64": (0xC000003E, (
-        257, 44, 45, 0, 1, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 19, 20, 21, 23, 24, 25, 28, 32, 35, 39, 60, 72,
-        79, 89, 96, 97, 102, 104, 107, 108, 131, 186, 202, 217, 228, 230, 231, 262, 267, 269, 270, 271, 273, 295, 302,
-        318, 327, 332, 334, 439, 4, 6, 201, 204,
+        257, 44, 45, 0, 1, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 19, 20, 21, 23, 24, 25, 28, 32, 35, 39, 60, 63,
+        72, 79, 89, 96, 97, 102, 104, 107, 108, 131, 186, 202, 217, 228, 230, 231, 262, 267, 269, 270, 271, 273, 295,
+        302, 318, 327, 332, 334, 439, 4, 6, 201, 204,
     )),
     "aarch64": (0xC00000B7, (
         56, 206, 207, 63, 64, 57, 80, 62, 222, 226, 215, 214, 134, 135, 139, 67, 65, 66, 48, 124, 216, 233, 23, 101,
-        172, 93, 25, 17, 78, 169, 163, 174, 175, 176, 177, 132, 178, 98, 61, 113, 115, 94, 79, 72, 73, 99, 69, 261,
-        278, 286, 291, 293, 439, 123,
+        172, 93, 160, 25, 17, 78, 169, 163, 174, 175, 176, 177, 132, 178, 98, 61, 113, 115, 94, 79, 72, 73, 99, 69,
+        261, 278, 286, 291, 293, 439, 123,
     )),
 }  # fmt: skip
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC

@@ -33,6 +33,7 @@ class DiskSource(abc.ABC):
 
     form: str
     size: int
+    remarks: tuple[str, ...] = ()  # what a user should know of it
 
     def __init__(self, name: str, path: bytes) -> None:
         """Take the parts.
@@ -138,6 +139,7 @@ class ServedDisk(DiskSource):
         self._server = NbdServer(path, form)
         self.size = self._server.size
         self._data = self._server.data_ranges()
+        self.remarks = self._server.remarks()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer."""
@@ -169,7 +171,8 @@ def open_disk(path: bytes, name: str = "") -> DiskSource:
     path = os.path.abspath(path)
     name = name or default_name(path)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # A pipe would wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise SourceError(f"the disk {shown(path)} cannot be opened: {error.strerror}") from error
     try:
@@ -178,7 +181,7 @@ def open_disk(path: bytes, name: str = "") -> DiskSource:
             raise SourceError(f"{shown(path)} is no disk: give a block device or a file that holds a disk")
         if os.lseek(fd, 0, os.SEEK_END) == 0:
             raise SourceError(f"the disk {shown(path)} has no bytes")
-        if not _NAME.fullmatch(name):
+        if not is_name(name):
             raise UsageError(
                 f"{shown(name)} cannot be the name of a disk: give one of letters, digits and ._+- as in "
                 f"NAME={shown(path)}"
@@ -192,6 +195,11 @@ def open_disk(path: bytes, name: str = "") -> DiskSource:
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a text can be the name of a disk, or of an image."""
+    return _NAME.fullmatch(text) is not None
 
 
 def _form_of(fd: int, size: int) -> str:

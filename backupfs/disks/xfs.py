@@ -273,7 +273,11 @@ class Xfs:
         names = self._short_names(inode) if inode.form == _LOCAL else self._long_names(inode)
         for name, number in names:
             if name not in (b".", b".."):
-                yield self._entry(name, number)
+                try:
+                    yield self._entry(name, number)
+                except (Unreadable, struct.error) as error:
+                    # One that is garbled must not hide the others.
+                    yield Entry(name, 0, problem=str(error))
 
     def _short_names(self, inode: _Inode) -> Iterator[tuple[bytes, int]]:
         fork = self._data_fork(inode)[: inode.size]

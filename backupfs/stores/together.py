@@ -16,10 +16,13 @@ _AT_ONCE = 16
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Give threads for calls that may take long; when an exception ends it, they are left to themselves."""
+    """Give threads for calls that may take long; when an interrupt ends it, they are left to themselves."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool
+    except Exception:
+        pool.shutdown(cancel_futures=True)
+        raise
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise

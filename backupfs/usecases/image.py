@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from backupfs.disks import explorer
 from backupfs.disks.layout import read_layout
-from backupfs.disks.source import DiskSource, attached_disks
+from backupfs.disks.source import DiskSource, attached_disks, is_name
 from backupfs.errors import UsageError, shown
 from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
@@ -33,12 +33,16 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     Raises: SourceError; UsageError for two disks of one name; StoreError, perhaps in a group.
     """
     _require_different(disks)
+    if options.name and not is_name(options.name):
+        raise UsageError(
+            f"--name {shown(options.name)}: give letters, digits and ._+-, beginning with one of the first"
+        )
     run = StoringRun(repository, options, report)
     name = options.name or run.host
     _tell_others(disks, report)
     parent = None if options.force or not run.is_whole else _parent_of(run, name)
     layout = read_layout(disks)
-    for remark in layout.remarks:
+    for remark in (*(remark for source in disks for remark in source.remarks), *layout.remarks):
         report(Remark(remark))
     # Once, before anything is forked.
     explorer.load()

@@ -151,6 +151,8 @@ class _Walk:
                     raise Unreadable("the file system has more entries than are believed")
                 if entry.name in (b"", b".", b"..") or b"/" in entry.name or b"\0" in entry.name:
                     self._problem(path + b"/" + entry.name, "it has a name that no file can have")
+                elif entry.problem:
+                    self._problem(path + b"/" + entry.name, f"it cannot be read: {entry.problem}")
                 elif entry.name in found:
                     self._problem(path + b"/" + entry.name, "there are two of this name; the first is kept")
                 else:

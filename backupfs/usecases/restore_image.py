@@ -12,6 +12,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from backupfs.errors import PathNotFound, SourceError, shown
 from backupfs.ids import ChunkId
@@ -24,6 +25,8 @@ from backupfs.stores.together import threads
 from backupfs.usecases.events import Progress, Report
 
 _WINDOW = 4 << 20
+_BLOCK_DEVICES = Path("/sys/block")
+_DEVICE_FOLDERS = (b"/dev", b"/dev/mapper", b"/dev/disk/by-id", b"/dev/disk/by-uuid", b"/dev/disk/by-path")
 _AT_ONCE = {False: 4, True: 12}  # for a store at hand, and one that is far
 _REREAD_TABLE = 0x125F  # BLKRRPART
 
@@ -175,7 +178,7 @@ def _open(target: bytes, size: int, dry_run: bool) -> int:
     try:
         status = os.stat(target)
     except FileNotFoundError:
-        if target.startswith(b"/dev/") or dry_run:
+        if os.path.dirname(target) in _DEVICE_FOLDERS or dry_run:
             raise SourceError(f"there is no {name}") from None
         fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.truncate(fd, size)
@@ -185,6 +188,9 @@ def _open(target: bytes, size: int, dry_run: bool) -> int:
     is_device = stat.S_ISBLK(status.st_mode)
     if not is_device and not stat.S_ISREG(status.st_mode):
         raise SourceError(f"{name} is neither a block device nor a file: a disk cannot be written there")
+    user = _loop_over(target)
+    if user:
+        raise SourceError(f"{name} is attached as {user}: `losetup -d {user}` first; nothing was written")
     try:
         # Exclusive: of a device that is mounted, or that something is made of, the kernel says so.
         fd = os.open(target, (os.O_RDONLY if dry_run else os.O_RDWR) | (os.O_EXCL if is_device else 0) | os.O_CLOEXEC)
@@ -201,6 +207,18 @@ def _open(target: bytes, size: int, dry_run: bool) -> int:
     if not is_device and there != size and not dry_run:
         os.truncate(fd, size)
     return fd
+
+
+def _loop_over(target: bytes) -> str:
+    """Return the loop device that is made of a file or device, if there is one."""
+    real = os.path.realpath(target)
+    for path in _BLOCK_DEVICES.glob("loop*/loop/backing_file"):
+        try:
+            if path.read_bytes().rstrip(b"\n") == real:
+                return f"/dev/{path.parent.parent.name}"
+        except OSError:
+            continue  # it went just now
+    return ""
 
 
 def _tell_kernel(fd: int) -> None:

@@ -123,7 +123,7 @@ def test_commands_run_before_disks_are_opened_and_after_they_were_read(cli: Cli,
     assert not snapshot.exists()
     said = cli("image", disk, "--before", "exit 7", "--after", f"echo never >>{log}", code=1)
     assert "the command before the image ended with 7, so no disk was read" in said
-    assert "the command after the image ended with 3" in cli("image", disk, "--after", "exit 3")
+    assert "the command after the image ended with 3" in cli("image", disk, "--after", "exit 3", code=3)
     assert "/nosuch cannot be opened" in cli("image", "/nosuch", "--after", f"echo failed >>{log}", code=1)
     assert log.read_text() == "before\nafter\nfailed\n"
     done = cli.run("--json", "image", disk, "--before", "echo words")

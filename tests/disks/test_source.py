@@ -121,3 +121,14 @@ def test_a_raw_disk_that_looks_like_a_format_inside_is_raw(tmp_path: Path) -> No
     source = open_disk(os.fsencode(path))
     assert (source.form, whole(source)) == ("raw", path.read_bytes())
     source.close()
+
+
+def test_a_file_that_was_cut_is_told(tmp_path: Path) -> None:
+    path = converted(disk_in(tmp_path / "raw"), tmp_path / "disk.qcow2", "qcow2", [])
+    os.truncate(path, path.stat().st_size // 2)
+    source = open_disk(os.fsencode(path))
+    assert ["damaged" in remark for remark in source.remarks] == [True]
+    source.close()
+    os.truncate(path, 100)
+    with pytest.raises(SourceError, match=r"cannot be opened: .*header"):
+        open_disk(os.fsencode(path))

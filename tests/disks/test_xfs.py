@@ -128,6 +128,8 @@ def test_damage_ends_in_errors_of_its_own(volume: Path) -> None:
         while stack:
             directory = stack.pop()
             for entry in filesystem.entries(directory):
+                if entry.problem:
+                    raise Unreadable(entry.problem)
                 filesystem.xattrs(entry)
                 if entry.is_file:
                     filesystem.extents(entry)

@@ -170,6 +170,18 @@ def test_what_is_no_disk_is_refused(path: str, says: str) -> None:
         open_disk(path.encode())
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(SourceError, match="is no disk"):
+        open_disk(os.fsencode(tmp_path / "fifo"))
+
+
+def test_an_image_has_a_name_that_a_folder_can_have(tmp_path: Path) -> None:
+    for name in ("..", "a/b", " "):
+        with pytest.raises(UsageError, match="letters, digits"):
+            run_image(new_repository(), disk_in(tmp_path / "disk"), name=name)
+
+
 def test_an_empty_file_and_a_name_that_is_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(SourceError, match="no bytes"):

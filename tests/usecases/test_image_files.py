@@ -436,3 +436,51 @@ def test_other_file_systems_are_read(
             name: one.mode & keep for name, one in wanted.items() if one.kind == "file"
         }
     assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
+
+
+@pytest.mark.parametrize("codec", ["gzip", "xz", "zstd", "lz4", "lzo"])
+def test_squashfs_is_read_whatever_packed_it(codec: str, tmp_path: Path) -> None:
+    source = build(PLAIN, tmp_path / "source")
+    path = tmp_path / "disk.raw"
+    subprocess.run(["mksquashfs", source, path, "-quiet", "-no-progress", "-comp", codec], check=True)
+    repository = new_repository()
+    events: list[Event] = []
+    snapshot = run_image(repository, path, report=events.append).snapshot
+    assert snapshot is not None
+    assert not problems_of(events)
+    assert bytes_of(repository, snapshot, "/files/disk/large") == Path(os.fsdecode(source), "large").read_bytes()
+
+
+def test_files_behind_the_end_of_a_disk_that_was_cut_are_named(tmp_path: Path) -> None:
+    tree = {f"f{number}": File(os.urandom(2 * MIB)) for number in range(8)}
+    path = volume_of(Path(os.fsdecode(build(tree, tmp_path / "source"))), tmp_path / "disk.raw", "ext4", size=64 * MIB)
+    os.truncate(path, 12 * MIB)
+    repository = new_repository()
+    events: list[Event] = []
+    snapshot = run_image(repository, path, report=events.append).snapshot
+    assert snapshot is not None
+    assert ["larger than the disk" in event.text for event in events if isinstance(event, Remark)] == [True]
+    named = problems_of(events)
+    whole = 0
+    for name, entry in tree.items():
+        key = b"disk:/" + name.encode()
+        if key in named:
+            assert "behind the end of the disk" in named[key]
+        else:
+            assert bytes_of(repository, snapshot, f"/files/disk/{name}") == entry.content
+            whole += 1
+    assert 0 < whole < len(tree)
+
+
+def test_one_garbled_entry_hides_no_other(tmp_path: Path) -> None:
+    tree = {f"f{number:03}": File(b"%d" % number) for number in range(200)}
+    path = volume_of(Path(os.fsdecode(build(tree, tmp_path / "source"))), tmp_path / "disk.raw", "ext4", size=16 * MIB)
+    for field in ("f003 mode 0170644", "f100 extra_isize 9999", "f150 size 5000000"):
+        subprocess.run(["debugfs", "-w", "-R", f"set_inode_field {field}", path], check=True, capture_output=True)
+    repository = new_repository()
+    events: list[Event] = []
+    snapshot = run_image(repository, path, report=events.append).snapshot
+    assert snapshot is not None
+    found = restored(repository, snapshot, "/files/disk", tmp_path / "out")
+    assert b"disk:/f003" in problems_of(events)
+    assert len(found.keys() & {name.encode() for name in tree}) >= 197

@@ -98,3 +98,18 @@ def test_disks_are_named_where_there_are_several(tmp_path: Path) -> None:
     files = back_up(repository, tmp_path / "source")
     with pytest.raises(PathNotFound, match="has no disks"):
         run(repository, files, tmp_path / "out")
+
+
+def test_what_a_loop_device_is_made_of_is_refused(
+    imaged: Imaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, snapshot, _ = imaged
+    (tmp_path / "out").write_bytes(b"used")
+    backing = tmp_path / "block" / "loop3" / "loop" / "backing_file"
+    backing.parent.mkdir(parents=True)
+    backing.write_text(f"{tmp_path / 'out'}\n")
+    monkeypatch.setattr(restore_module, "_BLOCK_DEVICES", tmp_path / "block")
+    with pytest.raises(SourceError, match="attached as /dev/loop3"):
+        run(repository, snapshot, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == b"used"
+    run(repository, snapshot, tmp_path / "other")

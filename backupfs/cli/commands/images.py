@@ -58,7 +58,7 @@ def image_command(
     options = ImageOptions(host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name, force=force)
     report = Reporter(settings)
     with contextlib.ExitStack() as opened:
-        opened.enter_context(_between(before, after))
+        failed = opened.enter_context(_between(before, after))
         sources = []
         for words in disks:
             disk, equals, path = words.partition(b"=")
@@ -69,7 +69,7 @@ def image_command(
         result = image(repository, sources, options, report)
     report.clear()
     tell_image(settings, result)
-    return 0
+    return 3 if report.skipped or failed else 0
 
 
 @click.command("export")
@@ -104,18 +104,23 @@ def export_command(settings: Settings, what: bytes, file: bytes, form: str) -> i
 
 
 @contextlib.contextmanager
-def _between(before: str | None, after: str | None) -> Iterator[None]:
-    """Run commands of the user around what is done; nothing is done if the first one fails."""
+def _between(before: str | None, after: str | None) -> Iterator[list[str]]:
+    """Run commands of the user around what is done; nothing is done if the first one fails.
+
+    Gives a list that has the second one in it, once that has failed.
+    """
+    failed: list[str] = []
     if before:
         code = _run(before)
         if code:
             raise SourceError(f"the command before the image ended with {code}, so no disk was read: {shown(before)}")
     try:
-        yield
+        yield failed
     finally:
         if after:
             code = _run(after)
             if code:
+                failed.append(after)
                 # The image stands; what it was frozen for may still be frozen.
                 logging.getLogger(__name__).error("the command after the image ended with %d: %s", code, shown(after))
 
