@@ -92,8 +92,11 @@ class Forked:
         Raises: TimeoutError when it sends nothing for so long.
         """
         received = bytearray()
+        # Not select(2), which knows the first 1,024 descriptors only.
+        waiting = select.poll()
+        waiting.register(self._incoming, select.POLLIN)
         while True:
-            if not select.select([self._incoming], [], [], patience_s)[0]:
+            if not waiting.poll(patience_s * 1000):
                 raise TimeoutError
             part = os.read(self._incoming, _RECEIVE_SIZE)
             if not part:

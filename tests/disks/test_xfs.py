@@ -4,6 +4,7 @@ Against the kernel's own view (extents of all kinds, attributes, ACLs, times, da
 as that needs a loop device; what was compared stands in docs/performance.rst.
 """
 
+import functools
 import os
 import random
 import struct
@@ -70,6 +71,7 @@ def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
+@functools.cache
 def reader_of(path: Path) -> Callable[[int, int], bytes]:
     fd = os.open(path, os.O_RDONLY)
     return lambda at, length: os.pread(fd, length, at)
