@@ -89,9 +89,8 @@ def test_help_sets_up_nothing(script: str, tmp_path: Path) -> None:
 def test_prepare_installs_once(checkout: Checkout) -> None:
     first = checkout.prepare()
     assert (first.returncode, first.stderr) == (0, "")
-    assert checkout.calls() == [
-        "python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e .[test]"
-    ]
+    options = "--quiet --disable-pip-version-check --config-settings editable_mode=compat"
+    assert checkout.calls() == [f"python -m pip install {options} -e .[images,test]"]
 
     second = checkout.prepare()
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
