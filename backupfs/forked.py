@@ -9,12 +9,13 @@ The side that forks reads in an event loop, the forked side waits for one messag
 import contextlib
 import ctypes
 import fcntl
+import io
 import logging
 import os
 import pickle
 import select
 import signal
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import trio
@@ -24,6 +25,7 @@ _RECEIVE_SIZE = 1 << 18
 _F_SETPIPE_SZ = 1031
 _PIPE_SIZE = 1 << 20  # what an ordinary user may have
 _PR_SET_PDEATHSIG = 1
+_MOST_UNTRUSTED = 256 << 20
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -86,11 +88,13 @@ class Forked:
                 async for message in messages:
                     await line.send_all(message)
 
-    def messages(self, patience_s: float) -> Iterator[object]:
-        """Yield what the process sends, for a leader without an event loop, until it closes its end.
+    def messages(self, patience_s: float, kinds: Sequence[type]) -> Iterator[object]:
+        """Yield what a process sends that is not to be trusted, until it closes its end; without an event loop.
 
-        Raises: TimeoutError when it sends nothing for so long.
+        kinds: the classes of messages that are taken: any other could do anything here.
+        Raises: TimeoutError when it sends nothing for so long; pickle.UnpicklingError for what is no such message.
         """
+        allowed = {(kind.__module__, kind.__qualname__): kind for kind in (*kinds, _Logged)}
         received = bytearray()
         # Not select(2), which knows the first 1,024 descriptors only.
         waiting = select.poll()
@@ -102,7 +106,9 @@ class Forked:
             if not part:
                 return
             received += part
-            yield from _taken(received)
+            if len(received) > _MOST_UNTRUSTED:
+                raise pickle.UnpicklingError("a message is larger than is believed")
+            yield from _taken(received, lambda data: _Restricted(data, allowed).load())
 
     async def listen(self, take: Callable[[object], Awaitable[None]]) -> None:
         """Pass on what the process sends, until it closes its end; lines of its log go to the log here."""
@@ -212,13 +218,29 @@ class _Forwarder(logging.Handler):
         self._line.send(_Logged(record.name, record.levelno, record.getMessage()))
 
 
-def _taken(received: bytearray) -> Iterator[object]:
+class _Restricted(pickle.Unpickler):
+    """Makes nothing but plain values and messages of known kinds."""
+
+    def __init__(self, data: memoryview, allowed: Mapping[tuple[str, str], type]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._allowed = allowed
+
+    def find_class(self, module_name: str, global_name: str, /) -> type:
+        """Return a class that is allowed. Raises: pickle.UnpicklingError."""
+        try:
+            return self._allowed[module_name, global_name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is no message") from None
+
+
+def _taken(received: bytearray, decode: Callable[[memoryview], object] = pickle.loads) -> Iterator[object]:
     """Take whole messages out of what was received; lines of a log go to the log here."""
     while len(received) >= _LENGTH_SIZE:
         end = _LENGTH_SIZE + int.from_bytes(received[:_LENGTH_SIZE], "little")
         if len(received) < end:
             return
-        message = pickle.loads(memoryview(received)[_LENGTH_SIZE:end])
+        with memoryview(received) as view:
+            message = decode(view[_LENGTH_SIZE:end])
         del received[:end]
         if isinstance(message, _Logged):
             logging.getLogger(message.logger).log(message.level, "%s", message.text)

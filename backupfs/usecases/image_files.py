@@ -1,6 +1,8 @@
 """Storing the files of a volume as a tree whose contents are extents of it, as a confined process finds them."""
 
 import os
+import pickle
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +14,17 @@ from backupfs.snapshots.tree import TreeBuilder
 from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.events import FileSkipped, Remark
-from backupfs.usecases.image_walk import Closed, Found, Listed, Node, Part, PartsEnd, Problem, walk_volume
+from backupfs.usecases.image_walk import (
+    MESSAGES,
+    Closed,
+    Found,
+    Listed,
+    Node,
+    Part,
+    PartsEnd,
+    Problem,
+    walk_volume,
+)
 
 # A reader that says nothing for so long is not believed to say anything any more.
 _PATIENCE_S = 300.0
@@ -62,9 +74,13 @@ class VolumeFiles:
 
         process = fork(run, lambda error: Problem(b"/", f"its reader failed: {error}"), [])
         try:
-            self._take_all(process.messages(_PATIENCE_S))
+            self._take_all(process.messages(_PATIENCE_S, MESSAGES))
         except TimeoutError:
             self._skip(b"/", f"its reader has said nothing for {_PATIENCE_S:.0f} seconds and was ended")
+        except (pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
+            # A reader that what it reads has taken over may say anything.
+            self._skip(b"/", f"its reader said what makes no sense: {error}")
+            self._top = None
         finally:
             process.kill()
         return self._top

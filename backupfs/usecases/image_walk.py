@@ -92,7 +92,7 @@ class Problem(NamedTuple):
     text: str
 
 
-Said = Found | Listed | Closed | Part | PartsEnd | Problem
+MESSAGES = (Found, Listed, Closed, Part, PartsEnd, Problem, Node)
 
 
 def walk_volume(line: Line, read: Read, size: int, kept: list[int]) -> None:

@@ -18,7 +18,7 @@ from backupfs.disks import explorer
 from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.snapshot import Snapshot
-from backupfs.usecases import image_files
+from backupfs.usecases import image_files, image_walk
 from backupfs.usecases.events import Event, FileSkipped, Remark
 from backupfs.usecases.restore import RestoreOptions, restore
 from tests.builders import (
@@ -484,3 +484,29 @@ def test_one_garbled_entry_hides_no_other(tmp_path: Path) -> None:
     found = restored(repository, snapshot, "/files/disk", tmp_path / "out")
     assert b"disk:/f003" in problems_of(events)
     assert len(found.keys() & {name.encode() for name in tree}) >= 197
+
+
+class Takeover:
+    """What a reader would send that hostile bytes have taken over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("what", ["code", "numbers", "type"])
+def test_a_reader_that_was_taken_over_can_do_nothing_here(
+    what: str, imaged: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = bytes(56)
+    sent = {
+        "code": Takeover(tmp_path / "made"),
+        "numbers": image_walk.Listed((image_walk.Node(b"a", row, (), directory=77),)),
+        "type": image_walk.Listed((image_walk.Node(b"a", b"short", ()),)),
+    }[what]
+    monkeypatch.setattr(image_files, "walk_volume", lambda line, *_: line.send(sent))
+    _, _, events = imaged(Made({}))
+    assert "said what makes no sense" in " ".join(problems_of(events).values())
+    assert not (tmp_path / "made").exists()
