@@ -1,29 +1,13 @@
-"""What the kernel asks, answered from the view: thin handlers under one guard.
-
-The handlers are plain functions. The guard makes of each what pyfuse3 calls: it loads what a handler missed and runs
-it again, and it maps every error to an errno, since a handler that raises anything else ends the mount.
-All of it belongs to the trio thread.
-"""
+"""What the kernel asks of the snapshots, answered from the view: thin handlers under one guard (guard.py)."""
 
 import errno
-import logging
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Coroutine
-from functools import wraps
-from typing import TypeVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
-from backupfs.errors import BackupfsError, shown
-from backupfs.view.filesystem import Attributes, NoSuchEntry, SnapshotView
-from backupfs.view.freshness import Stale
-from backupfs.view.loading import Loader, NotCached
-
-log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
+from backupfs.fuse.guard import GuardedOperations, guarded
+from backupfs.view.filesystem import Attributes, SnapshotView
+from backupfs.view.loading import Loader
 
 # Three years stand for ever.
 LASTING_S = 10**8
@@ -33,26 +17,9 @@ CHANGING_S = 1.0
 
 _BLOCK = 4096
 _LONGEST_NAME = 255
-_REPEAT_S = 600.0  # the same error of the same file is logged again after this time
-_MOST_REMEMBERED = 1000
 
 
-def _guarded(handler: Callable[..., Result]) -> Callable[..., Coroutine[object, object, Result]]:
-    """Make a plain function a handler of pyfuse3."""
-
-    @wraps(handler)
-    async def guarded(self: "SnapshotOperations", *arguments: object) -> Result:
-        try:
-            return handler(self, *arguments)
-        except FUSEError:
-            raise
-        except Exception as error:
-            return await self.recover(error, handler, arguments)
-
-    return guarded
-
-
-class SnapshotOperations(pyfuse3.Operations):
+class SnapshotOperations(GuardedOperations):
     """The handlers."""
 
     supports_dot_lookup = False
@@ -64,10 +31,9 @@ class SnapshotOperations(pyfuse3.Operations):
 
         enforces_acls: let the kernel read the ACLs of what it is to permit; without, it goes by modes alone.
         """
-        super().__init__()
+        super().__init__(loader, view.path_of)
         self.enable_acl = enforces_acls
         self._view = view
-        self._loader = loader
         # pyfuse3 copies what a handler returns before any other handler runs, so one object of each kind will do.
         self._attributes = EntryAttributes()
         self._attributes.st_blksize = _BLOCK
@@ -76,61 +42,11 @@ class SnapshotOperations(pyfuse3.Operations):
         self._absent.entry_timeout = LASTING_S
         self._opened = FileInfo(keep_cache=True)
         self._asks_xattrs = not view.never_has_xattrs
-        self._logged: OrderedDict[tuple[str, object], float] = OrderedDict()
 
-    # The slow way.
-
-    async def recover(self, error: Exception, handler: Callable[..., Result], arguments: tuple[object, ...]) -> Result:
-        """Provide what a handler lacked and run it again. Raises: FUSEError."""
-        while True:
-            try:
-                if isinstance(error, NotCached):
-                    return await self._loader.run(error, handler, self, *arguments)
-                if isinstance(error, Stale) and self._view.freshness is not None:
-                    await self._view.freshness.refreshed()
-                    return handler(self, *arguments)
-            except FUSEError:
-                raise
-            except Exception as other:
-                error = other
-                continue
-            raise FUSEError(await self._errno_of(error, arguments[0] if arguments else None))
-
-    async def _errno_of(self, error: Exception, inode: object) -> int:
-        if isinstance(error, NoSuchEntry):
-            return errno.ENOENT
-        if isinstance(error, NotADirectoryError):
-            return errno.ENOTDIR
-        if self._is_news(str(error), inode):
-            path = shown(await self._path_of(inode))
-            if isinstance(error, BackupfsError):
-                log.error("%s cannot be read: %s", path, error)
-            else:
-                log.error("%s: a fault in backupfs, please report it", path, exc_info=error)
-        return errno.EIO
-
-    def _is_news(self, message: str, inode: object) -> bool:
-        key, now = (message, inode), time.monotonic()
-        if now - self._logged.get(key, -_REPEAT_S) < _REPEAT_S:
-            return False
-        self._logged[key] = now
-        self._logged.move_to_end(key)
-        if len(self._logged) > _MOST_REMEMBERED:
-            self._logged.popitem(last=False)
-        return True
-
-    async def _path_of(self, inode: object) -> bytes:
-        if not isinstance(inode, int):
-            return b"/"
-        try:
-            return self._view.path_of(inode)
-        except NotCached as missing:
-            try:
-                return await self._loader.run(missing, self._view.path_of, inode)
-            except Exception:
-                return b"(a file whose path cannot be read)"
-        except Exception:
-            return b"(a file whose path cannot be read)"
+    async def refresh(self) -> None:
+        """Read the list of snapshots again."""
+        if self._view.freshness is not None:
+            await self._view.freshness.refreshed()
 
     # Answers.
 
@@ -153,23 +69,23 @@ class SnapshotOperations(pyfuse3.Operations):
         entry.entry_timeout = entry.attr_timeout = LASTING_S if is_lasting else CHANGING_S
         return entry
 
-    @_guarded
+    @guarded
     def lookup(self, parent_inode: int, name: bytes, _ctx: object) -> EntryAttributes:
         """Find a name; a name that no snapshot will ever have there is remembered as absent by the kernel."""
         found = self._view.lookup(parent_inode, name)
         return self._absent if found is None else self._filled(found)
 
-    @_guarded
+    @guarded
     def getattr(self, inode: int, _ctx: object) -> EntryAttributes:
         """Give the attributes of an inode."""
         return self._filled(self._view.attributes(inode))
 
-    @_guarded
+    @guarded
     def opendir(self, inode: int, _ctx: object) -> int:
         """Give the handle that `readdir` gets."""
         return self._view.open_directory(inode)
 
-    @_guarded
+    @guarded
     def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Reply a window of a directory; what goes wrong behind its first entry is for the next window to say."""
         reply, filled = pyfuse3.readdir_reply, self._filled
@@ -183,43 +99,43 @@ class SnapshotOperations(pyfuse3.Operations):
             if not replied:
                 raise
 
-    @_guarded
+    @guarded
     def releasedir(self, fh: int) -> None:
         """Take back a handle."""
         self._view.close_directory(fh)
 
-    @_guarded
+    @guarded
     def readlink(self, inode: int, _ctx: object) -> bytes:
         """Give a link's target."""
         return self._view.target(inode)
 
-    @_guarded
+    @guarded
     def open(self, inode: int, _flags: int, _ctx: object) -> FileInfo:
         """Give the inode as handle; what the kernel has cached of the file is still true."""
         self._opened.fh = inode
         return self._opened
 
-    @_guarded
+    @guarded
     def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
         """Give bytes of a file."""
         return self._view.read(fh, off, size)
 
-    @_guarded
+    @guarded
     def flush(self, _fh: int) -> None:
         """Answer once that there is nothing to flush, ever."""
         raise FUSEError(errno.ENOSYS)
 
-    @_guarded
+    @guarded
     def release(self, fh: int) -> None:
         """Take back a handle."""
         self._view.close_file(fh)
 
-    @_guarded
+    @guarded
     def access(self, _inode: int, _mode: int, _ctx: object) -> bool:
         """Answer once that the kernel is not to ask."""
         raise FUSEError(errno.ENOSYS)
 
-    @_guarded
+    @guarded
     def getxattr(self, inode: int, name: bytes, _ctx: object) -> bytes:
         """Give one extended attribute."""
         if not self._asks_xattrs:
@@ -229,14 +145,14 @@ class SnapshotOperations(pyfuse3.Operations):
                 return value
         raise FUSEError(errno.ENODATA)
 
-    @_guarded
+    @guarded
     def listxattr(self, inode: int, _ctx: object) -> list[bytes]:
         """Give the names of all extended attributes."""
         if not self._asks_xattrs:
             raise FUSEError(errno.ENOSYS)
         return [name for name, _ in self._view.xattrs(inode)]
 
-    @_guarded
+    @guarded
     def statfs(self, _ctx: object) -> StatvfsData:
         """Give the stored size of the repository; nothing is free."""
         data = StatvfsData()

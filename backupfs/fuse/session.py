@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -17,6 +18,10 @@ from backupfs.errors import MountError, shown
 from backupfs.fuse import mounted
 from backupfs.view.filesystem import SnapshotView
 from backupfs.view.loading import Loader
+from backupfs.view.scratch import ScratchDisks
+
+if TYPE_CHECKING:
+    import pyfuse3
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ class SessionOptions:
 
     allow_other: bool = False  # others than its owner may use it; then permissions are enforced
     allow_nonempty: bool = False  # hide what is in the mountpoint
+    is_writable: bool = False
 
 
 def check_mountpoint(mountpoint: Path, options: SessionOptions) -> None:
@@ -81,22 +87,53 @@ async def serve(
     on_ready: called once the mount answers.
     Raises: MountError.
     """
+
+    def operations() -> "pyfuse3.Operations":
+        from backupfs.fuse.operations import SnapshotOperations
+
+        return SnapshotOperations(view, loader, options.allow_other)
+
+    await _serve(operations, mountpoint, options, on_ready)
+
+
+async def serve_scratch(
+    disks: ScratchDisks, loader: Loader, mountpoint: Path, options: SessionOptions, on_ready: Callable[[], None]
+) -> None:
+    """Mount a scratch copy of an image, as `serve` does. Raises: MountError."""
+
+    def operations() -> "pyfuse3.Operations":
+        from backupfs.fuse.scratch import ScratchOperations
+
+        return ScratchOperations(disks, loader)
+
+    await _serve(operations, mountpoint, options, on_ready)
+
+
+async def _serve(
+    operations: "Callable[[], pyfuse3.Operations]",
+    mountpoint: Path,
+    options: SessionOptions,
+    on_ready: Callable[[], None],
+) -> None:
     try:
         import pyfuse3
 
-        from backupfs.fuse.operations import SnapshotOperations
         from backupfs.fuse.polling import polled_event_loop
+
+        handlers = operations()
     except ImportError as error:
         raise MountError(
             f"mounting needs pyfuse3, which cannot be loaded ({error}): `pip install pyfuse3`; to build it takes the "
             "packages libfuse3-dev, pkg-config and a C compiler"
         ) from error
 
-    wanted = {"ro", "nosuid", "nodev", "fsname=backupfs", "subtype=backupfs"}
+    wanted = {"nosuid", "nodev", "fsname=backupfs", "subtype=backupfs"}
+    if not options.is_writable:
+        wanted.add("ro")
     if options.allow_other:
         wanted |= {"allow_other", "default_permissions"}
     try:
-        pyfuse3.init(SnapshotOperations(view, loader, options.allow_other), str(mountpoint), wanted)
+        pyfuse3.init(handlers, str(mountpoint), wanted)
     except RuntimeError as error:
         raise MountError(
             f"{shown(str(mountpoint))} could not be mounted ({error}): what libfuse said stands in the log"

@@ -10,7 +10,7 @@ Pure. Source: docs/format.rst, "Volumes".
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from backupfs.codec.records import Field
 from backupfs.errors import DamagedObject
@@ -93,3 +93,31 @@ def extents_of(volumes: Sequence[Volume], load: Callable[[ChunkId], bytes | memo
             position += size
 
     return extents
+
+
+class Place(NamedTuple):
+    """Where some bytes of a volume lie."""
+
+    disk: int | None  # the number of a disk's volume; None: nowhere, they read as zeros and cannot be written
+    offset: int
+    length: int
+
+
+def places_of(volumes: Sequence[Volume], number: int, offset: int, length: int) -> Iterator[Place]:
+    """Yield where the bytes [offset, offset + length) of a volume lie on disks, in order."""
+    volume = volumes[number]
+    if volume.kind == DISK:
+        if length:
+            yield Place(number, offset, length)
+        return
+    position = 0
+    for size, base, start in volume.ranges:
+        low, high = max(offset, position), min(offset + length, position + size)
+        if low < high:
+            yield from places_of(volumes, base, start + low - position, high - low)
+        position += size
+
+
+def bases_of(volume: Volume) -> set[int]:
+    """Return the numbers of the volumes that one is made of; none for a disk."""
+    return {base for _, base, _ in volume.ranges}

@@ -1,0 +1,143 @@
+"""A scratch copy of an image as a mount that can be written: for checking, booting and editing what is in it."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from backupfs import interrupts, memory
+from backupfs.errors import BackupfsError, MountError, PathNotFound
+from backupfs.fuse import session
+from backupfs.fuse.background import serve_in_background
+from backupfs.fuse.session import SessionOptions, check_mountpoint
+from backupfs.repository.repository import Repository
+from backupfs.snapshots.snapshot import IMAGE, Snapshot
+from backupfs.usecases.mount import DATA_CACHE_SIZE, KEPT_BYTES, TREE_CACHE_SIZE
+from backupfs.usecases.umount import umount
+from backupfs.view.loading import Loader
+from backupfs.view.scratch import ScratchDisks
+
+_OPTIONS = SessionOptions(is_writable=True)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ScratchMount:
+    """Where a scratch copy is."""
+
+    mountpoint: Path
+    log_file: Path
+
+    def disk(self, name: str) -> Path:
+        """Return the file of a disk."""
+        return self.mountpoint / "disks" / f"{name}.raw"
+
+    def volume(self, name: str) -> Path:
+        """Return the file of a volume, or of a disk that is not divided."""
+        path = self.mountpoint / "volumes" / f"{name}.raw"
+        return path if path.exists() else self.disk(name)
+
+    def changes(self, name: str) -> Path:
+        """Return the map of what was written to a disk."""
+        return self.mountpoint / "changes" / f"{name}.map"
+
+    def last_words(self) -> str:
+        """Return what the server logged last."""
+        with contextlib.suppress(OSError):
+            lines = self.log_file.read_text("utf-8", "replace").strip().splitlines()
+            return lines[-1] if lines else ""
+        return ""
+
+
+def require_image(snapshot: Snapshot) -> None:
+    """Raises: PathNotFound for a snapshot of files."""
+    if snapshot.kind != IMAGE:
+        raise PathNotFound("the snapshot has no disks: it is one of files")
+
+
+async def serve_scratch(
+    repository: Repository, snapshot: Snapshot, mountpoint: Path, on_ready: Callable[[], None]
+) -> None:
+    """Mount a scratch copy, call `on_ready` once it answers, and return when the mount has ended.
+
+    What was written is gone then. Indexes must be loaded. Raises: MountError.
+    """
+    memory.keep_freed_memory(KEPT_BYTES)
+    repository.trees.keep_at_most(TREE_CACHE_SIZE)
+    repository.data.keep_at_most(DATA_CACHE_SIZE)
+    async with trio.open_nursery() as background:
+        loader = Loader(repository, background)
+        disks = ScratchDisks(snapshot, loader)
+        try:
+            await session.serve_scratch(disks, loader, mountpoint, _OPTIONS, on_ready)
+        finally:
+            disks.close()
+        background.cancel_scope.cancel()
+
+
+def scratch_in_background(repository: Repository, snapshot: Snapshot, mountpoint: Path, log_file: Path) -> int:
+    """Mount a scratch copy that stays until `umount`; return the pid of its server once it is ready.
+
+    Call it before any thread and event loop; indexes must be loaded. Raises: MountError.
+    """
+    require_image(snapshot)
+    check_mountpoint(mountpoint, _OPTIONS)
+
+    def serve(on_ready: Callable[[], None]) -> None:
+        interrupts.run(serve_scratch, repository, snapshot, mountpoint, on_ready, stop=repository.store.stop)
+
+    return serve_in_background(serve, log_file)
+
+
+@contextlib.contextmanager
+def scratch_mount(repository: Repository, snapshot: Snapshot) -> Iterator[ScratchMount]:
+    """Have a scratch copy for a while; it ends with this process, too, however that ends.
+
+    Conditions as for `scratch_in_background`.
+    """
+    require_image(snapshot)
+    folder = Path(tempfile.mkdtemp(prefix="backupfs-scratch-"))
+    found = ScratchMount(folder / "mnt", folder / "log")
+    leader = os.getpid()
+
+    def serve(on_ready: Callable[[], None]) -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        try:
+            if os.getppid() == leader:
+                interrupts.run(
+                    serve_scratch, repository, snapshot, found.mountpoint, on_ready, stop=repository.store.stop
+                )
+        finally:
+            if os.getppid() != leader:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    try:
+        found.mountpoint.mkdir()
+        check_mountpoint(found.mountpoint, _OPTIONS)
+        pid = serve_in_background(serve, found.log_file)
+        try:
+            yield found
+        finally:
+            _end(found.mountpoint, pid)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(mountpoint: Path, pid: int) -> None:
+    try:
+        umount(mountpoint)
+    except MountError:
+        # Somebody else looks into it; who made it need not wait for that.
+        with contextlib.suppress(BackupfsError):
+            umount(mountpoint, lazy=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)

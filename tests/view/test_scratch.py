@@ -1,0 +1,114 @@
+"""A scratch copy of an image without a kernel: by a model of its disks."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar, TypeVarTuple
+
+import pytest
+import trio
+
+from backupfs.snapshots.snapshot import Snapshot
+from backupfs.view.filesystem import NoSuchEntry
+from backupfs.view.loading import Loader, NotCached
+from backupfs.view.scratch import TOP, ReadOnly, ScratchDisks
+from tests.builders import new_repository, reopened
+from tests.usecases.test_image import MIB, disk_in, make_image
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
+
+
+class Client:
+    """Asks a scratch copy, loading what it misses."""
+
+    def __init__(self, disks: ScratchDisks, loader: Loader) -> None:
+        self.disks = disks
+        self._loader = loader
+
+    async def ask(self, operation: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        try:
+            return operation(*arguments)
+        except NotCached as missing:
+            return await self._loader.run(missing, operation, *arguments)
+
+    def inode(self, path: bytes) -> int:
+        inode = TOP
+        for name in path.split(b"/"):
+            inode = self.disks.lookup(inode, name).inode
+        return inode
+
+    async def read(self, inode: int, offset: int, length: int) -> bytes:
+        return bytes(await self.ask(self.disks.read, inode, offset, length))
+
+
+def scratch_of(path: Path) -> tuple[Client, Snapshot]:
+    repository = new_repository()
+    snapshot = make_image(repository, path)
+    repository = reopened(repository)
+    loader = Loader(repository)
+    return Client(ScratchDisks(snapshot, loader), loader), snapshot
+
+
+def test_what_is_written_to_volumes_and_disks_is_read_from_both(tmp_path: Path) -> None:
+    path = disk_in(tmp_path / "web1.raw")
+    plain = bytearray(path.read_bytes())
+    before = bytes(plain)
+    client, _ = scratch_of(path)
+    places = {b"disks/web1.raw": 0, b"volumes/web1p1.raw": MIB, b"volumes/web1p2.raw": 6 * MIB}
+    sizes = {b"disks/web1.raw": len(plain), b"volumes/web1p1.raw": 5 * MIB, b"volumes/web1p2.raw": 40 * MIB}
+    chooser = random.Random(3)
+
+    async def run() -> None:
+        for _ in range(200):
+            name = chooser.choice(list(places))
+            inode, base = client.inode(name), places[name]
+            offset = chooser.choice([chooser.randrange(sizes[name]), chooser.randrange(0, sizes[name], 4096)])
+            length = chooser.choice([1, 511, 4096, 8192, 100_000, 131_072])
+            if chooser.random() < 0.5:
+                data = chooser.randbytes(length)
+                count = await client.ask(client.disks.write, inode, offset, data)
+                assert count == min(length, sizes[name] - offset)
+                plain[base + offset : base + offset + count] = data[:count]
+            else:
+                end = min(offset + length, sizes[name])
+                assert await client.read(inode, offset, length) == plain[base + offset : base + end]
+        for name, base in places.items():
+            whole = await client.read(client.inode(name), 0, 1 << 40)
+            assert whole == plain[base : base + sizes[name]]
+        changes = await client.read(client.inode(b"changes/web1.map"), 0, 1 << 30)
+        position = 0
+        for line in changes.decode().splitlines()[1:]:
+            start, length, kind = line.split()
+            low, high = int(start), int(start) + int(length)
+            assert low == position
+            if kind == "same":
+                assert plain[low:high] == before[low:high]
+            position = high
+        assert position == len(plain)
+
+    trio.run(run)
+    assert client.disks.is_changed
+    client.disks.close()
+
+
+def test_names_that_are_not_there_and_places_that_cannot_be_written(tmp_path: Path) -> None:
+    client, snapshot = scratch_of(disk_in(tmp_path / "web1.raw"))
+    assert [name for name, *_ in client.disks.entries(TOP, 0)] == [b"disks", b"volumes", b"changes"]
+    assert [name for name, *_ in client.disks.entries(client.inode(b"volumes"), 1)] == [b"web1p2.raw"]
+    for path in (b"nosuch", b"disks/nosuch"):
+        with pytest.raises(NoSuchEntry):
+            client.inode(path)
+    with pytest.raises(NotADirectoryError):
+        client.inode(b"disks/web1.raw/below")
+    with pytest.raises(NoSuchEntry):
+        client.disks.attributes(999)
+    for name in (b"disks", b"changes/web1.map"):
+        with pytest.raises(ReadOnly):
+            client.disks.write(client.inode(name), 0, b"x")
+    size = snapshot.volumes[0].size
+    assert client.disks.write(client.inode(b"disks/web1.raw"), size, b"behind the end") == 0
+    assert not client.disks.is_changed
+    header = f"# since {snapshot.snapshot_id.hex()}\n0 {size} same\n"
+    assert client.disks.read(client.inode(b"changes/web1.map"), 0, 1000) == header.encode()
+    client.disks.close()
