@@ -25,6 +25,8 @@ _COMMANDS = {
     "backup": "backups",
     "image": "images",
     "export": "images",
+    "verify": "verifying",
+    "boot": "verifying",
     "snapshots": "backups",
     "forget": "backups",
     "ls": "contents",

@@ -1,5 +1,6 @@
 """Results of verbs as text and as JSON, with the same names everywhere."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -8,10 +9,11 @@ import click
 from backupfs.cli.report import Reporter, Value, duration_text, name_value, print_json, size_text, time_text
 from backupfs.cli.settings import Settings
 from backupfs.errors import shown
-from backupfs.ids import short
+from backupfs.ids import SnapshotId, short
 from backupfs.snapshots.listing import has_doubtful_time
 from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import IMAGE, Snapshot
+from backupfs.snapshots.verification import Result, Verification
 from backupfs.stores.requests import RequestCounts
 
 if TYPE_CHECKING:
@@ -49,10 +51,20 @@ def snapshot_value(snapshot: Snapshot) -> dict[str, Value]:
     }
 
 
-def tell_snapshots(settings: Settings, snapshots: list[Snapshot]) -> None:
-    """Print a list of snapshots."""
+def tell_snapshots(
+    settings: Settings, snapshots: list[Snapshot], verifications: Callable[[SnapshotId], list[Verification]]
+) -> None:
+    """Print a list of snapshots. verifications: gives those of a snapshot, oldest first."""
     if settings.json:
-        print_json([snapshot_value(snapshot) for snapshot in snapshots])
+        print_json(
+            [
+                {
+                    **snapshot_value(snapshot),
+                    "verifications": [verification_value(made) for made in verifications(snapshot.snapshot_id)],
+                }
+                for snapshot in snapshots
+            ]
+        )
         return
     if not snapshots:
         click.echo("no snapshots")
@@ -83,6 +95,11 @@ def tell_snapshots(settings: Settings, snapshots: list[Snapshot]) -> None:
                 f" {statistics.files_skipped:,} skipped, {size_text(statistics.stored_added)} stored,"
                 f" {duration_text(statistics.duration_ns)}"
             )
+            for made in verifications(snapshot.snapshot_id):
+                click.echo(f"  {time_text(made.time_ns)}, level {made.level}: {made.result.name.lower()}")
+                for one in made.outcomes:
+                    subject = f"{shown(one.subject)}: " if one.subject else ""
+                    click.echo(f"    {one.level} {one.result.name.lower():7} {subject}{shown(one.words)}")
 
 
 def _what_of(snapshot: Snapshot) -> str:
@@ -260,6 +277,38 @@ def tell_restore_image(settings: Settings, result: "RestoreImageResult", dry_run
     click.echo(f"  time     {duration_text(result.duration_ns)}")
 
 
+def verification_value(made: Verification) -> dict[str, Value]:
+    """Return a verification for JSON."""
+    outcomes: list[Value] = [
+        {"level": one.level, "subject": one.subject or None, "result": one.result.name.lower(), "words": one.words}
+        for one in made.outcomes
+    ]
+    return {
+        "snapshot": made.snapshot_id.hex(),
+        "time_ns": made.time_ns,
+        "host": made.host,
+        "level": made.level,
+        "result": made.result.name.lower(),
+        "outcomes": outcomes,
+        "duration_ns": made.duration_ns,
+        "program": made.program,
+    }
+
+
+def tell_verification(settings: Settings, made: Verification) -> None:
+    """Print how a verification ended."""
+    if settings.json:
+        print_json({"event": "summary", **verification_value(made)})
+        return
+    if settings.quiet:
+        return
+    for one in made.outcomes:
+        subject = f"{shown(one.subject)}: " if one.subject else ""
+        click.echo(f"level {one.level}  {one.result.name.lower():7}  {subject}{shown(one.words)}")
+    where = f" to level {made.level}" if made.result == Result.PASSED else ""
+    click.echo(f"{short(made.snapshot_id)} {made.result.name.lower()}{where}, {duration_text(made.duration_ns)}")
+
+
 def tell_thaw(settings: Settings, result: "ThawResult", dry_run: bool) -> None:
     """Print what a path needs and what was requested."""
     if settings.json:
@@ -294,7 +343,8 @@ def tell_check(settings: Settings, result: "CheckResult") -> None:
             }
             for finding in result.findings
         ]
-        print_json({"event": "summary", **asdict(result), "findings": findings})
+        hit: list[Value] = [snapshot_id.hex() for snapshot_id in result.snapshots_hit]
+        print_json({"event": "summary", **asdict(result), "findings": findings, "snapshots_hit": hit})
         return
     for finding in result.findings:
         if settings.quiet and finding.severity != "damage":

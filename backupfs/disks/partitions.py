@@ -5,6 +5,7 @@ Source: UEFI 2.10, chapter 5; for MBR, what Linux reads (block/partitions/msdos.
 """
 
 import struct
+import uuid
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,6 +33,7 @@ class Partition(NamedTuple):
     start: int  # bytes
     length: int
     label: str  # of a GPT entry
+    kind: str = ""  # the GUID of a GPT entry's type, or two hexadecimal digits
 
     @property
     def end(self) -> int:
@@ -76,7 +78,9 @@ def _read_gpt(read: Read, size: int, sector: int, place: int) -> list[Partition]
         if kind == bytes(16) or last < first or (last + 1) * sector > size:
             continue
         text = label.decode("utf-16-le", "replace").partition("\0")[0]
-        found.append(Partition(number + 1, first * sector, (last + 1 - first) * sector, text))
+        found.append(
+            Partition(number + 1, first * sector, (last + 1 - first) * sector, text, str(uuid.UUID(bytes_le=kind)))
+        )
     return found
 
 
@@ -94,7 +98,7 @@ def _read_mbr(read: Read, size: int, boot: bytes) -> list[Partition]:
         if kind in _EXTENDED:
             found += _logical(read, size, start)
         else:
-            found.append(Partition(number, start * 512, length * 512, ""))
+            found.append(Partition(number, start * 512, length * 512, "", f"{kind:02x}"))
     return sorted(found)
 
 
@@ -112,7 +116,7 @@ def _logical(read: Read, size: int, first: int) -> list[Partition]:
             if kind in _EXTENDED:
                 following = first + start
             elif kind and length and (at + start + length) * 512 <= size:
-                found.append(Partition(5 + len(found), (at + start) * 512, length * 512, ""))
+                found.append(Partition(5 + len(found), (at + start) * 512, length * 512, "", f"{kind:02x}"))
         if following is None:
             break
         at = following

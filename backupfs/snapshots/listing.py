@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from backupfs.codec.sealing import Kind, hash_object, seal_record, unseal_record
 from backupfs.errors import (
+    DamagedObject,
     ObjectMissing,
     RepositoryError,
     UnknownSnapshot,
@@ -18,6 +19,7 @@ from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, decode_snapshot, encode_snapshot
+from backupfs.snapshots.verification import VERIFY, Verification, decode_verification
 from backupfs.stores.store import Store
 from backupfs.stores.together import at_once, each
 
@@ -37,10 +39,11 @@ class SnapshotList:
     _loaded: dict[SnapshotId, Snapshot] = field(default_factory=dict)
     _notes: dict[str, notes.Note | None] = field(default_factory=dict)
     _damaged_notes: dict[str, str] = field(default_factory=dict)
+    _verifications: dict[SnapshotId, list[Verification]] = field(default_factory=dict)
 
     def refresh(self) -> bool:
         """Read what is new in the store; return whether anything changed. Raises: StoreError."""
-        before = list(self.snapshots)
+        before, notes_before = list(self.snapshots), len(self._notes)
         store = self.repository.store
         damaged: dict[str, str] = {}
         prefixes = (layout.SNAPSHOTS, layout.NOTES)
@@ -61,7 +64,7 @@ class SnapshotList:
             (snapshot for snapshot_id, snapshot in present.items() if snapshot_id not in forgotten),
             key=lambda snapshot: (snapshot.time_ns, snapshot.sequence, snapshot.snapshot_id),
         )
-        return self.snapshots != before
+        return self.snapshots != before or len(self._notes) != notes_before
 
     def _load(self, snapshot_id: SnapshotId, damaged: dict[str, str]) -> Snapshot | None:
         key = layout.key_of(Kind.SNAPSHOT, snapshot_id)
@@ -80,6 +83,8 @@ class SnapshotList:
         store = self.repository.store
         fresh = [key for key in listed if key not in self._notes]
         self._notes.update(zip(fresh, each(store, self._load_note, fresh), strict=True))
+        for key in fresh:
+            self._take_verification(key, self._notes[key])
         for key in listed:
             note = self._notes[key]
             if note is None or note.kind not in (notes.FORGET, notes.UNDELETE):
@@ -93,6 +98,14 @@ class SnapshotList:
                 )
         return {snapshot_id for snapshot_id, note_ids in forgets.items() if note_ids - undone.get(snapshot_id, set())}
 
+    def _take_verification(self, key: str, note: notes.Note | None) -> None:
+        if note is not None and note.kind == VERIFY:
+            try:
+                self._verifications.setdefault(note.snapshot_id, []).append(decode_verification(note))
+            except DamagedObject as error:
+                log.warning("the object %s: %s; it is ignored", key, error)
+                self._damaged_notes[key] = str(error)
+
     def _load_note(self, key: str) -> notes.Note | None:
         try:
             return notes.load_note(self.repository, key, self.store or self.repository.hot)
@@ -103,6 +116,10 @@ class SnapshotList:
             log.warning("%s; it is ignored", error)
             self._damaged_notes[key] = str(error)
         return None
+
+    def verifications(self, snapshot_id: SnapshotId) -> list[Verification]:
+        """Return what is known of a snapshot's soundness, oldest first."""
+        return sorted(self._verifications.get(snapshot_id, ()), key=lambda made: made.time_ns)
 
     def find(self, name: str) -> Snapshot:
         """Return the snapshot that a user's name means: an id, its prefix, `latest`, `HOST:latest` or `IMAGE:latest`.

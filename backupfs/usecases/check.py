@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
@@ -22,7 +22,7 @@ from backupfs import workers
 from backupfs.codec.keys import read_slot_info
 from backupfs.codec.sealing import Kind
 from backupfs.errors import RepositoryError, StoreError, UsageError, WrongPassword
-from backupfs.ids import ObjectId, SnapshotId, short
+from backupfs.ids import ChunkId, ObjectId, SnapshotId, short
 from backupfs.repository import layout, local
 from backupfs.repository.config import check_mac, encode_config, read_config
 from backupfs.repository.index import Index
@@ -50,6 +50,7 @@ class CheckOptions:
 
     read_data: bool = False  # read every pack whole
     subset: str | None = None  # read only a part of the packs: "5%" (another part each time) or "2/10"
+    snapshots: frozenset[SnapshotId] = frozenset()  # look at these only, and read the packs that they need; empty: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class CheckResult:
     findings: tuple[Finding, ...]  # the worst first
     findings_omitted: int  # beyond those that are listed
     damaged: bool
+    snapshots_hit: tuple[SnapshotId, ...]  # those that need something that is damaged
     snapshots: int
     tree_chunks: int  # distinct ones that were read
     entries: int  # of distinct tree pages
@@ -78,7 +80,9 @@ async def check(repository: Repository, options: CheckOptions, report: Report) -
     Raises: UsageError if the subset cannot be understood.
     """
     chosen = _subset(options.subset) if options.subset is not None else _everything
-    run = _Check(repository, chosen if options.read_data or options.subset is not None else None, report)
+    run = _Check(
+        repository, chosen if options.read_data or options.subset is not None else None, options.snapshots, report
+    )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run.stop_when_cancelled)
         nursery.start_soon(run.tell_progress)
@@ -111,12 +115,21 @@ def _subset(text: str) -> Callable[[ObjectId], bool]:
 class _Check:
     """The phases of one check. Belongs to the event loop; each phase runs in one thread, packs are read in several."""
 
-    def __init__(self, repository: Repository, chosen: Callable[[ObjectId], bool] | None, report: Report) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        chosen: Callable[[ObjectId], bool] | None,
+        only: frozenset[SnapshotId],
+        report: Report,
+    ) -> None:
         self._repository = repository
         self._chosen = chosen
+        self._only = only
         self._report = report
         self._findings = Findings()
         self._snapshots: list[Snapshot] = []
+        self._hit: list[SnapshotId] = []
+        self._left: list[Snapshot] = []  # as if they were snapshots: the directories that verifications left
         self._copies: dict[Kind, Copies] = {}
         self._present: dict[Kind, list[tuple[PackRef, int]]] = {}
         self._trees: TreeCheck | None = None
@@ -150,10 +163,8 @@ class _Check:
                 await workers.request(self._load_index, kind, folder)
                 self._present[kind] = await workers.request(self._copies[kind].compare_with_listing)
             if self._chosen is not None:
-                await self._read_packs(self._chosen)
-            self._trees = TreeCheck(
-                self._copies[Kind.TREE_PACK], self._copies[Kind.DATA_PACK], self._findings, self._stop
-            )
+                await self._read_packs(self._chosen if not self._only else await self._needed_packs())
+            self._trees = self._new_tree_check()
             await workers.request(self._check_trees, self._trees)
         finally:
             if folder is not None:
@@ -161,12 +172,25 @@ class _Check:
                     await workers.io(_delete_folder, folder)
         return self._result(self._trees, time.monotonic_ns() - started)
 
+    def _new_tree_check(self) -> TreeCheck:
+        return TreeCheck(self._copies[Kind.TREE_PACK], self._copies[Kind.DATA_PACK], self._findings, self._stop)
+
+    async def _needed_packs(self) -> Callable[[ObjectId], bool]:
+        """Find out which packs the chosen snapshots need: a first walk, whose verdicts are forgotten."""
+        await workers.request(self._check_trees, self._new_tree_check())
+        needed: set[ObjectId] = set()
+        for copies in self._copies.values():
+            needed |= copies.needed
+            copies.forget_verdicts()
+        return needed.__contains__
+
     def _result(self, trees: TreeCheck, duration_ns: int) -> CheckResult:
         copies = self._copies.values()
         return CheckResult(
             findings=self._findings.listed(),
             findings_omitted=self._findings.omitted,
             damaged=self._findings.damaged,
+            snapshots_hit=tuple(self._hit),
             snapshots=len(self._snapshots),
             tree_chunks=trees.counts.tree_chunks,
             entries=trees.counts.entries,
@@ -220,7 +244,15 @@ class _Check:
             identity = layout.id_in_key(key)
             if identity is not None and key.startswith(layout.SNAPSHOTS):
                 self._findings.hit(key, short(identity))
-        self._snapshots = list(listed.snapshots)
+        self._snapshots = [
+            snapshot for snapshot in listed.snapshots if not self._only or snapshot.snapshot_id in self._only
+        ]
+        self._left = [
+            replace(snapshot, root=ChunkId(made.tree), root_xattrs=())
+            for snapshot in self._snapshots
+            for made in listed.verifications(snapshot.snapshot_id)
+            if made.tree and not self._only
+        ]
         identity = repository.config.repository_id
         back = local.note_sequences(repository.local.state, identity, listed.highest_sequences())
         for host_id, sequence in back.items():
@@ -293,8 +325,12 @@ class _Check:
 
     def _check_trees(self, trees: TreeCheck) -> None:
         tainted = [snapshot for snapshot in self._snapshots if trees.is_tainted(snapshot)]
+        self._hit = [snapshot.snapshot_id for snapshot in tainted]
         for snapshot in tainted:
             trees.tell_paths(snapshot)
+        # What verifications left hits no snapshot, but is damage all the same.
+        for left in self._left:
+            trees.is_tainted(left)
         for copies in self._copies.values():
             copies.tell_unnamed()
 

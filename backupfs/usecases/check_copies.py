@@ -71,6 +71,7 @@ class Copies:
         self.reader = ChunkReader(repository.store, repository.keyring, index, kind, TREE_CACHE_SIZE)
         self.done = Marks(index.count)
         self.bad = Marks(index.count)
+        self.needed: set[ObjectId] = set()  # packs with chunks that were judged or loaded
         self.unnamed = Unnamed()
         self.named_packs = 0
         self.was_read: Callable[[ObjectId], bool] = lambda _pack_id: False
@@ -170,12 +171,18 @@ class Copies:
                     return Verdict(position, position not in self.bad, location.length)
             if self._is_good(position, chunk_id, location):
                 good = True
+                self.needed.add(location.pack.pack_id)
                 self._note_unnamed(first[0], location)
                 break
         if first is None:
             return self.judge(chunk_id) if self._rebuild() else self._lost(chunk_id)
         self.mark(first[0], good)
         return Verdict(first[0], good, first[1].length)
+
+    def forget_verdicts(self) -> None:
+        """Be as if no chunk had been judged."""
+        self.done = Marks(self.index.count)
+        self.bad = Marks(self.index.count)
 
     def mark(self, position: int, good: bool) -> None:
         """Note the verdict on a chunk."""

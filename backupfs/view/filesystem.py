@@ -119,19 +119,17 @@ class SnapshotView:
         self._names = name_snapshots(
             (snapshot for snapshot in self._listed.snapshots if snapshot.kind in (FILES, IMAGE)), self._names
         )
-        self._number(TOP, b"", arrange(self.snapshots, self._names))
+        self._number(TOP, b"", arrange(self.snapshots, self._names, self._listed.verifications))
         indexes = (self._repository.tree_index, self._repository.data_index)
         self.size = sum(pack.size for index in indexes for pack in index.packs().values())
 
     def _number(self, number: int, path: bytes, entry: Entry) -> None:
-        known = self._entries.get(number)
-        if not (isinstance(entry, Root) and isinstance(known, Root)):
-            self._entries[number] = entry
-        if isinstance(entry, Folder):
-            for name, child in entry.children.items():
-                below = self._number_of(path, name, child)
-                self._parents[below] = (number, name)
-                self._number(below, path + b"/" + name, child)
+        self._entries[number] = entry
+        children = entry.children if isinstance(entry, Folder) else entry.above if isinstance(entry, Root) else {}
+        for name, child in children.items():
+            below = self._number_of(path, name, child)
+            self._parents[below] = (number, name)
+            self._number(below, path + b"/" + name, child)
 
     def _number_of(self, path: bytes, name: bytes, entry: Entry) -> int:
         key = path + b"/" + name
@@ -139,11 +137,14 @@ class SnapshotView:
             # A link that points elsewhere is another link: what is known of the old one stays true.
             key += b"\0" + entry.target
         elif isinstance(entry, Root):
-            key += b"\0" + entry.snapshot.snapshot_id
+            key += b"\0" + entry.snapshot.snapshot_id + entry.tree
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = VIRTUAL | len(self._numbers)
         return number
+
+    def _number_above(self, inode: int, name: bytes, root: Root) -> int:
+        return self._number_of(self._folder_path(inode), name, root.above[name])
 
     def _entry(self, inode: int) -> Entry:
         try:
@@ -169,7 +170,7 @@ class SnapshotView:
             size = len(entry.target)
             return Attributes(inode, stat.S_IFLNK | 0o777, 1, uid, gid, 0, size, 0, entry.time_ns, entry.time_ns, False)
         if isinstance(entry, Root):
-            time_ns, nlink = entry.snapshot.time_ns, 2
+            time_ns, nlink = entry.time_ns, 2
         else:
             time_ns = entry.time_ns or self._started_ns
             nlink = 2 + sum(not isinstance(child, Link) for child in entry.children.values())
@@ -260,7 +261,7 @@ class SnapshotView:
             root = self._entry(directory)
             if not isinstance(root, Root):
                 raise NotADirectoryError
-            tree = root.snapshot.root
+            tree = root.tree
         else:
             page, position = self._place(directory)
             content = page.contents[position]
@@ -288,6 +289,8 @@ class SnapshotView:
                 if child is None:
                     raise NoSuchEntry
                 return self._virtual_attributes(self._number_of(self._folder_path(parent), name, child))
+            if isinstance(entry, Root) and name in entry.above:
+                return self._virtual_attributes(self._number_above(parent, name, entry))
         table = self._table
         if not table.is_known(parent):
             self._visit(parent)
@@ -345,8 +348,14 @@ class SnapshotView:
 
     def _page_entries(self, directory: int, start: int) -> Iterator[tuple[bytes, Attributes, int]]:
         table = self._table
+        root = self._entries.get(directory)
+        above = sorted(root.above) if isinstance(root, Root) else []
+        for name in above[start:]:
+            assert isinstance(root, Root)
+            start += 1
+            yield name, self._virtual_attributes(self._number_above(directory, name, root)), start
         place: int | None
-        place, position = table.slot_of_entry(directory, start)
+        place, position = table.slot_of_entry(directory, start - len(above))
         while place is not None:
             page = table.page(place)
             names = page.names

@@ -6,15 +6,19 @@ hosts/HOST/TIME       → ../../snapshots/TIME       hosts/HOST/latest
 tags/TAG/TIME         → ../../snapshots/TIME
 ids/ID                → ../snapshots/TIME, or ../images/NAME/TIME
 images/NAME/TIME      an image's root; images/NAME/latest → TIME
+images/NAME/TIME/.verify/TIME-levelN   what a verification left
 
 All but `ids` and `images` are of files only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from backupfs.ids import SHORT_HEX, SnapshotId
-from backupfs.snapshots.snapshot import IMAGE, Snapshot
+from backupfs.ids import SHORT_HEX, ChunkId, SnapshotId
+from backupfs.snapshots.snapshot import IMAGE, Snapshot, time_name
+from backupfs.snapshots.verification import Verification
+
+VERIFY_FOLDER = b".verify"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +31,12 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """The root directory of a snapshot."""
+    """The root directory of a snapshot, or one that belongs to it."""
 
     snapshot: Snapshot
+    tree: ChunkId
+    time_ns: int
+    above: "dict[bytes, Folder]" = field(default_factory=dict)  # directories in it that are in no tree
 
 
 @dataclass(slots=True)
@@ -74,8 +81,15 @@ def name_snapshots(snapshots: Iterable[Snapshot], names: dict[SnapshotId, bytes]
     return named
 
 
-def arrange(snapshots: Iterable[Snapshot], names: dict[SnapshotId, bytes]) -> Folder:
-    """Return the top directory over the snapshots shown, which come oldest first."""
+def arrange(
+    snapshots: Iterable[Snapshot],
+    names: dict[SnapshotId, bytes],
+    verifications: Callable[[SnapshotId], Iterable[Verification]],
+) -> Folder:
+    """Return the top directory over the snapshots shown, which come oldest first.
+
+    verifications: gives those of a snapshot, oldest first.
+    """
     top = Folder()
     folders = {name: top.folder(name) for name in (b"snapshots", b"hosts", b"tags", b"ids")}
     for snapshot in snapshots:
@@ -83,12 +97,13 @@ def arrange(snapshots: Iterable[Snapshot], names: dict[SnapshotId, bytes]) -> Fo
         if snapshot.kind == IMAGE:
             image = safe_name(snapshot.image)
             folder = top.folder(b"images").folder(image)
-            folder.add(name, Root(snapshot), time_ns)
+            above = {VERIFY_FOLDER: _verify_folder(snapshot, verifications(snapshot.snapshot_id))}
+            folder.add(name, Root(snapshot, snapshot.root, time_ns, above), time_ns)
             folder.add(b"latest", Link(name, time_ns), time_ns)
             nearby = Link(b"../images/" + image + b"/" + name, time_ns)
             folders[b"ids"].add(_free_id(folders[b"ids"], snapshot.snapshot_id), nearby, time_ns)
             continue
-        folders[b"snapshots"].add(name, Root(snapshot), time_ns)
+        folders[b"snapshots"].add(name, Root(snapshot, snapshot.root, time_ns), time_ns)
         nearby, far = Link(b"../snapshots/" + name, time_ns), Link(b"../../snapshots/" + name, time_ns)
         host = folders[b"hosts"].folder(safe_name(snapshot.host))
         host.add(name, far, time_ns)
@@ -96,10 +111,23 @@ def arrange(snapshots: Iterable[Snapshot], names: dict[SnapshotId, bytes]) -> Fo
         for tag in snapshot.tags:
             folders[b"tags"].folder(safe_name(tag)).add(name, far, time_ns)
         folders[b"ids"].add(_free_id(folders[b"ids"], snapshot.snapshot_id), nearby, time_ns)
-        top.add(b"latest", Root(snapshot), time_ns)
+        top.add(b"latest", Root(snapshot, snapshot.root, time_ns), time_ns)
     for folder in folders.values():
         folder.time_ns = top.time_ns
     return top
+
+
+def _verify_folder(snapshot: Snapshot, verifications: Iterable[Verification]) -> Folder:
+    folder = Folder(time_ns=snapshot.time_ns)
+    for made in verifications:
+        if made.tree:
+            plain = name = f"{time_name(made.time_ns)}-level{made.level}".encode()
+            count = 1
+            while name in folder.children:
+                count += 1
+                name = b"%s-%d" % (plain, count)
+            folder.add(name, Root(snapshot, ChunkId(made.tree), made.time_ns), made.time_ns)
+    return folder
 
 
 def _free_id(folder: Folder, snapshot_id: SnapshotId) -> bytes:

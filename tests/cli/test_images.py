@@ -47,7 +47,7 @@ def test_the_mount_shows_disks_and_volumes_that_tools_take(cli: Cli, disk: Path,
         assert sorted(os.listdir(mountpoint)) == ["hosts", "ids", "images", "snapshots", "tags"]
         latest = mountpoint / "images/web/latest"
         assert len(os.listdir(mountpoint / "images/web")) == 3
-        assert sorted(os.listdir(latest)) == ["disks", "files", "volumes"]
+        assert sorted(os.listdir(latest)) == [".verify", "disks", "files", "volumes"]
         assert os.listdir(latest / "disks") == ["sda.raw"]
         assert (latest / "disks/sda.raw").read_bytes() == disk.read_bytes()
         status = os.stat(latest / "disks/sda.raw")

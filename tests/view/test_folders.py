@@ -7,10 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupfs.ids import ChunkId, SnapshotId
-from backupfs.snapshots.snapshot import FILES, Snapshot, Statistics
-from backupfs.view.folders import Folder, Link, Root, arrange, name_snapshots, safe_name
+from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, Statistics
+from backupfs.snapshots.verification import Outcome, Result, Verification
+from backupfs.view.folders import VERIFY_FOLDER, Folder, Link, Root, arrange, name_snapshots, safe_name
 
 SECOND = 10**9
+
+
+def unverified(_snapshot_id: SnapshotId) -> list[Verification]:
+    return []
 
 
 def snapshot(number: int, time_s: int, host: str = "h", tags: tuple[str, ...] = ()) -> Snapshot:
@@ -43,7 +48,7 @@ def test_snapshots_of_one_second_get_numbers_and_keep_them() -> None:
 
 def test_every_way_leads_to_the_same_directory() -> None:
     one, two = snapshot(1, 5, "a", ("t",)), snapshot(2, 6, "b")
-    top = arrange([one, two], name_snapshots([one, two], {}))
+    top = arrange([one, two], name_snapshots([one, two], {}), unverified)
     hosts, tags, ids = (top.children[name] for name in (b"hosts", b"tags", b"ids"))
     assert isinstance(hosts, Folder)
     assert isinstance(tags, Folder)
@@ -55,18 +60,35 @@ def test_every_way_leads_to_the_same_directory() -> None:
     }
     assert list(tags.children) == [b"t"]
     assert list(ids.children) == [b"00000001", b"00000002"]
-    assert top.folder(b"snapshots").children[name] == Root(one)
+    assert top.folder(b"snapshots").children[name] == Root(one, one.root, one.time_ns)
 
 
 def test_ids_that_begin_alike_get_more_digits() -> None:
     one = snapshot(1, 5)
     two = replace(one, snapshot_id=SnapshotId(one.snapshot_id[:31] + b"x"))
-    ids = arrange([one, two], name_snapshots([one, two], {})).folder(b"ids")
+    ids = arrange([one, two], name_snapshots([one, two], {}), unverified).folder(b"ids")
     assert len(ids.children) == 2
 
 
 def test_an_empty_repository_has_its_folders_and_no_latest() -> None:
-    assert set(arrange([], {}).children) == {b"snapshots", b"hosts", b"tags", b"ids"}
+    assert set(arrange([], {}, unverified).children) == {b"snapshots", b"hosts", b"tags", b"ids"}
+
+
+def test_verifications_of_an_image_are_beside_its_tree_by_time_and_level() -> None:
+    image, other = replace(snapshot(1, 5), kind=IMAGE, image="web"), snapshot(2, 6)
+    outcomes = (Outcome(0, "", Result.PASSED, ""),)
+    made = Verification(image.snapshot_id, 9 * SECOND, "h", 2, 0, "", outcomes, b"t" * 32)
+    # One without a directory leaves nothing to show.
+    found = [made, made, replace(made, level=3, tree=b"")]
+    top = arrange([image, other], name_snapshots([image, other], {}), lambda _id: found)
+    root = top.folder(b"images").folder(b"web").children[b"1970-01-01T00-00-05Z"]
+    assert isinstance(root, Root)
+    name = b"1970-01-01T00-00-09Z-level2"
+    record = Root(image, ChunkId(b"t" * 32), 9 * SECOND)
+    assert root.above[VERIFY_FOLDER].children == {name: record, name + b"-2": record}
+    files = top.folder(b"snapshots").children[b"1970-01-01T00-00-06Z"]
+    assert isinstance(files, Root)
+    assert files.above == {}
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def snapshots_command(
     if names:
         wanted = {listed.find(name).snapshot_id for name in names}
         chosen = [snapshot for snapshot in chosen if snapshot.snapshot_id in wanted]
-    tell_snapshots(settings, chosen)
+    tell_snapshots(settings, chosen, listed.verifications)
     return 1 if listed.damaged else 0
 
 

@@ -1,0 +1,137 @@
+"""The programs that check file systems: which one a volume needs, and what it says.
+
+They are run on a scratch copy of a volume, a plain file that may be written: a journal is replayed first, as the next
+mount would, and then the judge only looks.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+_TIMEOUT_S = 6 * 3600
+_MOST_WORDS = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Checker:
+    """How a kind of file system is checked."""
+
+    form: str
+    program: str
+    package: str
+    arguments: tuple[str, ...]
+    replay: tuple[str, ...] = ()  # a command before, which may write
+    replay_codes: tuple[int, ...] = (0,)  # with which it has done its work
+    unclear: bytes = b""  # words with which the judge cannot judge
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What came of a check."""
+
+    form: str
+    sound: bool | None  # None: nothing can be said
+    words: str  # one line
+    output: bytes  # of the programs
+
+
+_EXT = Checker(
+    "ext2/3/4", "e2fsck", "e2fsprogs", ("-fn",), ("e2fsck", "-p"), (0, 1)
+)  # fmt: skip
+_XFS = Checker(
+    "XFS", "xfs_repair", "xfsprogs", ("-n", "-f"), unclear=b"metadata changes in a log which is being ignored"
+)
+_BTRFS = Checker("btrfs", "btrfs", "btrfs-progs", ("check", "--readonly"))
+_NTFS = Checker("NTFS", "ntfsfix", "ntfs-3g", ("-n",))
+_FAT = Checker("FAT", "fsck.fat", "dosfstools", ("-n",))
+_EXFAT = Checker("exFAT", "fsck.exfat", "exfatprogs", ("-n",))
+
+# Checker, offset of a mark and the mark; several places: the first is where it should be, the others hold copies.
+_MARKS: tuple[tuple[Checker, tuple[int, ...], bytes], ...] = (
+    (_EXT, (0x438, (32768 << 12) + 0x38, (16384 << 11) + 0x38, (8193 << 10) + 0x38), b"\x53\xef"),
+    (_XFS, (0,), b"XFSB"),
+    (_BTRFS, (0x10040, (64 << 20) + 0x40), b"_BHRfS_M"),
+    (_NTFS, (3, -509), b"NTFS    "),
+    (_EXFAT, (3, 12 * 512 + 3), b"EXFAT   "),
+    (_FAT, (82, 6 * 512 + 82), b"FAT32   "),
+    (_FAT, (54,), b"FAT16   "),
+    (_FAT, (54,), b"FAT12   "),
+)
+# What is no file system that could be checked, by the same rule.
+_OTHERS = (
+    ("LUKS", 0, b"LUKS\xba\xbe"), ("a physical volume of LVM", 536, b"LVM2 001"), ("swap", 4086, b"SWAPSPACE2"),
+    ("squashfs", 0, b"hsqs"), ("ISO 9660", 0x8001, b"CD001"),
+)  # fmt: skip
+
+
+def check_volume(path: Path, size: int) -> Checked:
+    """Check the file system in a scratch copy of a volume. Raises: OSError where it cannot be read."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for checker, places, mark in _MARKS:
+            if _stands_at(fd, size, places[0], mark):
+                return _run(checker, path)
+        for form, place, mark in _OTHERS:
+            if _stands_at(fd, size, place, mark):
+                return Checked(form, None, f"{form}: there is no program that checks it", b"")
+        for checker, places, mark in _MARKS:
+            for place in places[1:]:
+                if _stands_at(fd, size, place, mark):
+                    return Checked(
+                        checker.form, False, f"{checker.form}: its superblock is gone, a copy is at byte {place:,}", b""
+                    )
+    finally:
+        os.close(fd)
+    return Checked("", None, "no file system that is known", b"")
+
+
+def _stands_at(fd: int, size: int, place: int, mark: bytes) -> bool:
+    place = place if place >= 0 else size + place
+    return 0 <= place <= size - len(mark) and os.pread(fd, len(mark), place) == mark
+
+
+def _run(checker: Checker, path: Path) -> Checked:
+    if shutil.which(checker.program) is None:
+        return Checked(
+            checker.form, None, f"{checker.form}: {checker.program} is missing: install {checker.package}", b""
+        )
+    output, replayed = b"", ""
+    if checker.replay:
+        code, output = _said_by([*checker.replay, str(path)])
+        if code not in checker.replay_codes:
+            return Checked(checker.form, False, f"{checker.form}: {_last_line(output, path)}", output)
+        replayed = ", after its journal was replayed" if b"recovering journal" in output else ""
+    code, words = _said_by([checker.program, *checker.arguments, str(path)])
+    output += words
+    if checker.unclear and checker.unclear in words:
+        return Checked(
+            checker.form, None, f"{checker.form}: its log is not empty, as of a running system: "
+            "only a mount can say what it looks like then", output
+        )  # fmt: skip
+    if code == 0:
+        return Checked(checker.form, True, f"{checker.form}: {checker.program} finds nothing wrong{replayed}", output)
+    return Checked(checker.form, False, f"{checker.form}: {_last_line(words, path)}", output)
+
+
+def _said_by(command: list[str]) -> tuple[int, bytes]:
+    environment = {**os.environ, "LC_ALL": "C"}
+    heard = b"$ " + os.fsencode(" ".join(command[:-1])) + b"\n"
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+            timeout=_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 1, heard + b"it took more than %d hours\n" % (_TIMEOUT_S // 3600)
+    return done.returncode, heard + done.stdout[-_MOST_WORDS:]
+
+
+def _last_line(output: bytes, path: Path) -> str:
+    """Return what a program said last that is worth a line."""
+    lines = [re.sub(rb"[^\x20-\x7e]", b"?", line).strip() for line in output.replace(b"\r", b"\n").splitlines()]
+    worth = [line for line in lines[1:] if line]
+    text = worth[-1].decode() if worth else "it says nothing"
+    return text.replace(f"{path}:", "").strip()

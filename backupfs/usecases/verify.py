@@ -1,0 +1,277 @@
+"""Verify a snapshot: prove, level by level, that what is stored would be of use, and keep a record of it.
+
+0  all metadata is read and authenticated, every pack it needs is there
+1  every stored byte it needs is read again and hashed
+2  image: its file systems are checked by their own programs; files: each is read through the mount
+3  image: it boots in a virtual machine without a network
+An image is checked and booted from scratch copies: nothing that is done to them touches it.
+"""
+
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backupfs import __version__, forked, interrupts
+from backupfs.disks.checkers import check_volume
+from backupfs.disks.machine import Machine, MachineDisk, MachineOptions, require_qemu
+from backupfs.errors import UsageError, shown
+from backupfs.ids import short
+from backupfs.repository.repository import Repository
+from backupfs.snapshots import notes
+from backupfs.snapshots.notes import put_note
+from backupfs.snapshots.snapshot import IMAGE, Snapshot
+from backupfs.snapshots.verification import (
+    BOOT,
+    CONTENT,
+    DATA,
+    METADATA,
+    VERIFY,
+    Outcome,
+    Result,
+    Verification,
+    encode_verification,
+)
+from backupfs.snapshots.volumes import bases_of
+from backupfs.usecases.boot_watch import watch
+from backupfs.usecases.check import CheckOptions, CheckResult, check
+from backupfs.usecases.events import Progress, Report
+from backupfs.usecases.findings import Severity
+from backupfs.usecases.kept_directory import store_directory
+from backupfs.usecases.mount import MountFilter, MountOptions, mount_in_background, serve_mount
+from backupfs.usecases.scratch import scratch_mount
+from backupfs.usecases.umount import umount
+
+BOOT_S = 900.0
+_READ = 1 << 20
+_MOST_NAMED = 20
+_MOST_CONSOLE = 1 << 20
+_PROGRESS_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """What a user can say about a verification."""
+
+    level: int = CONTENT
+    marker: str = ""  # text on the console that says that the machine is up; empty: a login prompt
+    timeout_s: float = BOOT_S
+    machine: MachineOptions = field(default_factory=MachineOptions)
+    is_recorded: bool = True
+
+
+def verify(repository: Repository, snapshot: Snapshot, options: VerifyOptions, report: Report) -> Verification:
+    """Run all levels up to the one wanted and store the record. What is wrong is in the result, never raised.
+
+    It forks: call it before any thread and event loop; indexes must be loaded.
+    Raises: UsageError for a level that there is not; SourceError where a level cannot be tried here; StoreError.
+    """
+    highest = BOOT if snapshot.kind == IMAGE else CONTENT
+    if not METADATA <= options.level <= highest:
+        raise UsageError(f"--level {options.level}: a snapshot of this kind has levels 0 to {highest}")
+    if options.level >= BOOT:
+        require_qemu()
+    run = _Run(repository, snapshot, options, report)
+    started, time_ns = time.monotonic_ns(), time.time_ns()
+    run.through()
+    made = Verification(
+        snapshot.snapshot_id, time_ns, os.uname().nodename, options.level, time.monotonic_ns() - started,
+        f"backupfs {__version__}", tuple(run.outcomes),
+    )  # fmt: skip
+    if not options.is_recorded:
+        return made
+    run.left[b"report.txt"] = _report_of(made).encode()
+    tree = store_directory(repository, run.left, time_ns)
+    made = Verification(
+        made.snapshot_id, time_ns, made.host, made.level, made.duration_ns, made.program, made.outcomes, tree
+    )
+    put_note(repository, notes.Note(snapshot.snapshot_id, VERIFY, time_ns, made.host, encode_verification(made)))
+    return made
+
+
+class _Run:
+    """One verification."""
+
+    def __init__(self, repository: Repository, snapshot: Snapshot, options: VerifyOptions, report: Report) -> None:
+        self._repository = repository
+        self._snapshot = snapshot
+        self._options = options
+        self._report = report
+        self.outcomes: list[Outcome] = []
+        self.left: dict[bytes, bytes] = {}  # files for the record
+
+    def through(self) -> None:
+        """Run the levels; all of them, as each says something of its own."""
+        self._check(METADATA, CheckOptions(snapshots=frozenset({self._snapshot.snapshot_id})))
+        if self._options.level >= DATA:
+            self._check(DATA, CheckOptions(read_data=True, snapshots=frozenset({self._snapshot.snapshot_id})))
+        if self._options.level >= CONTENT:
+            if self._snapshot.kind == IMAGE:
+                self._check_file_systems()
+            else:
+                self._read_files()
+        if self._options.level >= BOOT:
+            self._boot()
+
+    def _add(self, level: int, subject: str, result: Result, words: str) -> None:
+        self.outcomes.append(Outcome(level, subject, result, words))
+
+    # Levels 0 and 1.
+
+    def _check(self, level: int, options: CheckOptions) -> None:
+        repository = self._repository
+
+        def run(take: Callable[[object], None]) -> CheckResult:
+            return interrupts.run(check, repository, options, take, stop=repository.store.stop)
+
+        # In a process of its own, as its threads would be in the way of what is forked later.
+        found = forked.call(run, self._report)  # type: ignore[arg-type]
+        if self._snapshot.snapshot_id in found.snapshots_hit:
+            worst = [finding for finding in found.findings if finding.severity == Severity.DAMAGE]
+            words = f"{worst[0].key}: {worst[0].what}" if worst else "something that it needs is damaged"
+            more = f", and {len(worst) - 1} more objects" if len(worst) > 1 else ""
+            paths = worst[0].paths_total if worst else 0
+            hit = f"; {paths:,} paths are hit" if paths else ""
+            self._add(level, "", Result.FAILED, f"{words}{more}{hit}: `backupfs check` names all")
+        elif level == METADATA:
+            self._add(
+                level, "", Result.PASSED,
+                f"{found.tree_chunks:,} pages with {found.entries:,} entries are right, their packs are there",
+            )  # fmt: skip
+        else:
+            self._add(
+                level, "", Result.PASSED, f"{found.packs_read:,} packs, {found.bytes_read:,} bytes, read and hashed"
+            )
+
+    # Level 2.
+
+    def _check_file_systems(self) -> None:
+        volumes = self._snapshot.volumes
+        under = {base for volume in volumes for base in bases_of(volume)}
+        with scratch_mount(self._repository, self._snapshot) as scratch:
+            for number, volume in enumerate(volumes):
+                if number in under:
+                    continue
+                self._report(Progress("check", 0, 0, current=volume.name.encode()))
+                try:
+                    checked = check_volume(scratch.volume(volume.name), volume.size)
+                except OSError as error:
+                    words = f"it cannot be read: {error.strerror}; {scratch.last_words()}"
+                    self._add(CONTENT, volume.name, Result.FAILED, words)
+                    continue
+                result = {True: Result.PASSED, False: Result.FAILED, None: Result.SKIPPED}[checked.sound]
+                self._add(CONTENT, volume.name, result, checked.words)
+                if checked.output:
+                    self.left[f"check-{volume.name}.log".encode()] = checked.output
+
+    def _read_files(self) -> None:
+        with _mounted(self._repository, self._snapshot) as top:
+            files, size, problems = forked.call(lambda take: _read_all(top, take), self._report)  # type: ignore[arg-type]
+        if problems:
+            self.left[b"problems.txt"] = "".join(f"{problem}\n" for problem in problems).encode()
+            more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
+            self._add(CONTENT, "", Result.FAILED, f"{problems[0]}{more}")
+        else:
+            self._add(CONTENT, "", Result.PASSED, f"{files:,} files, {size:,} bytes, read through the mount")
+
+    # Level 3.
+
+    def _boot(self) -> None:
+        name = self._snapshot.disks[0].name
+        folder = Path(tempfile.mkdtemp(prefix="backupfs-machine-"))
+        try:
+            with scratch_mount(self._repository, self._snapshot) as scratch:
+                disks = [MachineDisk(disk.name, scratch.disk(disk.name)) for disk in self._snapshot.disks]
+                machine = Machine(disks, self._options.machine, folder)
+                try:
+                    watched = watch(machine, self._options.marker, self._options.timeout_s, self._report)
+                finally:
+                    machine.end()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._add(BOOT, name, watched.result, f"{watched.words} ({machine.firmware}, {machine.accelerator})")
+        self.left[b"console.log"] = watched.console[-_MOST_CONSOLE:]
+        if watched.screen:
+            self.left[b"screen.txt"] = watched.screen.encode() + b"\n"
+        if watched.picture:
+            self.left[b"screen.png"] = watched.picture
+
+
+@contextlib.contextmanager
+def _mounted(repository: Repository, snapshot: Snapshot) -> Iterator[Path]:
+    """Mount one snapshot for a while; gives its root."""
+    folder = Path(tempfile.mkdtemp(prefix="backupfs-verify-"))
+    mountpoint = folder / "mnt"
+    options = MountOptions(shown=MountFilter(snapshots=frozenset({snapshot.snapshot_id})))
+
+    def serve(on_ready: Callable[[], None]) -> None:
+        interrupts.run(
+            serve_mount, repository, mountpoint, options, on_ready, _no_words, stop=repository.store.stop
+        )  # fmt: skip
+
+    try:
+        mountpoint.mkdir()
+        pid = mount_in_background(serve, mountpoint, options, folder / "log")
+        try:
+            yield mountpoint / "ids" / short(snapshot.snapshot_id)
+        finally:
+            umount(mountpoint)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _no_words(_event: object) -> None:
+    return
+
+
+def _read_all(top: Path, take: Callable[[object], None]) -> tuple[int, int, list[str]]:
+    """Read all files below a directory; return (files, bytes, what is wrong, one line each)."""
+    buffer = memoryview(bytearray(_READ))
+    files = size = 0
+    problems: list[str] = []
+    seen: set[int] = set()
+    told = time.monotonic()
+    pending = [os.fsencode(top)]
+    start = len(pending[0])
+    while pending:
+        path = pending.pop()
+        try:
+            status = os.stat(path) if path == os.fsencode(top) else os.lstat(path)
+            if stat.S_ISDIR(status.st_mode):
+                pending += (os.path.join(path, name) for name in sorted(os.listdir(path), reverse=True))
+                continue
+            files += 1
+            if stat.S_ISREG(status.st_mode) and status.st_ino not in seen:
+                if status.st_nlink > 1:
+                    seen.add(status.st_ino)
+                with open(path, "rb", buffering=0) as file:
+                    count = 0
+                    while part := file.readinto(buffer):
+                        count += part
+                if count != status.st_size:
+                    raise OSError(0, f"it has {status.st_size:,} bytes and gives {count:,}")
+                size += count
+        except OSError as error:
+            if len(problems) < _MOST_NAMED * 50:
+                problems.append(f"{shown(path[start:] or b'/')}: {error.strerror}")
+        now = time.monotonic()
+        if now - told > _PROGRESS_S:
+            told = now
+            take(Progress("verify", files, size, current=path[start:]))
+    return files, size, problems
+
+
+def _report_of(made: Verification) -> str:
+    lines = [f"{made.program} on {made.host}, asked for level {made.level}, {made.duration_ns / 10**9:.1f} s"]
+    lines += [
+        f"level {one.level}  {one.result.name.lower():7}  {one.subject + ': ' if one.subject else ''}{one.words}"
+        for one in made.outcomes
+    ]
+    return "\n".join(lines) + "\n"
