@@ -32,6 +32,8 @@ _COMMANDS = {
     "ls": "contents",
     "dump": "contents",
     "restore": "contents",
+    "put": "edits",
+    "rm": "edits",
     "thaw": "contents",
     "mount": "mounts",
     "umount": "mounts",

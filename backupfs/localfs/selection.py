@@ -1,5 +1,7 @@
 """Which entries of a directory a backup takes: patterns, markers, sizes, file systems."""
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from backupfs.localfs import exclude, mounts
@@ -74,3 +76,15 @@ class Selection:
             if exclude.has_marker(dir_fd, marker):
                 return f"marked by {marker.decode('utf-8', 'replace')}"
         return None
+
+
+def identities(folders: Iterable[bytes]) -> frozenset[tuple[int, int]]:
+    """Return the (st_dev, st_ino) of those of some folders that are there."""
+    found = set()
+    for folder in folders:
+        try:
+            status = os.stat(folder)
+        except OSError:
+            continue
+        found.add((status.st_dev, status.st_ino))
+    return frozenset(found)

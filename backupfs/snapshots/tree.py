@@ -94,6 +94,14 @@ class LeafPage:
         """The columns that list only some nodes: (xattrs, filesystems) by position."""
         return self._xattrs, self._filesystems
 
+    def only(self, position: int, name: bytes) -> "LeafPage":
+        """Return a page with one of the nodes, under another name."""
+        xattrs, filesystem = self.xattrs(position), self.filesystem(position)
+        return LeafPage(
+            [name], self.row(position), [self.contents[position]], self.flags[position : position + 1], self.owners,
+            self.groups, {0: xattrs} if xattrs else {}, {0: filesystem} if filesystem else {},
+        )  # fmt: skip
+
     def node(self, position: int, load: Callable[[ChunkId], bytes | memoryview]) -> Node:
         """Return one node. `load` gives a large set of xattrs."""
         row = STAT_ROW.unpack_from(self.rows, position * STAT_ROW.size)

@@ -130,12 +130,15 @@ class Part:
                 if saved:
                     self._xattrs[position] = saved
 
-    def add_to(self, builder: TreeBuilder) -> None:
-        """Give the entries to the builder of the directory's tree."""
-        for position, name in enumerate(self._names):
+    def add_to(self, builder: TreeBuilder, name: bytes = b"") -> int:
+        """Give the entries to the builder of the directory's tree; return how many there are.
+
+        name: what the only entry is called there, if not as here.
+        """
+        for position, own in enumerate(self._names):
             status = self._statuses[position]
             builder.add(
-                name,
+                name or own,
                 self._rows[position],
                 self._contents[position],
                 self._flags[position],
@@ -144,6 +147,7 @@ class Part:
                 (status.st_uid, reading.owner_name(status.st_uid)),
                 (status.st_gid, reading.group_name(status.st_gid)),
             )
+        return len(self._names)
 
     def _look(self) -> list[int]:
         """Stat every entry and leave out what is not wanted; return the positions of directories."""

@@ -38,6 +38,11 @@ class Archiver:
         self._files = files
         self._parent = parent
 
+    @property
+    def context(self) -> ArchiveContext:
+        """What is shared with those who build trees of what is stored here."""
+        return self._context
+
     def archive(self, sources: list[bytes], parent: ChunkId | None) -> "Root":
         """Store everything below the sources and return `/`.
 
@@ -99,21 +104,26 @@ class Archiver:
         for name, inner in sorted(below.items()):
             child = prefix + name
             if inner == [child]:
-                yield from self._source(builder, child, name, parent)
+                yield from self.source(builder, child, name, parent)
                 continue
             tree, _ = yield self._from_root(child, inner, self._parent.tree_below(parent, name))
             self._context.add_plain(builder, name, _row_on_the_way(os.stat(child)), tree)
         return builder.finish(), None
 
-    def _source(self, builder: TreeBuilder, path: bytes, name: bytes, parent: ChunkId | None) -> Nested[None]:
-        """Add a source itself to the directory above it."""
+    def source(self, builder: TreeBuilder, path: bytes, name: bytes, parent: ChunkId | None) -> Nested[bool]:
+        """Add a source itself to the directory above it; return whether it could be read.
+
+        name: what it is called there. parent: the tree of that directory to compare with.
+        """
+        above, own = os.path.split(path)
         page = self._parent.page_of(parent, name)
-        above = os.path.dirname(path)
+        if page is not None and own != name:
+            page = page.only(page.names.index(name), own) if name in page.names else None
         directory = OpenDirectory(os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
-            part = self._part(directory, above, os.lstat(path).st_dev, [name], page, time.time_ns(), is_source=True)
+            part = self._part(directory, above, os.lstat(path).st_dev, [own], page, time.time_ns(), is_source=True)
             yield from part.walk()
-            part.add_to(builder)
+            return part.add_to(builder, name) > 0
         finally:
             directory.close()
 

@@ -4,19 +4,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from backupfs.codec.sealing import Kind
 from backupfs.localfs import sources
-from backupfs.localfs.selection import Selection, SelectionRules
+from backupfs.localfs.selection import Selection, SelectionRules, identities
 from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
-from backupfs.repository.writer import ChunkSaver
 from backupfs.snapshots.listing import SnapshotList
 from backupfs.snapshots.snapshot import FILES, Snapshot
-from backupfs.usecases.archive_context import ArchiveContext
-from backupfs.usecases.archive_files import FileStorer
-from backupfs.usecases.archive_parent import ParentTrees
-from backupfs.usecases.archiver import Archiver
 from backupfs.usecases.events import FileSkipped, Report
+from backupfs.usecases.file_scan import file_scan
 from backupfs.usecases.scanner import Root, Scanner
 from backupfs.usecases.scanners import scanner_count
 from backupfs.usecases.storing import BackupResult, StoringRun, WriteOptions
@@ -49,12 +44,12 @@ def backup(repository: Repository, paths: list[bytes], options: BackupOptions, r
     ordinals: dict[int, int] = {}
     for path in paths:
         ordinals.setdefault(os.lstat(path).st_dev, len(ordinals))
-    selection = Selection(options.rules, _identities(options.own_folders), frozenset(paths))
+    selection = Selection(options.rules, identities(options.own_folders), frozenset(paths))
 
     def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
         roots = sources.minimal_roots(paths)
         archive = (lambda archiver: archiver.archive(roots, tree)) if begins else None
-        return _scan(repository, options, slots, selection, ordinals, scanner, archive)
+        return file_scan(repository, options, slots, selection, ordinals, scanner, archive)
 
     return run.commit(FILES, paths, parent, run.store(ordinals, scanner_count(), scan))
 
@@ -71,50 +66,12 @@ def backup_stream(
     selection = Selection(SelectionRules(), frozenset(), frozenset())
 
     def scan(scanner: Scanner, slots: Slots, _begins: bool) -> Root | None:
-        return _scan(
+        return file_scan(
             repository, options, slots, selection, {}, scanner,
             lambda archiver: archiver.archive_stream(name, read_into, run.taken_ns),
         )  # fmt: skip
 
     return run.commit(FILES, [name], None, run.store({}, 1, scan))
-
-
-def _scan(
-    repository: Repository,
-    options: BackupOptions,
-    slots: Slots,
-    selection: Selection,
-    ordinals: dict[int, int],
-    scanner: Scanner,
-    archive: Callable[[Archiver], Root] | None,
-) -> Root | None:
-    """Be one scanning process: archive everything or nothing, then do tasks; return `/` for everything."""
-    keyring = repository.keyring
-    before = repository.store.requests  # of the process that was forked
-    data = ChunkSaver(Kind.DATA_PACK, repository.data_index, slots, scanner.send, options.sizes.block)
-    trees = ChunkSaver(Kind.TREE_PACK, repository.tree_index, slots, scanner.send, options.sizes.block)
-    trees.distrusts = scanner.distrusts
-    context = ArchiveContext(
-        keyring.chunk_id_key(tree=True), keyring.page_cut_key(), trees, selection, scanner, ordinals
-    )  # fmt: skip
-    files = FileStorer(
-        keyring.chunk_id_key(tree=False),
-        keyring.file_cut_seed(),
-        repository.config.cut_sizes,
-        data,
-        context.save_tree,
-        scanner.send,
-    )
-    archiver = Archiver(context, files, ParentTrees(repository.trees.load, scanner.send, scanner.distrust))
-    scanner.serve(archiver.archive_task)
-    root = archive(archiver) if archive is not None else None
-    if root is None:
-        scanner.work_to_the_end()
-    data.flush()
-    trees.flush()
-    context.counts.requests = repository.store.requests - before
-    context.tell_counts(at_once=True)
-    return root
 
 
 def _existing(paths: list[bytes], report: Report) -> list[bytes]:
@@ -131,14 +88,3 @@ def _parent_of(listed: SnapshotList, options: BackupOptions, host: str, paths: l
     own = [snapshot for snapshot in listed.snapshots if snapshot.kind == FILES and snapshot.host == host]
     same = [snapshot for snapshot in own if set(snapshot.paths) == set(paths)]
     return next(reversed(same or own), None)
-
-
-def _identities(folders: tuple[bytes, ...]) -> frozenset[tuple[int, int]]:
-    found = set()
-    for folder in folders:
-        try:
-            status = os.stat(folder)
-        except OSError:
-            continue
-        found.add((status.st_dev, status.st_ino))
-    return frozenset(found)

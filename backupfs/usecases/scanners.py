@@ -141,7 +141,7 @@ class Scanners:
             case Counted(counts):
                 member.counts = counts
             case OrdinalWanted(device):
-                _send(member, self._ordinals.setdefault(device, len(self._ordinals)))
+                _send(member, self._ordinals.setdefault(device, max(self._ordinals.values(), default=-1) + 1))
             case Failed(error):
                 member.ended = True
                 raise error

@@ -21,7 +21,7 @@ from backupfs.repository.pack import Block
 from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
 from backupfs.repository.writer import DEFAULT_SIZES, FilledBlock, NewChunks, PackWriter, WriteSizes, WriteTotals
-from backupfs.snapshots.listing import load_all, put_snapshot
+from backupfs.snapshots.listing import SnapshotList, load_all, put_snapshot
 from backupfs.snapshots.snapshot import HAS_XATTRS, Snapshot, Statistics
 from backupfs.stores.requests import RequestCounts
 from backupfs.usecases.archive_counts import Counts
@@ -80,17 +80,20 @@ class BackupResult:
 class StoringRun:
     """One run that makes a snapshot: what its stages share and what flows between them."""
 
-    def __init__(self, repository: Repository, options: WriteOptions, report: Report) -> None:
+    def __init__(
+        self, repository: Repository, options: WriteOptions, report: Report, listed: SnapshotList | None = None
+    ) -> None:
+        """Begin. listed: from `load_all`, if that was called just now."""
         repository.require_writable()
         self._started = time.monotonic_ns()
         self._store_time_ns = 0  # known at the end
-        self._counts = Counts()  # too
+        self.counts = Counts()  # too: of all that is in the snapshot
         self._repository = repository
         self._options = options
         self._report = report
         self.taken_ns = options.time_ns if options.time_ns is not None else time.time_ns()
         self.host = options.host or os.uname().nodename
-        self.listed = load_all(repository)
+        self.listed = load_all(repository) if listed is None else listed
         level, sizes = options.level, options.sizes
         indexes = ((Kind.DATA_PACK, repository.data_index), (Kind.TREE_PACK, repository.tree_index))
         host_id = local.host_id(repository.local.state)
@@ -159,7 +162,7 @@ class StoringRun:
         finally:
             scanners.end()
             slots.close()
-        self._counts = scanners.counts
+        self.counts = scanners.counts
         return root
 
     async def _store_all(self, scanners: Scanners, slots: Slots) -> Root:
@@ -236,7 +239,7 @@ class StoringRun:
 
         of_image: its name, disks and volumes, by the names of the snapshot's fields.
         """
-        counts = self._counts
+        counts = self.counts
         result = BackupResult(
             None,
             parent.snapshot_id if parent is not None else b"",
