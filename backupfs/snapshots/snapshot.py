@@ -24,6 +24,7 @@ FORMAT = 1
 
 # Traits: facts about everything below the root that save readers from asking.
 HAS_XATTRS = 1
+FREE_LEFT_OUT = 2  # of an image: the free space of file systems is zeros in it, whatever the disk had there
 
 _NO_ID = SnapshotId(b"")
 

@@ -1,16 +1,19 @@
 """Make an image of disks: scanning processes read and cut them, and the rest is as for every snapshot (storing.py)."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from backupfs.disks import explorer
+from backupfs.disks.hints import Hints
 from backupfs.disks.layout import read_layout
 from backupfs.disks.source import DiskSource, attached_disks, is_name
 from backupfs.errors import UsageError, shown
 from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
-from backupfs.snapshots.snapshot import IMAGE, Disk, Snapshot
+from backupfs.snapshots.snapshot import FREE_LEFT_OUT, IMAGE, Disk, Snapshot
 from backupfs.usecases.events import Remark, Report
+from backupfs.usecases.image_hints import image_of_hints
 from backupfs.usecases.image_scan import DiskRoot, image_scan
 from backupfs.usecases.scanner import Root, Scanner
 from backupfs.usecases.scanners import scanner_count
@@ -23,6 +26,7 @@ class ImageOptions(WriteOptions):
 
     name: str = ""  # of the image; empty: the host's
     force: bool = False  # compare with nothing, read all files again
+    hints: Mapping[str, Hints] = field(default_factory=dict)  # of disks, by name
 
 
 def image(repository: Repository, disks: list[DiskSource], options: ImageOptions, report: Report) -> BackupResult:
@@ -40,7 +44,7 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     run = StoringRun(repository, options, report)
     name = options.name or run.host
     _tell_others(disks, report)
-    parent = None if options.force or not run.is_whole else _parent_of(run, name)
+    parent = _parent_of(run, name, options)
     layout = read_layout(disks)
     for remark in (*(remark for source in disks for remark in source.remarks), *layout.remarks):
         report(Remark(remark))
@@ -56,14 +60,18 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
 
     def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
         return image_scan(
-            repository, disks, layout, parent, run.taken_ns, options.sizes, slots, scanner, begins
+            repository, disks, layout, parent, options.hints, run.taken_ns, options.sizes, slots, scanner, begins
         )  # fmt: skip
 
     root = run.store({}, scanner_count(), scan)
     assert isinstance(root, DiskRoot)
     captured = tuple(Disk(source.name, number, source.path, source.form) for number, source in enumerate(disks))
+    # Trusted hints take the parent as it is, zeros in place of free space too.
+    trusts = any(hints.is_trusted for hints in options.hints.values())
+    traits = parent.traits & FREE_LEFT_OUT if parent is not None and trusts else 0
     return run.commit(
-        IMAGE, [source.path for source in disks], parent, root, image=name, disks=captured, volumes=root.volumes
+        IMAGE, [source.path for source in disks], parent, root, traits,
+        image=name, disks=captured, volumes=root.volumes,
     )  # fmt: skip
 
 
@@ -92,6 +100,12 @@ def _tell_others(disks: list[DiskSource], report: Report) -> None:
             report(Remark(f"the disk {shown(name)} ({size / 2**30:,.1f} GiB) is attached and not in the image"))
 
 
-def _parent_of(run: StoringRun, name: str) -> Snapshot | None:
+def _parent_of(run: StoringRun, name: str, options: ImageOptions) -> Snapshot | None:
+    """Return the image to compare with: what maps of changes count from, else the last one of this name."""
+    named = image_of_hints(options.hints, run.listed)
+    if named is not None and options.force:
+        raise UsageError("--force compares with no image, and a map counts from one: give one of them only")
+    if options.force or not run.is_whole:
+        return None
     own = [snapshot for snapshot in run.listed.snapshots if snapshot.kind == IMAGE and snapshot.image == name]
-    return own[-1] if own else None
+    return named or (own[-1] if own else None)

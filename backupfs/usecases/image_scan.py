@@ -9,15 +9,16 @@ import contextlib
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from blake3 import blake3
 
 from backupfs.codec.sealing import Kind
+from backupfs.disks.hints import Claim, Hints, Span
 from backupfs.disks.layout import Layout, VolumeReader, on_disks
 from backupfs.disks.source import DiskSource
-from backupfs.errors import DamagedObject, PathNotFound, StoreError
+from backupfs.errors import DamagedObject, PathNotFound, StoreError, shown
 from backupfs.ids import ChunkId
 from backupfs.localfs import reading
 from backupfs.localfs.selection import Selection, SelectionRules
@@ -31,7 +32,9 @@ from backupfs.snapshots.volumes import DISK, RANGES, Volume
 from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_files import FileStorer
+from backupfs.usecases.events import Remark
 from backupfs.usecases.image_files import Place, VolumeFiles, VolumeTree
+from backupfs.usecases.image_hints import DiskBefore, DiskHints, look, volume_before
 from backupfs.usecases.scanner import Root, Scanner
 
 DISK_CHUNK = 32 << 10
@@ -61,6 +64,7 @@ class RangeTask:
     disk: int
     start: int
     end: int
+    said: tuple[Span, ...]  # of each part of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ def image_scan(
     disks: list[DiskSource],
     layout: Layout,
     parent: Snapshot | None,
+    hints: Mapping[str, Hints],
     taken_ns: int,
     sizes: WriteSizes,
     slots: Slots,
@@ -93,7 +98,8 @@ def image_scan(
     id_key = keyring.chunk_id_key(tree=False)
     cut_sizes = repository.config.cut_sizes
     files = FileStorer(id_key, keyring.file_cut_seed(), cut_sizes, data, context.save_tree, scanner.send)
-    storer = DiskStorer(disks, layout, parent, repository.trees.load, context, data, files, id_key)
+    said = [_hints_of(source, hints, parent, repository, scanner) for source in disks]
+    storer = DiskStorer(disks, layout, parent, said, repository.trees.load, context, data, files, id_key)
     scanner.serve(storer.do)
     root = storer.store_all(taken_ns) if begins else None
     if root is None:
@@ -112,6 +118,7 @@ class DiskStorer:
         disks: list[DiskSource],
         layout: Layout,
         parent: Snapshot | None,
+        said: list[DiskHints],
         load: Callable[[ChunkId], bytes | memoryview],
         context: ArchiveContext,
         data: ChunkSaver,
@@ -120,12 +127,14 @@ class DiskStorer:
     ) -> None:
         """Take the parts.
 
-        parent: the image before, whose files stand where a volume is the same. load: gives its tree chunks.
+        parent: the image before, whose files stand where a volume is the same. said: of each disk, by the parent.
+        load: gives its tree chunks.
         files: stores what has no place in a disk. id_key: names chunks.
         """
         self._disks = disks
         self._layout = layout
         self._parent = parent
+        self._said = said
         self._load = load
         self._files = files
         self._context = context
@@ -143,7 +152,7 @@ class DiskStorer:
         meters: list[_DataMeter] = []
         for number, source in enumerate(self._disks):
             meter = _DataMeter({0, source.size} | _places_of(layout, number))
-            content = self._store_disk(number, source, meter)
+            content = self._store_disk(number, source, self._proven(number, source), meter)
             volumes.append(Volume(source.name, DISK, source.size, meter.between(0, source.size), content))
             shown[b"disks"][source.name.encode() + b".raw"] = (content, source.size)
             meters.append(meter)
@@ -218,7 +227,29 @@ class DiskStorer:
         owner, group = reading.owner_name(os.getuid()), reading.group_name(os.getgid())
         return DiskRoot(top.finish(), folder, owner, group, (), tuple(volumes))
 
-    def _store_disk(self, number: int, source: DiskSource, meter: "_DataMeter") -> Content:
+    def _proven(self, number: int, source: DiskSource) -> Hints:
+        """Return what may be believed of a disk: all that is said of it, or nothing if some of it turns out wrong."""
+        said = self._said[number]
+        hints = said.hints
+        left = sum(end - start for start, end, _ in hints.spans)
+        if hints.is_trusted or not left:
+            return hints
+        looked = look(said, source, DISK_CHUNK, self._id_key)
+        name, send = shown(source.name), self._context.scanner.send
+        if looked.wrong_at is not None:
+            send(Remark(
+                f"THE MAP {hints.source} IS WRONG: the disk {name} is another at byte {looked.wrong_at:,}; all of the "
+                "disk was read, and this image is right. Images that were made by such maps may be wrong: make them "
+                "again without, and find out why"
+            ))  # fmt: skip
+            return Hints()
+        send(Remark(
+            f"by the map {hints.source}, {left / 2**30:,.2f} of {source.size / 2**30:,.2f} GiB of the disk {name} need "
+            f"not be read; {looked.count:,} chunks of them, chosen by chance, were, and are as it says"
+        ))  # fmt: skip
+        return hints
+
+    def _store_disk(self, number: int, source: DiskSource, hints: Hints, meter: "_DataMeter") -> Content:
         builder = ContentBuilder(self._context.save_tree)
         pending: deque[int | Cuts] = deque()
         hole = 0
@@ -237,7 +268,8 @@ class DiskStorer:
                 builder.add([length, CHUNK, chunk_id])
 
         for start in range(0, source.size, _RANGE):
-            task = RangeTask(number, start, min(start + _RANGE, source.size))
+            end = min(start + _RANGE, source.size)
+            task = RangeTask(number, start, end, tuple(hints.between(start, end)))
             if self._context.scanner.is_wanted():
                 pending.append(self._context.scanner.give(task))
             else:
@@ -256,16 +288,23 @@ class DiskStorer:
         counts = self._context.counts
         counts.current = source.path
         cuts: Cuts = []
-        position = task.start
-        while position < task.end:
-            start, end = self._data_at(source, position, task.end)
-            if start > position:
-                cuts.append((start - position, b""))
-            self._store_data(source, start, end, cuts)
-            position = end
+        for span in task.said:
+            for start, end, stands in self._said[task.disk].taken(*span):
+                if stands is None:
+                    self._store_read(source, start, end, cuts)
+                else:
+                    cuts.append((end - start, stands))
         counts.size += task.end - task.start
         self._context.tell_counts()
         return cuts
+
+    def _store_read(self, source: DiskSource, position: int, end: int, cuts: Cuts) -> None:
+        while position < end:
+            low, high = self._data_at(source, position, end)
+            if low > position:
+                cuts.append((low - position, b""))
+            self._store_data(source, low, high, cuts)
+            position = high
 
     def _data_at(self, source: DiskSource, position: int, end: int) -> tuple[int, int]:
         """Return the next range that may hold data, in whole chunks; (end, end) if there is none."""
@@ -287,6 +326,18 @@ class DiskStorer:
                 chunk_id = ChunkId(blake3(piece, key=key).digest())
                 data.save(chunk_id, piece)
                 cuts.append((len(piece), chunk_id))
+
+
+def _hints_of(
+    source: DiskSource, hints: Mapping[str, Hints], parent: Snapshot | None, repository: Repository, scanner: Scanner
+) -> DiskHints:
+    found = hints.get(source.name, Hints()).in_chunks(DISK_CHUNK, source.size)
+    volume = volume_before(parent, source.name) if parent is not None else None
+    if parent is None or volume is None:
+        # Where packs are missing nothing is taken from an image.
+        return DiskHints(found.without(Claim.SAME), None)
+    load, index = repository.trees.load, repository.data_index
+    return DiskHints(found, DiskBefore(parent, volume, load, index, DISK_CHUNK, scanner.distrust))
 
 
 def _places_of(layout: Layout, disk: int) -> set[int]:

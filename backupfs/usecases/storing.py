@@ -233,11 +233,12 @@ class StoringRun:
             self._report(Progress("backup", counts.files, counts.size, current=counts.current))
 
     def commit(
-        self, kind: int, paths: list[bytes], parent: Snapshot | None, root: Root, **of_image: Any
+        self, kind: int, paths: list[bytes], parent: Snapshot | None, root: Root, traits: int = 0, **of_image: Any
     ) -> BackupResult:
         """Put the snapshot, which makes it one; after a dry run only say what would be in it.
 
-        of_image: its name, disks and volumes, by the names of the snapshot's fields.
+        traits: those beside what the scanners counted. of_image: its name, disks and volumes, by the names of the
+        snapshot's fields.
         """
         counts = self.counts
         result = BackupResult(
@@ -282,7 +283,7 @@ class StoringRun:
             ),
             user=_user_name(),
             program=f"backupfs {__version__}",
-            traits=HAS_XATTRS if counts.has_xattrs else 0,
+            traits=traits | (HAS_XATTRS if counts.has_xattrs else 0),
             **of_image,
         )
         snapshot = put_snapshot(self._repository, snapshot)

@@ -143,3 +143,26 @@ def test_a_disk_is_exported_in_formats_of_virtual_machines(form: str, cli: Cli, 
     assert sorted(path.name for path in tmp_path.iterdir() if "backupfs" in path.name) == []
     assert "is there already" in cli("export", "web:latest:web1", target, code=1)
     assert "choose one of raw" in cli("export", "web:latest", tmp_path / "other", "--format", "zip", code=1)
+
+
+def test_a_map_of_what_changed_saves_reading_the_rest(cli: Cli, disk: Path, tmp_path: Path) -> None:
+    cli("image", disk, "--name", "web")
+    [snapshot] = cli.json("snapshots")
+    changes = tmp_path / "changes"
+    # As a command before the image writes it.
+    text = f"since {snapshot['short_id']}\n0 {disk.stat().st_size} same\n"
+    said = cli("image", disk, "--name", "web", "--hints", changes, "--before", f"printf '{text}' >{changes}")
+    assert "need not be read; 64 chunks of them, chosen by chance, were" in said
+    changes.write_text(f"0 {disk.stat().st_size} same\n")
+    events = cli.json("image", f"web1={disk}", "--hints", f"web1={changes}", "--hints-since", snapshot["short_id"])
+    assert (events[-1]["parent"], events[-1]["chunks_new"]) == (snapshot["id"], 0)
+    assert "not as in which image" in cli("image", disk, "--hints", changes, code=1)
+    assert "8 digits or more" in cli("image", disk, "--hints", changes, "--hints-since", "latest", code=1)
+    assert "says what --hints counts from" in cli("image", disk, "--hints-since", "01234567", code=1)
+    changes.write_text("0 all same\n")
+    assert "line 1: 0 all same is not START LENGTH" in cli("image", disk, "--hints", changes, code=1)
+    assert len(cli.json("snapshots")) == 3
+    disk_map = subprocess.run(["qemu-img", "map", "--output=json", disk], capture_output=True, check=True).stdout
+    changes.write_bytes(disk_map)
+    assert "by the map" in cli("image", disk, "--hints", changes)
+    assert cli.run("dump", "web:latest:/disks/web1.raw").stdout == disk.read_bytes()

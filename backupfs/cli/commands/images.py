@@ -18,6 +18,15 @@ from backupfs.errors import SourceError, UsageError, shown
 @click.option("--host", default="", metavar="NAME", help="Another host name than this machine's.")
 @click.option("--time", "when", metavar="TIME", help="Another time than now: 2026-11-22T08:13:11, with Z or +01:00.")
 @click.option("--force", is_flag=True, help="Compare with no other image; look through all file systems again.")
+@click.option(
+    "--hints",
+    multiple=True,
+    type=PATH,
+    metavar="[DISK=]FILE",
+    help="A map of what changed on a disk since an image: only that is read, and samples of the rest. "
+    "Lines START LENGTH data|zero|same, or what qemu-img map --output=json or thin_delta print.",
+)
+@click.option("--hints-since", default="", metavar="ID", help="The image that maps count from.")
 @click.option("--before", metavar="COMMAND", help="Run COMMAND before disks are opened: to freeze, or to snapshot.")
 @click.option("--after", metavar="COMMAND", help="Run COMMAND when disks were read, or could not be.")
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
@@ -31,6 +40,8 @@ def image_command(
     host: str,
     when: str | None,
     force: bool,
+    hints: tuple[bytes, ...],
+    hints_since: str,
     before: str | None,
     after: str | None,
     compression: str,
@@ -54,18 +65,23 @@ def image_command(
     from backupfs.cli.summaries import tell_image
     from backupfs.disks.source import open_disk
     from backupfs.usecases.image import ImageOptions, image
+    from backupfs.usecases.image_hints import load_hints
 
-    options = ImageOptions(host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name, force=force)
+    if hints_since and not hints:
+        raise UsageError("--hints-since says what --hints counts from, which is not given")
     report = Reporter(settings)
     with contextlib.ExitStack() as opened:
         failed = opened.enter_context(_between(before, after))
         sources = []
         for words in disks:
-            disk, equals, path = words.partition(b"=")
-            named = equals and b"/" not in disk and not os.path.lexists(words)
-            source = open_disk(path, os.fsdecode(disk)) if named else open_disk(words)
+            disk, path = _named(words)
+            source = open_disk(path, disk)
             opened.callback(source.close)
             sources.append(source)
+        options = ImageOptions(
+            host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name, force=force,
+            hints=load_hints([_named(words) for words in hints], hints_since.lower(), sources),
+        )  # fmt: skip
         result = image(repository, sources, options, report)
     report.clear()
     tell_image(settings, result)
@@ -101,6 +117,14 @@ def export_command(settings: Settings, what: bytes, file: bytes, form: str) -> i
     report.clear()
     tell_restore_image(settings, result, dry_run=False)
     return 0
+
+
+def _named(words: bytes) -> tuple[str, bytes]:
+    """Return (name or nothing, path) of NAME=PATH."""
+    name, equals, path = words.partition(b"=")
+    if equals and b"/" not in name and not os.path.lexists(words):
+        return os.fsdecode(name), path
+    return "", words
 
 
 @contextlib.contextmanager
