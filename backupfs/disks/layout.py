@@ -1,116 +1,81 @@
 """How disks are divided: partitions, and logical volumes over them. Volumes are numbered as in a snapshot's table."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from backupfs.disks.lvm import NotLvm, PhysicalVolume, logical_volumes, read_physical_volume
+from backupfs.disks.filesystem import Unreadable
+from backupfs.disks.logical import add_groups
+from backupfs.disks.lvm import NotLvm, PhysicalVolume, read_physical_volume
 from backupfs.disks.partitions import partition_name, partitions_of
 from backupfs.disks.source import DiskSource
-from backupfs.errors import shown
+from backupfs.disks.table import LaidOut, VolumeReader, VolumeTable
+from backupfs.disks.thin import Thin
+from backupfs.snapshots.volumes import Range, Ranges
 
-Range = tuple[int, int, int]  # (length, volume or disk, offset)
-
-
-@dataclass(frozen=True, slots=True)
-class LaidOut:
-    """A volume that is made of others."""
-
-    name: str
-    ranges: tuple[Range, ...]  # of volumes with lower numbers
-    on_disks: tuple[Range, ...]  # the same, of disks
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return sum(length for length, _, _ in self.ranges)
+# How often what was found is looked into again: a physical volume may lie in a logical one.
+_MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What some disks are divided into."""
 
-    volumes: tuple[LaidOut, ...]  # their numbers follow those of the disks
+    table: VolumeTable
     undivided: tuple[int, ...]  # numbers of volumes, disks included, that may hold a file system
     remarks: tuple[str, ...]
+
+    @property
+    def volumes(self) -> list[LaidOut]:
+        """What is made of the disks; the numbers follow those of the disks."""
+        return self.table.volumes
+
+    def reader(self, number: int) -> VolumeReader:
+        """Return what reads a volume."""
+        return VolumeReader(self.table, number)
+
+    def counted(self, number: int) -> Iterator[tuple[Range, bool]]:
+        """Yield ranges that hold the bytes of a volume, and whether each is one of a disk."""
+        made_of = self.table.made_of(number)
+        for length, base, start in made_of.bases() if made_of is not None else ():
+            found = self.table.on_one_disk(length, base, start)
+            yield found or (length, base, start), found is not None
+
+    def own_data_size(self, number: int) -> int | None:
+        """Return how many bytes of a volume are in no hole, where it says so itself."""
+        made_of = self.table.made_of(number)
+        return made_of.mapped if isinstance(made_of, Thin) else None
 
 
 def read_layout(disks: list[DiskSource]) -> Layout:
     """Find partitions and logical volumes. Raises: SourceError."""
-    volumes: list[LaidOut] = []
+    table = VolumeTable(disks)
     divided: set[int] = set()
     remarks: list[str] = []
     for number, source in enumerate(disks):
         for part in partitions_of(source.read, source.size):
             divided.add(number)
-            place = ((part.length, number, part.start),)
-            volumes.append(LaidOut(partition_name(source.name, part.number), place, place))
-    members: dict[str, int] = {}
-    physical: list[PhysicalVolume] = []
-    for number in range(len(disks) + len(volumes)):
-        if number in divided:
-            continue
-        try:
-            member = read_physical_volume(VolumeReader(disks, on_disks(disks, volumes, number)).read)
-        except NotLvm as error:
-            divided.add(number)
-            remarks.append(f"{_name_of(disks, volumes, number)}: {error}")
-            continue
-        if member is not None:
-            divided.add(number)
-            members[member.uuid] = number
-            physical.append(member)
-    found, left_out = logical_volumes(physical)
-    remarks += left_out
-    for volume in found:
-        ranges = tuple((length, members[uuid], offset) for length, uuid, offset in volume.ranges)
-        laid: list[Range] = []
-        for length, number, offset in ranges:
-            laid += cut(on_disks(disks, volumes, number), offset, length)
-        name = f"{volume.group}-{volume.name}"
-        if sum(length for length, _, _ in laid) != sum(length for length, _, _ in ranges):
-            remarks.append(f"the logical volume {shown(name)} is not shown: it goes beyond its disks")
-            continue
-        volumes.append(LaidOut(name, ranges, tuple(laid)))
-    undivided = tuple(number for number in range(len(disks) + len(volumes)) if number not in divided)
-    return Layout(tuple(volumes), undivided, tuple(remarks))
+            table.add(partition_name(source.name, part.number), Ranges([(part.length, number, part.start)]))
+    members: list[tuple[int, PhysicalVolume]] = []
+    groups: set[str] = set()
+    looked_at = 0
+    for _ in range(_MOST_ROUNDS):
+        first, looked_at = looked_at, len(table)
+        for number in range(first, looked_at):
+            if number in divided or not _is_shown(table, number):
+                continue
+            try:
+                member = read_physical_volume(VolumeReader(table, number).read)
+            except (NotLvm, Unreadable) as error:
+                divided.add(number)
+                remarks.append(f"{table.name(number)}: {error}")
+                continue
+            if member is not None:
+                divided.add(number)
+                members.append((number, member))
+        remarks += add_groups(table, members, groups)
+    undivided = tuple(number for number in range(len(table)) if number not in divided and _is_shown(table, number))
+    return Layout(table, undivided, tuple(remarks))
 
 
-def on_disks(disks: list[DiskSource], volumes: "list[LaidOut] | tuple[LaidOut, ...]", number: int) -> tuple[Range, ...]:
-    """Return where the bytes of a volume are, in terms of disks."""
-    if number < len(disks):
-        return ((disks[number].size, number, 0),)
-    return volumes[number - len(disks)].on_disks
-
-
-def _name_of(disks: list[DiskSource], volumes: list[LaidOut], number: int) -> str:
-    return disks[number].name if number < len(disks) else volumes[number - len(disks)].name
-
-
-def cut(ranges: tuple[Range, ...], start: int, length: int) -> list[Range]:
-    """Return the part of ranges that begins at a place of them all; shorter where they end."""
-    found: list[Range] = []
-    position = 0
-    for size, number, offset in ranges:
-        low, high = max(start, position), min(start + length, position + size)
-        if low < high:
-            found.append((high - low, number, offset + low - position))
-        position += size
-    return found
-
-
-class VolumeReader:
-    """Reads a volume that lies on disks."""
-
-    def __init__(self, disks: list[DiskSource], ranges: tuple[Range, ...]) -> None:
-        """Take the parts."""
-        self._disks = disks
-        self._ranges = ranges
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return bytes, fewer at the end. Raises: SourceError."""
-        parts = cut(self._ranges, offset, length)
-        return b"".join(self._disks[number].read(start, size) for size, number, start in parts)
-
-    def descriptors(self) -> list[int]:
-        """Return what a process must keep open to read it."""
-        numbers = sorted({number for _, number, _ in self._ranges})
-        return [fd for number in numbers for fd in self._disks[number].descriptors()]
+def _is_shown(table: VolumeTable, number: int) -> bool:
+    return number < len(table.disks) or table.volumes[number - len(table.disks)].is_shown

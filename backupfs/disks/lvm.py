@@ -1,4 +1,4 @@
-"""LVM2: physical volumes, and the logical volumes whose extents lie on them one after the other.
+"""LVM2: physical volumes, and the text that says what is made of them (logical.py).
 
 What is read is hostile: everything is bounded and checked, and what cannot be true is left out, with the reason.
 Source: lvm2, lib/format_text/layout.h and lib/label/label.h; the text is that of vgcfgbackup(8).
@@ -22,6 +22,7 @@ _RAW_LOCATION = struct.Struct("<QQII")
 _MOST_AREAS = 16
 _MOST_TEXT = 16 << 20
 _MOST_DEPTH = 16
+_MOST_DIGITS = 20
 _TOKEN = re.compile(r'\s+|#[^\n]*|"((?:[^"\\]|\\.)*)"|([A-Za-z0-9_.+-]+)|([=\[\]{},])')
 
 
@@ -35,17 +36,9 @@ class PhysicalVolume:
 
     uuid: str
     group: str
+    group_id: str
     sequence: int
     metadata: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class LogicalVolume:
-    """A volume of ranges: (bytes, id of the physical volume, offset there)."""
-
-    group: str
-    name: str
-    ranges: tuple[tuple[int, str, int], ...]
 
 
 def read_physical_volume(read: Read) -> PhysicalVolume | None:
@@ -82,7 +75,8 @@ def _read_header(read: Read, block: bytes, offset: int) -> PhysicalVolume:
             metadata = parsed.get(group)
             if isinstance(metadata, dict):
                 sequence = metadata.get("seqno", 0)
-                return PhysicalVolume(uuid, group, sequence if isinstance(sequence, int) else 0, metadata)
+                number = sequence if isinstance(sequence, int) else 0
+                return PhysicalVolume(uuid, group, str(metadata.get("id", group)), number, metadata)
     raise NotLvm("it is a physical volume of LVM without metadata that can be read")
 
 
@@ -141,12 +135,16 @@ def _section(tokens: Iterator[tuple[str, str]], depth: int) -> dict[str, Any]:
     return found
 
 
+def _word(text: str) -> int | str:
+    return int(text) if text.isdigit() and len(text) <= _MOST_DIGITS else text
+
+
 def _value(tokens: Iterator[tuple[str, str]]) -> Any:
     kind, value = next(tokens, ("", ""))
     if kind == "text":
         return value
     if kind == "word":
-        return int(value) if value.isdigit() else value
+        return _word(value)
     if (kind, value) != ("sign", "["):
         raise NotLvm("the metadata of LVM is garbled in a value")
     found: list[int | str] = []
@@ -154,58 +152,5 @@ def _value(tokens: Iterator[tuple[str, str]]) -> Any:
         if (kind, value) == ("sign", "]"):
             return found
         if kind != "sign":
-            found.append(int(value) if kind == "word" and value.isdigit() else value)
+            found.append(_word(value) if kind == "word" else value)
     raise NotLvm("the metadata of LVM ends within a list")
-
-
-def logical_volumes(members: list[PhysicalVolume]) -> tuple[list[LogicalVolume], list[str]]:
-    """Return the logical volumes of groups, and what of them is left out, with the reason.
-
-    members: all physical volumes that there are.
-    """
-    found: list[LogicalVolume] = []
-    remarks: list[str] = []
-    newest: dict[str, PhysicalVolume] = {}
-    for member in members:
-        known = newest.get(member.group)
-        if known is None or member.sequence > known.sequence:
-            newest[member.group] = member
-    there = {member.uuid for member in members}
-    for group, member in sorted(newest.items()):
-        metadata = member.metadata
-        extent = metadata.get("extent_size")
-        volumes, physical = metadata.get("logical_volumes"), metadata.get("physical_volumes")
-        if not isinstance(extent, int) or not 0 < extent < 1 << 31 or not isinstance(physical, dict):
-            remarks.append(f"the volume group {group} has no metadata that makes sense")
-            continue
-        for name, volume in sorted(volumes.items()) if isinstance(volumes, dict) else ():
-            try:
-                if "VISIBLE" in volume["status"]:
-                    found.append(LogicalVolume(group, name, _ranges_of(volume, physical, extent * _SECTOR, there)))
-            except NotLvm as error:
-                remarks.append(f"the logical volume {group}-{name} is not shown: {error}")
-            except (KeyError, TypeError, ValueError):
-                remarks.append(f"the logical volume {group}-{name} is not shown: its metadata makes no sense")
-    return found, remarks
-
-
-def _ranges_of(
-    volume: dict[str, Any], physical: dict[str, Any], extent: int, there: set[str]
-) -> tuple[tuple[int, str, int], ...]:
-    found: list[tuple[int, str, int]] = []
-    position = 0
-    for number in range(1, volume["segment_count"] + 1):
-        segment = volume[f"segment{number}"]
-        start, count = segment["start_extent"], segment["extent_count"]
-        if start != position or count < 1:
-            raise NotLvm("its segments do not follow each other")
-        if segment["type"] != "striped" or segment["stripe_count"] != 1:
-            kind = "several stripes" if segment["type"] == "striped" else f"the type {segment['type']}"
-            raise NotLvm(f"it is of {kind}, which is not read yet")
-        [place, first] = segment["stripes"]
-        uuid = str(physical[place]["id"]).replace("-", "")
-        if uuid not in there:
-            raise NotLvm("a physical volume of it is missing")
-        found.append((count * extent, uuid, physical[place]["pe_start"] * _SECTOR + first * extent))
-        position += count
-    return tuple(found)

@@ -3,21 +3,25 @@
 A volume is a record
     [name, 0, size, data, content]                         a disk; content as in a node, without extents
     [name, 1, size, data, [[length, volume, offset], …]]   ranges of volumes before it in the table, in order
+    [name, 2, size, data, stripe, [[volume, offset], …]]   so many ranges of one length, dealt out stripe by stripe
+    [name, 3, size, data, content]                         content as in a node, with extents of volumes before it
 where data is the number of bytes that are not in holes.
 A slice of a disk is a volume of one range. None refers to a volume at or behind itself, so no reading goes in circles.
 Pure. Source: docs/format.rst, "Volumes".
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 from backupfs.codec.records import Field
 from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
-from backupfs.snapshots.content import Content, Extents, Piece, pieces
+from backupfs.snapshots.content import EXTENT, Content, Extents, Piece, no_volumes, pieces
 
-DISK, RANGES = range(2)
+DISK, RANGES, STRIPES, MAPPED = range(4)
 
 Range = tuple[int, int, int]  # (length, volume, offset)
 
@@ -30,15 +34,116 @@ class Volume:
     kind: int
     size: int
     data_size: int  # bytes that are in no hole
-    content: Content = b""  # of a disk
+    content: Content = b""  # of a disk, and of what is mapped
     ranges: tuple[Range, ...] = ()  # of others
+    stripe: int = 0  # bytes that lie together in one of the ranges
+
+
+class Ranges:
+    """Ranges of volumes, one behind the other."""
+
+    def __init__(self, ranges: Sequence[Range]) -> None:
+        """Take the ranges, in order."""
+        self.ranges = tuple(ranges)
+        self._ends = list(accumulate(length for length, _, _ in ranges))
+
+    @property
+    def size(self) -> int:
+        """The bytes of them all."""
+        return self._ends[-1] if self._ends else 0
+
+    def bases(self) -> Iterator[Range]:
+        """Yield the ranges."""
+        yield from self.ranges
+
+    def parts(self, start: int, length: int) -> Iterator[Range]:
+        """Yield the ranges that a range of them all is made of, in order; none behind the end."""
+        at = bisect_right(self._ends, start)
+        while length > 0 and at < len(self.ranges):
+            _, volume, offset = self.ranges[at]
+            end = self._ends[at]
+            count = min(length, end - start)
+            yield count, volume, offset + self.ranges[at][0] - (end - start)
+            start, length, at = start + count, length - count, at + 1
+
+
+class Stripes:
+    """Ranges of one length that take turns, a stripe each."""
+
+    def __init__(self, stripe: int, legs: Sequence[Range]) -> None:
+        """Take the ranges in the order of their turns; their length is a multiple of the stripe."""
+        self.stripe = stripe
+        self.legs = tuple(legs)
+
+    @property
+    def size(self) -> int:
+        """The bytes of all ranges."""
+        return self.legs[0][0] * len(self.legs)
+
+    def bases(self) -> Iterator[Range]:
+        """Yield the ranges."""
+        yield from self.legs
+
+    def parts(self, start: int, length: int) -> Iterator[Range]:
+        """Yield the ranges that a range of the whole is made of, in order."""
+        for count, leg, offset in self._turns(start, length):
+            _, volume, base = self.legs[leg]
+            yield count, volume, base + offset
+
+    def _turns(self, start: int, length: int) -> Iterator[Range]:
+        """Yield (length, number of the leg, offset in it)."""
+        while length > 0:
+            turn, within = divmod(start, self.stripe)
+            row, leg = divmod(turn, len(self.legs))
+            count = min(length, self.stripe - within)
+            yield count, leg, row * self.stripe + within
+            start, length = start + count, length - count
+
+    def pieces(self, extents: Extents, start: int, length: int) -> Iterator[Piece]:
+        """Yield the pieces of a range of the whole. What is asked of a leg is asked once, not for each stripe."""
+        first: dict[int, int] = {}
+        end: dict[int, int] = {}
+        stripes = list(self._turns(start, min(length, self.stripe * len(self.legs))))
+        tail = max(start, start + length - self.stripe * len(self.legs))
+        for _, leg, offset in stripes:
+            first.setdefault(leg, offset)
+        for count, leg, offset in self._turns(tail, start + length - tail):
+            end[leg] = offset + count
+        runs = {
+            leg: _Run(extents(self.legs[leg][1], self.legs[leg][2] + low, end[leg] - low)) for leg, low in first.items()
+        }
+        for count, leg, _ in self._turns(start, length):
+            yield from runs[leg].take(count)
+
+
+class _Run:
+    """Pieces that are taken in portions."""
+
+    def __init__(self, found: Iterator[Piece]) -> None:
+        self._found = found
+        self._rest: Piece | None = None
+
+    def take(self, length: int) -> Iterator[Piece]:
+        """Yield the next pieces, of so many bytes."""
+        while length > 0:
+            piece, self._rest = self._rest or next(self._found, None), None
+            if piece is None:
+                raise DamagedObject("a volume is damaged: a range of it ends too soon")
+            if piece.length > length:
+                self._rest = piece._replace(length=piece.length - length, offset=piece.offset + length)
+                piece = piece._replace(length=length)
+            length -= piece.length
+            yield piece
 
 
 def encode_volume(volume: Volume) -> list[Field]:
     """Return the record of a volume."""
-    if volume.kind == DISK:
-        return [volume.name, DISK, volume.size, volume.data_size, cast("Field", volume.content)]
-    return [volume.name, RANGES, volume.size, volume.data_size, [list(one) for one in volume.ranges]]
+    record: list[Field] = [volume.name, volume.kind, volume.size, volume.data_size]
+    if volume.kind in (DISK, MAPPED):
+        return [*record, cast("Field", volume.content)]
+    if volume.kind == RANGES:
+        return [*record, [list(one) for one in volume.ranges]]
+    return [*record, volume.stripe, [[base, offset] for _, base, offset in volume.ranges]]
 
 
 def decode_volumes(records: Sequence[Field], what: str) -> tuple[Volume, ...]:
@@ -46,15 +151,28 @@ def decode_volumes(records: Sequence[Field], what: str) -> tuple[Volume, ...]:
     volumes: list[Volume] = []
     for record in records:
         match record:
-            case [str(name), int(kind), int(size), int(data), (bytes() | list()) as content] if (
-                kind == DISK and 0 <= data <= size
-            ):
-                volumes.append(Volume(name, kind, size, data, cast("Content", content)))
-            case [str(name), int(kind), int(size), int(data), list(ranges)] if kind == RANGES and 0 <= data <= size:
-                volumes.append(Volume(name, kind, size, data, b"", _ranges_of(ranges, size, volumes, what)))
+            case [str(name), int(kind), int(size), int(data), *arguments] if 0 <= data <= size:
+                volumes.append(_decoded(name, kind, size, data, arguments, volumes, what))
             case _:
                 raise DamagedObject(f"{what} is damaged: a volume is of no known kind")
     return tuple(volumes)
+
+
+def _decoded(
+    name: str, kind: int, size: int, data: int, arguments: list[Field], before: list[Volume], what: str
+) -> Volume:
+    match arguments:
+        case [(bytes() | list()) as content] if kind in (DISK, MAPPED):
+            return Volume(name, kind, size, data, cast("Content", content))
+        case [list(ranges)] if kind == RANGES:
+            return Volume(name, kind, size, data, b"", _ranges_of(ranges, size, before, what))
+        case [int(stripe), list(legs)] if (
+            kind == STRIPES and stripe > 0 and size > 0 and legs and size % (len(legs) * stripe) == 0
+        ):
+            length = size // len(legs)
+            ranges = [[length, *leg] if isinstance(leg, list) else leg for leg in legs]
+            return Volume(name, kind, size, data, b"", _ranges_of(ranges, size, before, what), stripe)
+    raise DamagedObject(f"{what} is damaged: a volume is of no known kind")
 
 
 def _ranges_of(ranges: list[Field], size: int, before: list[Volume], what: str) -> tuple[Range, ...]:
@@ -72,27 +190,43 @@ def _ranges_of(ranges: list[Field], size: int, before: list[Volume], what: str) 
     return tuple(found)
 
 
-def extents_of(volumes: Sequence[Volume], load: Callable[[ChunkId], bytes | memoryview]) -> Extents:
+def extents_of(
+    volumes: Sequence[Volume], load: Callable[[ChunkId], bytes | memoryview], of_disk: Extents | None = None
+) -> Extents:
     """Return what `pieces` asks for the pieces of extents.
 
-    load: gives list pages.
+    load: gives list pages. of_disk: gives the pieces of disks; None: what they are made of.
     """
+    made: dict[int, Ranges | Stripes] = {}
 
-    def extents(number: int, offset: int, length: int) -> Iterator[Piece]:
-        if not 0 <= number < len(volumes) or offset < 0 or offset + length > volumes[number].size:
-            raise DamagedObject("a file's content is damaged: an extent lies outside of its volume")
-        volume = volumes[number]
-        if volume.kind == DISK:
-            yield from pieces(volume.content, volume.size, offset, length, load)
-            return
-        position = 0
-        for size, base, start in volume.ranges:
-            low, high = max(offset, position), min(offset + length, position + size)
-            if low < high:
-                yield from extents(base, start + low - position, high - low)
-            position += size
+    def extents_before(top: int) -> Extents:
+        """Return what gives extents of the volumes before one."""
 
-    return extents
+        def extents(number: int, offset: int, length: int) -> Iterator[Piece]:
+            if not 0 <= number < top or offset < 0 or offset + length > volumes[number].size:
+                raise DamagedObject("a file's content is damaged: an extent lies outside of its volume")
+            volume = volumes[number]
+            if volume.kind == DISK and of_disk is not None:
+                yield from of_disk(number, offset, length)
+                return
+            if volume.kind in (DISK, MAPPED):
+                before = extents_before(number) if volume.kind == MAPPED else no_volumes
+                yield from pieces(volume.content, volume.size, offset, length, load, before)
+                return
+            parts = made.get(number)
+            if parts is None:
+                parts = made[number] = (
+                    Ranges(volume.ranges) if volume.kind == RANGES else Stripes(volume.stripe, volume.ranges)
+                )
+            if isinstance(parts, Stripes):
+                yield from parts.pieces(extents, offset, length)
+                return
+            for size, base, start in parts.parts(offset, length):
+                yield from extents(base, start, size)
+
+        return extents
+
+    return extents_before(len(volumes))
 
 
 class Place(NamedTuple):
@@ -103,21 +237,24 @@ class Place(NamedTuple):
     length: int
 
 
-def places_of(volumes: Sequence[Volume], number: int, offset: int, length: int) -> Iterator[Place]:
-    """Yield where the bytes [offset, offset + length) of a volume lie on disks, in order."""
-    volume = volumes[number]
-    if volume.kind == DISK:
-        if length:
-            yield Place(number, offset, length)
-        return
-    position = 0
-    for size, base, start in volume.ranges:
-        low, high = max(offset, position), min(offset + length, position + size)
-        if low < high:
-            yield from places_of(volumes, base, start + low - position, high - low)
-        position += size
+def places_of(
+    volumes: Sequence[Volume], load: Callable[[ChunkId], bytes | memoryview]
+) -> Callable[[int, int, int], Iterator[Place]]:
+    """Return what gives the places of (volume, offset, length) on disks, in order. load: gives list pages."""
+
+    def on_disk(number: int, offset: int, length: int) -> Iterator[Piece]:
+        yield Piece(EXTENT, length, number.to_bytes(8, "big"), offset)
+
+    extents = extents_of(volumes, load, on_disk)
+
+    def places(number: int, offset: int, length: int) -> Iterator[Place]:
+        for piece in extents(number, offset, length):
+            disk = int.from_bytes(piece.source, "big") if piece.kind == EXTENT else None
+            yield Place(disk, piece.offset, piece.length)
+
+    return places
 
 
 def bases_of(volume: Volume) -> set[int]:
-    """Return the numbers of the volumes that one is made of; none for a disk."""
+    """Return the numbers of the volumes that one lies on in fixed ranges; none for a disk, and for what is mapped."""
     return {base for _, base, _ in volume.ranges}

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from backupfs.disks.layout import VolumeReader
+from backupfs.disks.table import VolumeReader
 from backupfs.forked import Line, fork
 from backupfs.ids import ChunkId
 from backupfs.snapshots.content import EXTENT, HOLE, INLINE_MARK, Content, ContentBuilder

@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from backupfs.codec.sealing import Kind
 from backupfs.disks.hints import Claim, Hints, Span
-from backupfs.disks.layout import Layout, VolumeReader, on_disks
+from backupfs.disks.layout import Layout
 from backupfs.disks.source import DiskSource
 from backupfs.errors import DamagedObject, PathNotFound, StoreError, shown
 from backupfs.ids import ChunkId
@@ -28,13 +28,14 @@ from backupfs.repository.writer import ChunkSaver, WriteSizes
 from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, Content, ContentBuilder
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
 from backupfs.snapshots.snapshot import Snapshot
-from backupfs.snapshots.volumes import DISK, RANGES, Volume
+from backupfs.snapshots.volumes import DISK, Volume
 from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.events import Remark
 from backupfs.usecases.image_files import Place, VolumeFiles, VolumeTree
 from backupfs.usecases.image_hints import DiskBefore, DiskHints, look, volume_before
+from backupfs.usecases.image_volumes import recorded
 from backupfs.usecases.scanner import Root, Scanner
 
 DISK_CHUNK = 32 << 10
@@ -157,9 +158,13 @@ class DiskStorer:
             shown[b"disks"][source.name.encode() + b".raw"] = (content, source.size)
             meters.append(meter)
         for laid in layout.volumes:
-            shown[b"volumes"][laid.name.encode() + b".raw"] = ([[laid.size, EXTENT, len(volumes), 0]], laid.size)
-            data_size = sum(meters[disk].between(start, start + length) for length, disk, start in laid.on_disks)
-            volumes.append(Volume(laid.name, RANGES, laid.size, data_size, b"", laid.ranges))
+            number = len(volumes)
+            data_size = self._data_size(number, meters, volumes)
+            volume = recorded(laid, data_size, self._context.save_tree)
+            volumes.append(volume)
+            if laid.is_shown:
+                content = volume.content or [[laid.size, EXTENT, number, 0]]
+                shown[b"volumes"][laid.name.encode() + b".raw"] = (content, laid.size)
         trees = self._known_trees(volumes)
         walks |= self._give_walks(number for number in layout.undivided if number not in trees and number not in walks)
         for number, task in walks.items():
@@ -168,6 +173,19 @@ class DiskStorer:
                 trees[number] = tree
         named = {volumes[number].name.encode(): tree for number, tree in trees.items()}
         return self._root(shown, named, volumes, taken_ns)
+
+    def _data_size(self, number: int, meters: "list[_DataMeter]", before: list[Volume]) -> int:
+        """Return how many bytes of a volume are in no hole; where that is not seen at once, it is what may be."""
+        own = self._layout.own_data_size(number)
+        if own is not None:
+            return own
+        total = 0
+        for (length, base, start), is_on_disk in self._layout.counted(number):
+            if is_on_disk:
+                total += meters[base].between(start, start + length)
+            else:
+                total += before[base].data_size if length == before[base].size else length
+        return total
 
     def _give_walks(self, numbers: Iterable[int]) -> dict[int, int]:
         """Give away the walks through volumes; return the number of each task."""
@@ -181,8 +199,7 @@ class DiskStorer:
         same = {number for number, volume in enumerate(volumes) if parent.volumes[number : number + 1] == (volume,)}
         found: dict[int, VolumeTree] = {}
         for number in self._layout.undivided:
-            below = {disk for _, disk, _ in on_disks(self._disks, self._layout.volumes, number)}
-            if number in same and below <= same:
+            if self._layout.table.below(number) <= same:
                 with contextlib.suppress(PathNotFound, DamagedObject, StoreError):
                     node = find_path(parent, b"/files/" + volumes[number].name.encode(), self._load)
                     found[number] = VolumeTree(tree_of(node), node.row, self._context.save_xattrs(node.xattrs))
@@ -193,10 +210,8 @@ class DiskStorer:
         return self.store_range(task) if isinstance(task, RangeTask) else self._store_files(task.number)
 
     def _store_files(self, number: int) -> VolumeTree | None:
-        disks, volumes = self._disks, self._layout.volumes
-        ranges = on_disks(disks, volumes, number)
-        name = disks[number].name if number < len(disks) else volumes[number - len(disks)].name
-        place = Place(name, number, sum(length for length, _, _ in ranges), VolumeReader(disks, ranges))
+        table = self._layout.table
+        place = Place(table.name(number), number, table.size(number), self._layout.reader(number))
         return VolumeFiles(self._context, self._files, place).store()
 
     def _root(
@@ -344,9 +359,9 @@ def _places_of(layout: Layout, disk: int) -> set[int]:
     """Return where the volumes on a disk begin and end."""
     return {
         place
-        for volume in layout.volumes
-        for length, number, start in volume.on_disks
-        if number == disk
+        for volume in range(len(layout.table.disks), len(layout.table))
+        for (length, number, start), is_on_disk in layout.counted(volume)
+        if is_on_disk and number == disk
         for place in (start, start + length)
     }
 

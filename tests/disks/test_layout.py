@@ -7,13 +7,17 @@ vg0.pv.gz is the first MiB of a physical volume of 100 MiB, as lvm2 2.03.16 made
 import gzip
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from backupfs.disks.layout import Layout, VolumeReader, cut, read_layout
-from backupfs.disks.lvm import NotLvm, PhysicalVolume, logical_volumes, parse, read_physical_volume
+from backupfs.disks.layout import Layout, read_layout
+from backupfs.disks.logical import add_groups
+from backupfs.disks.lvm import NotLvm, parse, read_physical_volume
 from backupfs.disks.source import open_disk
+from backupfs.disks.table import VolumeReader, VolumeTable
+from backupfs.snapshots.volumes import Ranges
 from tests.builders import File, build, new_repository
 from tests.usecases.test_image import bytes_of, make_image
 
@@ -58,8 +62,8 @@ def test_volumes_are_where_lvm_put_them(tmp_path: Path) -> None:
     layout = layout_of(disk_of(tmp_path, bytes(28 * MIB)))
     assert layout.remarks == ()
     assert [(volume.name, volume.size) for volume in layout.volumes] == [("vg0-data", 32 * MIB), ("vg0-root", 28 * MIB)]
-    assert layout.volumes[0].on_disks == ((32 * MIB, 0, MIB + 5 * EXTENT),)
-    assert layout.volumes[1].on_disks == ((20 * MIB, 0, MIB), (8 * MIB, 0, MIB + 13 * EXTENT))
+    assert layout.table.on_disks(1) == ((32 * MIB, 0, MIB + 5 * EXTENT),)
+    assert layout.table.on_disks(2) == ((20 * MIB, 0, MIB), (8 * MIB, 0, MIB + 13 * EXTENT))
     assert layout.undivided == (1, 2)
 
 
@@ -79,41 +83,16 @@ def test_files_of_a_logical_volume_are_shown(in_partition: bool, tmp_path: Path)
     assert [volume.name for volume in snapshot.volumes] == ["disk", *["disk1"] * in_partition, "vg0-data", "vg0-root"]
 
 
-def test_a_group_without_one_of_its_disks_is_told(tmp_path: Path) -> None:
+def test_the_newest_metadata_of_a_group_counts_whoever_has_it(tmp_path: Path) -> None:
     there = read_physical_volume(lambda at, length: PV[at : at + length])
     assert there is not None
-    other = PhysicalVolume("another", there.group, 0, there.metadata)
-    found, remarks = logical_volumes([other])
-    assert found == []
-    assert remarks == [
-        f"the logical volume vg0-{name} is not shown: a physical volume of it is missing" for name in ("data", "root")
-    ]
-    # The newest metadata counts, whoever has it.
-    found, remarks = logical_volumes([other, there])
-    assert ([volume.name for volume in found], remarks) == (["data", "root"], [])
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ('type = "striped"', 'type = "thin"'),
-        ("stripe_count = 1", "stripe_count = 2"),
-        ("start_extent = 5", "start_extent = 6"),
-        ("segment_count = 2", "segment_count = 3"),
-        ("pe_start = 2048", "pe_start = x"),
-        ("extent_size = 8192", "extent_size = 0"),
-    ],
-)
-def test_what_is_not_read_or_makes_no_sense_is_told(change: str, says: str) -> None:
-    there = read_physical_volume(lambda at, length: PV[at : at + length])
-    assert there is not None
-    start = PV.rindex(b"vg0 {")
-    text = PV[start : PV.index(b"\0", start)].decode()
-    assert change in text
-    changed = PhysicalVolume(there.uuid, "vg0", 9, parse(text.replace(change, says))["vg0"])
-    found, remarks = logical_volumes([changed])
-    assert len(found) < 2
-    assert remarks
+    other = replace(there, uuid="another", sequence=0, metadata={})
+    sources = [open_disk(os.fsencode(disk_of(tmp_path, bytes(28 * MIB))))]
+    for members in ([(0, other), (0, there)], [(0, there), (0, other)]):
+        table = VolumeTable(sources)
+        assert add_groups(table, members, set()) == []
+        assert [volume.name for volume in table.volumes] == ["vg0-data", "vg0-root"]
+    sources[0].close()
 
 
 @pytest.mark.parametrize(
@@ -141,14 +120,38 @@ def test_damaged_metadata_costs_the_volumes_only(tmp_path: Path) -> None:
 
 
 def test_ranges_are_cut_where_asked(tmp_path: Path) -> None:
-    ranges = ((10, 0, 100), (20, 1, 0), (5, 0, 7))
-    assert cut(ranges, 5, 27) == [(5, 0, 105), (20, 1, 0), (2, 0, 7)]
-    assert cut(ranges, 30, 99) == [(5, 0, 7)]
+    ranges = Ranges([(10, 0, 100), (20, 1, 0), (5, 0, 7)])
+    assert list(ranges.parts(5, 27)) == [(5, 0, 105), (20, 1, 0), (2, 0, 7)]
+    assert list(ranges.parts(30, 99)) == [(5, 0, 7)]
+    assert list(ranges.parts(35, 1)) == []
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(os.urandom(200))
     sources = [open_disk(os.fsencode(tmp_path / name)) for name in ("a", "b")]
     one, two = (tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes()
     whole = one[100:110] + two[:20] + one[7:12]
-    assert VolumeReader(sources, ranges).read(3, 100) == whole[3:]
+    table = VolumeTable(sources)
+    number = table.add("made", ranges)
+    assert VolumeReader(table, number).read(3, 100) == whole[3:]
+    assert table.on_disks(table.add("part", Ranges([(12, number, 9)]))) == ((1, 0, 109), (11, 1, 0))
     for source in sources:
         source.close()
+
+
+def test_a_volume_beyond_what_it_lies_on_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(200))
+    sources = [open_disk(os.fsencode(tmp_path / "a"))]
+    table = VolumeTable(sources)
+    for wrong in ((10, 0, 191), (10, 1, 0), (-1, 0, 0), (10, 0, -1)):
+        with pytest.raises(ValueError, match="beyond"):
+            table.add("wrong", Ranges([wrong]))
+    sources[0].close()
+
+
+def test_two_volumes_never_have_one_name(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(200))
+    sources = [open_disk(os.fsencode(tmp_path / "a"))]
+    table = VolumeTable(sources)
+    for _ in range(3):
+        table.add("a", Ranges([(10, 0, 0)]))
+    assert [volume.name for volume in table.volumes] == ["a~2", "a~3", "a~4"]
+    sources[0].close()

@@ -1,6 +1,7 @@
 """The table of volumes: records, and the bytes that an extent means."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -9,8 +10,18 @@ from hypothesis import strategies as st
 from backupfs.codec.records import decode_record, encode_record
 from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
-from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, Content, pieces
-from backupfs.snapshots.volumes import DISK, RANGES, Volume, decode_volumes, encode_volume, extents_of
+from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, Content, Piece, pieces
+from backupfs.snapshots.volumes import (
+    DISK,
+    MAPPED,
+    RANGES,
+    STRIPES,
+    Stripes,
+    Volume,
+    decode_volumes,
+    encode_volume,
+    extents_of,
+)
 
 CHUNK_SIZE = 64
 
@@ -42,14 +53,34 @@ def test_an_extent_means_the_bytes_of_its_volume(seed: int) -> None:
     chooser = random.Random(seed)
     disk, plain, known = disk_of(chooser, chooser.randrange(1, 9))
     volumes, bytes_of = [disk], [plain]
-    for number in range(1, chooser.randrange(2, 5)):
+    for number in range(1, chooser.randrange(2, 6)):
         ranges = []
+        kind = chooser.choice([RANGES, STRIPES, MAPPED])
+        if kind == STRIPES:
+            stripe, count, rows = chooser.randrange(1, 9), chooser.randrange(1, 4), chooser.randrange(1, 5)
+            bases = [base for base in range(number) if len(bytes_of[base]) >= stripe * rows]
+            if bases:
+                length = stripe * rows
+                for base in chooser.choices(bases, k=count):
+                    ranges.append((length, base, chooser.randrange(len(bytes_of[base]) - length + 1)))
+                legs = [bytes_of[base][start : start + length] for length, base, start in ranges]
+                made = b"".join(
+                    leg[row * stripe : (row + 1) * stripe] for row in range(rows) for leg in legs
+                )  # fmt: skip
+                volumes.append(Volume(f"v{number}", STRIPES, len(made), 0, b"", tuple(ranges), stripe))
+                bytes_of.append(made)
+                continue
         for _ in range(chooser.randrange(1, 4)):
             base = chooser.randrange(number)
             start = chooser.randrange(len(bytes_of[base]))
             ranges.append((chooser.randrange(1, len(bytes_of[base]) - start + 1), base, start))
         made = b"".join(bytes_of[base][start : start + length] for length, base, start in ranges)
-        volumes.append(Volume(f"v{number}", RANGES, len(made), 0, b"", tuple(ranges)))
+        if kind == MAPPED:
+            segments: Content = [[7, HOLE], *([length, EXTENT, base, start] for length, base, start in ranges)]
+            made = bytes(7) + made
+            volumes.append(Volume(f"v{number}", MAPPED, len(made), 0, segments))
+        else:
+            volumes.append(Volume(f"v{number}", RANGES, len(made), 0, b"", tuple(ranges)))
         bytes_of.append(made)
     volumes = list(decode_volumes(decode_record(encode_record([encode_volume(one) for one in volumes]), ""), ""))
     extents = extents_of(volumes, nothing_to_load)
@@ -67,7 +98,7 @@ def test_an_extent_means_the_bytes_of_its_volume(seed: int) -> None:
 @pytest.mark.parametrize(
     "record",
     [
-        ["a", 2, 5, 5, b""],
+        ["a", 9, 5, 5, b""],
         ["a", 0, 5, 6, b""],
         ["a", 0, -1, -1, b""],
         ["a", 1, 5, 5, [[5, 0, 8]]],  # ends behind the end
@@ -76,6 +107,13 @@ def test_an_extent_means_the_bytes_of_its_volume(seed: int) -> None:
         ["a", 1, 5, 5, [[4, 0, 0]]],  # too short
         ["a", 1, 5, 5, [[0, 0, 0], [5, 0, 0]]],
         ["a", 1, 5, 5, 3],
+        ["a", 2, 8, 8, 2, [[0, 0], [0, 7]]],  # ends behind the end
+        ["a", 2, 8, 8, 2, [[0, 0], [1, 0]]],
+        ["a", 2, 8, 8, 0, [[0, 0], [0, 1]]],
+        ["a", 2, 8, 8, 3, [[0, 0], [0, 1]]],
+        ["a", 2, 8, 8, 2, []],
+        ["a", 2, 8, 8, 2, [0, 1]],
+        ["a", 3, 5, 5, 7],
         "a",
     ],
 )
@@ -95,3 +133,23 @@ def test_an_extent_outside_of_its_volume_is_damage(extent: tuple[int, int, int])
 def test_an_extent_in_a_snapshot_without_volumes_is_damage() -> None:
     with pytest.raises(DamagedObject, match="does not have"):
         list(pieces([[5, EXTENT, 0, 0]], 5, 0, 5, nothing_to_load))
+
+
+def test_what_is_mapped_refers_to_volumes_before_it_only() -> None:
+    disk = Volume("vda", DISK, 10, 10, [[10, HOLE]])
+    for number in (1, 2, -1):
+        volumes = [disk, Volume("thin", MAPPED, 5, 5, [[5, EXTENT, number, 0]])]
+        with pytest.raises(DamagedObject, match="outside"):
+            list(extents_of(volumes, nothing_to_load)(1, 0, 5))
+
+
+def test_a_leg_of_stripes_is_looked_up_once_for_all_of_them() -> None:
+    asked = []
+
+    def legs(volume: int, offset: int, length: int) -> Iterator[Piece]:
+        asked.append((volume, offset, length))
+        yield Piece(HOLE, length, b"", 0)
+
+    found = list(Stripes(4, [(4000, 1, 0), (4000, 2, 100)]).pieces(legs, 10, 3000))
+    assert sum(piece.length for piece in found) == 3000
+    assert asked == [(1, 6, 1500), (2, 104, 1500)]
