@@ -106,8 +106,8 @@ use = egg:swift#{part}
 """
 _SWIFT_PROXY = """
 [pipeline:main]
-pipeline = catch_errors gatekeeper healthcheck {cache} listing_formats bulk s3api tempauth copy slo dlo
-    versioned_writes symlink proxy-server
+pipeline = catch_errors gatekeeper healthcheck {cache} listing_formats bulk s3api tempauth copy
+    container_quotas slo dlo versioned_writes symlink proxy-server
 
 [app:proxy-server]
 use = egg:swift#proxy
@@ -141,6 +141,7 @@ _SWIFT_FILTERS = (
     "listing_formats",
     "bulk",
     "copy",
+    "container_quotas",
     "slo",
     "dlo",
     "symlink",

@@ -4,6 +4,7 @@ CACHE/REPOSITORY-ID/index-data/*.run, index-tree/*.run
 CACHE/REPOSITORY-ID/objects/   what is kept of a store that is far away (stores/caching.py)
 CACHE/REPOSITORY-ID/blocks/    blocks of data, where the user wants that (repository/chunks.py)
 CACHE/REPOSITORY-ID/listed-*   empty; touched when packs were listed
+CACHE/REPOSITORY-ID/writing-*  empty; while a run may have put packs that no segment names, and if it failed or died
 STATE/host       a record [host id, hash of the machine id]
 STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequence this machine saw of each host
 """
@@ -11,6 +12,7 @@ STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequ
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +104,27 @@ def note_done(folder: Path | None, name: str) -> None:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (folder / name).touch(mode=0o600)
+
+
+def note_writing(folder: Path | None) -> list[Path]:
+    """Make a file that stays behind if this process dies, where there is a folder; return it for `remove_files`."""
+    if folder is None:
+        return []
+    path = folder / f"writing-{os.urandom(8).hex()}"
+    note_done(folder, path.name)
+    return [path]
+
+
+def left_writing(folder: Path | None) -> list[Path]:
+    """Return the files of those who write, or died writing."""
+    return sorted(folder.glob("writing-*")) if folder is not None else []
+
+
+def remove_files(paths: Iterable[Path]) -> None:
+    """Remove files; one that cannot be removed costs a listing of packs later, no more."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def write_privately(path: Path, data: bytes) -> None:

@@ -146,7 +146,7 @@ class S3Store(Store):
         if if_absent and self._has_conditional_put:
             arguments["IfNoneMatch"] = "*"
         client = self._client()
-        with self._translated(f"store object {key}"):
+        with self._translated(f"store object {key}", hint="; a server that has no room left may say that, too"):
             try:
                 answer = client.put_object(
                     Bucket=self._bucket, Key=self._prefix + key,
@@ -350,8 +350,11 @@ class S3Store(Store):
             return self._made
 
     @contextlib.contextmanager
-    def _translated(self, what: str, key: str = "") -> Iterator[None]:
-        """Wait for a connection's turn; raise what a failure means to the user, or to whoever tries again."""
+    def _translated(self, what: str, key: str = "", hint: str = "") -> Iterator[None]:
+        """Wait for a connection's turn; raise what a failure means to the user, or to whoever tries again.
+
+        hint: what else it may mean that the server is not able to do it now.
+        """
         from botocore import exceptions as boto
 
         about = f"cannot {what} in {shown(self.url)}"
@@ -360,7 +363,7 @@ class S3Store(Store):
             with self._turns:
                 yield
         except boto.ClientError as error:
-            raise self._meaning(error, about, key) from error
+            raise self._meaning(error, about, key, hint) from error
         except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
             raise AccessDenied(
                 f"{about}: there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a "
@@ -378,7 +381,7 @@ class S3Store(Store):
         except boto.BotoCoreError as error:
             raise StoreError(f"{about}: {_text(error)}") from error
 
-    def _meaning(self, error: Any, about: str, key: str) -> StoreError:
+    def _meaning(self, error: Any, about: str, key: str, hint: str) -> StoreError:
         code, status = _code(error), _status(error)
         said = _said(error)
         if code in _NO_BUCKET or (status == 404 and not key):
@@ -405,8 +408,10 @@ class S3Store(Store):
             return AccessDenied(f"{about}: the clock of this machine is not that of the server: set it ({said})")
         if code in _EXPIRED:
             return AccessDenied(f"{about}: the credentials have expired: get new ones ({said})")
-        if code in _GARBLED or status >= 500 or status == 429 or code in ("SlowDown", "Throttling"):
+        if code in _GARBLED or status == 429 or code in ("SlowDown", "Throttling"):
             return StoreUnavailable(f"{about}: {said}")
+        if status >= 500:
+            return StoreUnavailable(f"{about}: {said}{hint}")
         if code in _REFUSED or status in (401, 403):
             return AccessDenied(f"{about}: the server refuses it to these credentials: {said}")
         return StoreError(f"{about}: {said}")

@@ -111,18 +111,22 @@ class StoringRun:
         }
         for kind, writer in self._writers.items():
             writer.on_indexed = self._new[kind].retire
-        whole = [self._compare_with_packs(kind, index, host_id) for kind, index in indexes]
+        # An interrupted run that could not name its packs, or was killed.
+        left = local.left_writing(repository.cache)
+        whole = [self._compare_with_packs(kind, index, host_id, bool(left)) for kind, index in indexes]
         self.is_whole = all(whole)
+        if not options.dry_run:
+            local.remove_files(left)
 
-    def _compare_with_packs(self, kind: Kind, index: Index, host_id: bytes) -> bool:
+    def _compare_with_packs(self, kind: Kind, index: Index, host_id: bytes, must_list: bool) -> bool:
         """Trust no index blindly: store again what lies in packs that are gone, take what is in packs without an entry.
 
         Return whether all packs are there. Costs a listing, a request for each thousand packs on object storage, where
-        it is done once a day.
+        it is done once a day, or when it must be.
         """
         store = self._repository.store
         mark = f"listed-{kind.name.lower()}s"
-        if store.is_far and not local.is_due(self._repository.cache, mark, _LISTING_AGE_S):
+        if store.is_far and not must_list and not local.is_due(self._repository.cache, mark, _LISTING_AGE_S):
             return True
         compared = index.compare(store.list(layout.prefix_of(kind)))
         if not compared.absent:
@@ -167,14 +171,19 @@ class StoringRun:
 
     async def _store_all(self, scanners: Scanners, slots: Slots) -> Root:
         """Store what scanners send, and return `/`; everything it needs is then in the store and indexed."""
+        must_note = self._repository.store.is_far and not self._options.dry_run
+        writing = local.note_writing(self._repository.cache) if must_note else []
         try:
-            return await self._stages(scanners, slots)
+            root = await self._stages(scanners, slots)
         except BaseException:
             # What was put so far is named, so that the next run finds it; nothing more is put.
             with trio.move_on_after(_SAVING_SECONDS, shield=True), contextlib.suppress(BackupfsError):
                 for writer in self._writers.values():
                     await writer.checkpoint()
+            # A put that was under way may yet come to its end, so the next run has to look.
             raise
+        local.remove_files(writing)
+        return root
 
     async def _stages(self, scanners: Scanners, slots: Slots) -> Root:
         async with trio.open_nursery() as nursery:

@@ -68,23 +68,30 @@ def test_a_backup_whose_puts_do_not_end(fault: str, proxy: FaultProxy, swift: Se
     assert summary_of(run("--json", "check", "--read-data"))["damaged"] is False
 
 
-def test_what_an_interrupted_backup_has_put_is_not_put_again(proxy: FaultProxy, swift: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_an_interrupted_backup_has_put_is_not_put_again(
+    number: signal.Signals, proxy: FaultProxy, swift: Server, tmp_path: Path
+) -> None:
     source = source_of(tmp_path, 80)
-    runner(swift, tmp_path, "reused")("init")
+    bucket = f"reused-{number.name.lower()}"
+    run = runner(swift, tmp_path, bucket)
+    run("init")
+    (source.parent / "other").touch()
+    # What follows is not the first listing of the day.
+    run("backup", str(source.parent / "other"))
     # Of the packs of the first run four are put, of 4 MiB at least.
     proxy.rule("stall", method="PUT", path="/packs/data/", skip=4, seconds=1000.0)
     faulty = replace(swift, endpoint_url=proxy.endpoint_url)
-    stalled = environment_of(faulty, tmp_path, "reused")
+    stalled = environment_of(faulty, tmp_path, bucket)
     process = subprocess.Popen([sys.executable, "-m", "backupfs", "-q", "backup", str(source)], env=stalled)
     while sum(verb == "PUT" and "/packs/data/" in url for verb, url in proxy.seen) < 6:
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(_SOON_S) == 130
+    process.send_signal(number)
+    assert process.wait(_SOON_S) == (130 if number == signal.SIGTERM else -number)
     put = [url for verb, url in proxy.seen if verb == "PUT"]
-    assert sum("/index/data/" in url for url in put) == 1
+    assert sum("/index/data/" in url for url in put) == (number == signal.SIGTERM)
     assert sum("/packs/" in url for url in put) == 6
-    run = runner(swift, tmp_path, "reused")
     added = summary_of(run("--json", "backup", str(source)))["stored_added"]
     assert 0 < added < (80 - 4 * 4) << 20
 
