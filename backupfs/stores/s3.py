@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ ADDRESSING = ("auto", "path", "virtual")
 # A connection that does not come about, and one on which nothing moves.
 _CONNECT_S = 10
 _READ_S = 60
+# What servers take of a difference between clocks.
+_MOST_SKEW_S = 15 * 60
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _KEY_START = re.compile(rf"[A-Za-z0-9._/-]{{0,{MAX_KEY_LENGTH}}}")
 
@@ -248,15 +251,12 @@ class S3Store(Store):
 
     def now(self) -> int:
         """Return the time that the server gives with its answers, to the second."""
-        from email.utils import parsedate_to_datetime
-
         with self._translated(f"look at the bucket {shown(self._bucket)}"):
             answer = self._client().head_bucket(Bucket=self._bucket)
-        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
-        try:
-            return int(parsedate_to_datetime(date).timestamp()) * 10**9
-        except (TypeError, ValueError):
-            raise StoreError(f"{shown(self.url)} does not tell the time with its answers") from None
+        date = _date(answer["ResponseMetadata"]["HTTPHeaders"])
+        if date is None:
+            raise StoreError(f"{shown(self.url)} does not tell the time with its answers")
+        return date * 10**9
 
     def delete(self, key: str) -> None:
         """Remove an object."""
@@ -404,8 +404,18 @@ class S3Store(Store):
             )
         if code in _FULL or status == 507:
             return StoreFull(f"{about}: there is no room left: {said}")
-        if code in _CLOCK:
-            return AccessDenied(f"{about}: the clock of this machine is not that of the server: set it ({said})")
+        ahead_s = _clock_ahead_s(error)
+        # The answer to a look has no body, so it does not say why.
+        if code in _CLOCK or (status == 403 and abs(ahead_s) > _MOST_SKEW_S):
+            way = (
+                f"{abs(ahead_s) / 60:.0f} minutes {'ahead of' if ahead_s > 0 else 'behind'} that"
+                if ahead_s
+                else "not that"
+            )
+            return AccessDenied(
+                f"{about}: the clock of this machine is {way} of the server, which refuses it: set the clock, as with "
+                f"`timedatectl set-ntp true` ({said})"
+            )
         if code in _EXPIRED:
             return AccessDenied(f"{about}: the credentials have expired: get new ones ({said})")
         if code in _GARBLED or status == 429 or code in ("SlowDown", "Throttling"):
@@ -472,6 +482,22 @@ def _code(error: Any) -> str:
 
 def _status(error: Any) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _clock_ahead_s(error: Any) -> float:
+    """Return by how much this machine's clock is ahead of the server's, by the time of its answer; 0 if unknown."""
+    date = _date(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
+    return time.time() - date if date is not None else 0.0
+
+
+def _date(headers: Mapping[str, str]) -> int | None:
+    """Return when a server gave its answer, in seconds since 1970."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return int(parsedate_to_datetime(headers.get("date", "")).timestamp())
+    except (TypeError, ValueError):
+        return None
 
 
 def _said(error: Any) -> str:

@@ -180,6 +180,7 @@ def test_snapshots_are_found_by_prefix_host_tag_and_latest(cli: Cli, source: Pat
     assert [one["id"] for one in cli.json("snapshots", "latest")] == [beta["id"]]
     assert alpha["doubtful_time"]
     assert not beta["doubtful_time"]
+    assert [("clock was off" in cli("snapshots", one["id"])) for one in (alpha, beta)] == [True, False]
 
 
 def test_a_forgotten_snapshot_vanishes_and_the_others_stay(cli: Cli, source: Path) -> None:
