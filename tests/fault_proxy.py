@@ -70,6 +70,7 @@ class FaultProxy:
         self.latency_s = latency_s
         self.rules: list[Rule] = []
         self.seen: list[tuple[str, str]] = []  # (method, path) of each request
+        self.headers: list[dict[str, str]] = []  # of each of them, names in small letters
         self.passed = {"up": 0, "down": 0}  # bytes of bodies
         self._lock = threading.Lock()
         self._lines = {"up": _Line(rate), "down": _Line(rate)}
@@ -102,10 +103,11 @@ class FaultProxy:
         self._server.server_close()
         self._thread.join()
 
-    def rules_for(self, method: str, path: str) -> dict[str, Rule]:
-        """Return the rules that fit a request, by kind."""
+    def rules_for(self, method: str, path: str, headers: dict[str, str]) -> dict[str, Rule]:
+        """Note a request, and return the rules that fit it, by kind."""
         with self._lock:
             self.seen.append((method, path))
+            self.headers.append(headers)
             return {rule.kind: rule for rule in self.rules if rule.fits(method, path)}
 
     def passes(self, way: str) -> Callable[[int], None]:
@@ -176,7 +178,7 @@ class _Connection:
         by_name = {name.lower(): value for name, value in headers}
         if by_name.get("expect", "").lower() == "100-continue":
             self._client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        rules = self._proxy.rules_for(method, path)
+        rules = self._proxy.rules_for(method, path, by_name)
         body = self._receive(int(by_name.get("content-length", "0")))
         time.sleep(self._proxy.latency_s)
         if "stall" in rules:

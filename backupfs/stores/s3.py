@@ -52,6 +52,7 @@ _EXISTS = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", 
 _NOT_ABLE = frozenset({"NotImplemented", "501"})
 _ARCHIVED = frozenset({"InvalidObjectState"})
 _FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507", "EntityTooLarge"})
+_NO_CLASS = frozenset({"InvalidStorageClass"})
 _CLOCK = frozenset({"RequestTimeTooSkewed"})
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
 _REFUSED = frozenset(
@@ -416,6 +417,8 @@ class S3Store(Store):
                 f"{about}: the clock of this machine is {way} of the server, which refuses it: set the clock, as with "
                 f"`timedatectl set-ntp true` ({said})"
             )
+        if code in _NO_CLASS:
+            return StoreError(f"{about}: the server has no such class of storage, see --storage-class ({said})")
         if code in _EXPIRED:
             return AccessDenied(f"{about}: the credentials have expired: get new ones ({said})")
         if code in _GARBLED or status == 429 or code in ("SlowDown", "Throttling"):

@@ -122,6 +122,47 @@ def test_a_bit_that_is_flipped_on_its_way_once_does_no_harm(kind: str, swift: Se
         proxy.close()
 
 
+def test_a_class_is_that_of_packs_of_data_and_of_nothing_else(seaweedfs: Server, tmp_path: Path) -> None:
+    """What is read at every turn stays hot; a class that is dear to read must not slow down listings and mounts."""
+    source = built({f"f{number}": File(os.urandom(1 << 20)) for number in range(9)}, tmp_path / "source")
+    host, _, port = seaweedfs.endpoint_url.removeprefix("http://").partition(":")
+    proxy = FaultProxy(host, int(port))
+    try:
+        run = runner(replace(seaweedfs, endpoint_url=proxy.endpoint_url), tmp_path, "classes")
+        cold = ("--storage-class", "STANDARD_IA")
+        run("init", *cold)
+        run("backup", source, *cold)
+        (tmp_path / "password").write_text("another")
+        run("key", "add", "--new-password-file", str(tmp_path / "password"), *cold)
+        run("forget", "latest", *cold)
+        (Path(source) / "f0").write_bytes(b"new")
+        run("backup", source, *cold)
+        puts = [
+            (path.partition("/host/a/")[2].rpartition("/")[0], headers.get("x-amz-storage-class"))
+            for (method, path), headers in zip(proxy.seen, proxy.headers, strict=True)
+            if method == "PUT" and "/host/a/" in path
+        ]
+    finally:
+        proxy.close()
+    assert {kind for kind, sent in puts if sent is not None} == {"packs/data"}
+    assert all(sent == "STANDARD_IA" for kind, sent in puts if kind == "packs/data")
+    others = {kind.partition("/")[0] or "config" for kind, sent in puts if sent is None}
+    assert others == {"config", "keys", "packs", "index", "snapshots", "notes"}
+    # And the server took it so.
+    for entry in seaweedfs.client().list_objects_v2(Bucket="classes")["Contents"]:
+        assert (entry["StorageClass"] == "STANDARD_IA") == ("/packs/data/" in entry["Key"]), entry
+
+
+def test_a_server_without_such_a_class_says_which_option_is_wrong(swift: Server, tmp_path: Path) -> None:
+    source = built({"f": File(os.urandom(9000))}, tmp_path / "source")
+    run = runner(swift, tmp_path, "no-classes")
+    run("init", "--storage-class", "STANDARD_IA")
+    said = run("-q", "backup", source, "--storage-class", "STANDARD_IA", code=1).stderr
+    assert "--storage-class" in said
+    assert said.count("\n") == 1
+    run("backup", source, "--storage-class", "STANDARD")
+
+
 def test_no_secret_is_told_however_much_is(swift: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = runner(swift, tmp_path, "silent")
     run("init")
