@@ -367,6 +367,11 @@ def tell_check(settings: Settings, result: "CheckResult") -> None:
     _tell_requests(result.requests)
     if result.packs_read:
         click.echo(f"read {result.packs_read:,} packs whole, {size_text(result.bytes_read)}")
+    if result.noted_packs:
+        click.echo(
+            f"noted {result.noted_packs:,} damaged packs on this machine: its next backup stores again what was in them"
+            " and is still in the sources"
+        )
     click.echo("DAMAGED: see above" if result.damaged else "no damage found")
 
 

@@ -7,6 +7,8 @@ CACHE/REPOSITORY-ID/listed-*   empty; touched when packs were listed
 CACHE/REPOSITORY-ID/writing-*  empty; while a run may have put packs that no segment names, and if it failed or died
 STATE/host       a record [host id, hash of the machine id]
 STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequence this machine saw of each host
+STATE/damaged-REPOSITORY-ID   a record [[pack id, sequence], …]: packs that a check found damaged, and the sequence of
+                              this host's last snapshot by then
 """
 
 import contextlib
@@ -68,20 +70,49 @@ def note_sequences(state: Path | None, repository_id: bytes, highest: dict[bytes
     if state is None:
         return {}
     path = state / f"seen-{repository_id.hex()}"
-    seen: dict[bytes, int] = {}
-    try:
-        for entry in decode_record(path.read_bytes(), str(path)):
-            match entry:
-                case [bytes(host), int(sequence)]:
-                    seen[host] = sequence
-    except (OSError, DamagedObject):
-        pass
+    seen = _read_numbers(path)
     back = {host: sequence for host, sequence in seen.items() if highest.get(host, 0) < sequence}
     merged = {host: max(highest.get(host, 0), seen.get(host, 0)) for host in {*highest, *seen}}
     if merged != seen:
         with contextlib.suppress(OSError):
-            write_privately(path, encode_record([[host, sequence] for host, sequence in sorted(merged.items())]))
+            _write_numbers(path, merged)
     return back
+
+
+def damaged_packs(state: Path | None, repository_id: bytes) -> dict[bytes, int]:
+    """Return the packs that checks of this machine found damaged: id → sequence of the host's last snapshot by then."""
+    return _read_numbers(state / f"damaged-{repository_id.hex()}") if state is not None else {}
+
+
+def note_damaged_packs(state: Path | None, repository_id: bytes, packs: dict[bytes, int]) -> bool:
+    """Remember damaged packs instead of those from before; return whether that could be done."""
+    if state is None:
+        return False
+    path = state / f"damaged-{repository_id.hex()}"
+    try:
+        if packs:
+            _write_numbers(path, packs)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def _read_numbers(path: Path) -> dict[bytes, int]:
+    numbers: dict[bytes, int] = {}
+    try:
+        for entry in decode_record(path.read_bytes(), str(path)):
+            match entry:
+                case [bytes(name), int(number)]:
+                    numbers[name] = number
+    except (OSError, DamagedObject):
+        pass
+    return numbers
+
+
+def _write_numbers(path: Path, numbers: dict[bytes, int]) -> None:
+    write_privately(path, encode_record([[name, number] for name, number in sorted(numbers.items())]))
 
 
 def is_due(folder: Path | None, name: str, every_s: float) -> bool:

@@ -71,7 +71,7 @@ class Run:
     def without(self, pack_ids: Collection[ObjectId]) -> "Run":
         """Return this run as if the rows of some packs were not in it."""
         run = Run(self._read, self.rows_size, self._samples, self.packs, self.sources, self.path)
-        run._absent = frozenset(at for at, pack in enumerate(self.packs) if pack.pack_id in pack_ids)
+        run._absent = self._absent.union(at for at, pack in enumerate(self.packs) if pack.pack_id in pack_ids)
         return run
 
     @property

@@ -36,10 +36,7 @@ def backup(repository: Repository, paths: list[bytes], options: BackupOptions, r
     """
     run = StoringRun(repository, options, report)
     paths = _existing(paths, report)
-    parent = _parent_of(run.listed, options, run.host, paths)
-    # What is reused from a parent may lie in a pack that is gone.
-    if options.force or not run.is_whole:
-        parent = None
+    parent = run.trusted(None if options.force else _parent_of(run.listed, options, run.host, paths))
     tree = None if parent is None else parent.root
     ordinals: dict[int, int] = {}
     for path in paths:

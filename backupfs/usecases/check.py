@@ -69,6 +69,7 @@ class CheckResult:
     bytes_read: int  # of those
     unnamed_packs: int  # in no index
     unnamed_bytes: int
+    noted_packs: int  # damaged ones that backups of this machine will take nothing from
     requests: RequestCounts
     duration_ns: int
 
@@ -135,6 +136,8 @@ class _Check:
         self._trees: TreeCheck | None = None
         self._stop = threading.Event()
         self._packs_read = self._bytes_read = self._bytes_to_read = 0
+        self._last_sequence = 0  # of this host's snapshots
+        self._noted_packs = 0
 
     async def stop_when_cancelled(self) -> None:
         """Let the threads end when the check is cancelled."""
@@ -166,6 +169,7 @@ class _Check:
                 await self._read_packs(self._chosen if not self._only else await self._needed_packs())
             self._trees = self._new_tree_check()
             await workers.request(self._check_trees, self._trees)
+            await workers.io(self._note_damaged_packs)
         finally:
             if folder is not None:
                 with trio.CancelScope(shield=True):
@@ -199,6 +203,7 @@ class _Check:
             bytes_read=self._bytes_read,
             unnamed_packs=sum(item.unnamed.packs for item in copies),
             unnamed_bytes=sum(item.unnamed.size for item in copies),
+            noted_packs=self._noted_packs,
             requests=self._repository.store.requests,
             duration_ns=duration_ns,
         )
@@ -254,7 +259,9 @@ class _Check:
             if made.tree and not self._only
         ]
         identity = repository.config.repository_id
-        back = local.note_sequences(repository.local.state, identity, listed.highest_sequences())
+        highest = listed.highest_sequences()
+        self._last_sequence = highest.get(local.host_id(repository.local.state), 0)
+        back = local.note_sequences(repository.local.state, identity, highest)
         for host_id, sequence in back.items():
             self._findings.add(
                 Severity.WARNING,
@@ -333,6 +340,27 @@ class _Check:
             trees.is_tainted(left)
         for copies in self._copies.values():
             copies.tell_unnamed()
+
+    def _note_damaged_packs(self) -> None:
+        """Let backups of this machine take nothing from packs whose bytes are wrong, until a check finds them sound."""
+        repository = self._repository
+        state, identity = repository.local.state, repository.config.repository_id
+        known = local.damaged_packs(state, identity)
+        findings = self._findings.listed()
+        hitting = {finding.key for finding in findings if finding.snapshots}
+        noted: dict[bytes, int] = {}
+        for copies in self._copies.values():
+            named = copies.index.packs()
+            for pack_id in copies.garbled | {ObjectId(pack_id) for pack_id in known if pack_id in named}:
+                was_read = self._chosen is not None and self._chosen(pack_id)
+                if was_read and pack_id not in copies.unsound and pack_id not in copies.garbled:
+                    continue  # it was put back from a copy
+                # Snapshots made since it was noted hold nothing that lies in it alone, unless they are hit anyway.
+                is_hitting = copies.key_of(pack_id) in hitting or self._findings.omitted > 0
+                before = self._last_sequence if is_hitting else known.get(pack_id, self._last_sequence)
+                noted[pack_id] = min(before, self._last_sequence)
+        if (noted or known) and local.note_damaged_packs(state, identity, noted):
+            self._noted_packs = len(noted)
 
 
 def _delete_folder(folder: Path) -> None:

@@ -39,6 +39,7 @@ class PackRead:
     damage: tuple[str, ...]
     verified: "array[int]"  # positions in the index of the chunks whose bytes have their id
     has_directory: bool
+    is_garbled: bool  # its bytes are wrong; otherwise damage means that it could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class Copies:
         self._sizes: dict[ObjectId, int] = {}  # of packs that are not as long as the index says
         self._verified = Marks()
         self._without_directory: set[ObjectId] = set()
+        self.garbled: set[ObjectId] = set()  # packs in which bytes are wrong
+        self.unsound: set[ObjectId] = set()  # packs that were read, and of which not all was good
 
     def key_of(self, pack_id: ObjectId) -> str:
         """Return the key of a pack."""
@@ -121,11 +124,16 @@ class Copies:
 
         ref: as the index has it; without a header where no index names the pack.
         """
+        read = self._read_pack(ref, size)
+        # It may have been garbled on its way.
+        return self._read_pack(ref, size) if read.is_garbled and self._store.is_far else read
+
+    def _read_pack(self, ref: PackRef, size: int) -> PackRead:
         key = self.key_of(ref.pack_id)
         verified = array("Q")
         damage: list[str] = []
         if size > MOST_PACK_SIZE:
-            return PackRead(ref.pack_id, 0, (f"it has {size} bytes, more than any pack",), verified, False)
+            return PackRead(ref.pack_id, 0, (f"it has {size} bytes, more than any pack",), verified, False, False)
         try:
             data = self._store.get(key)
             if hash_object(data) != ref.pack_id:
@@ -134,7 +142,8 @@ class Copies:
             opened = OpenedHeader(header, self.kind, self._keyring, f"the object {key}")
             rows = decode_directory(opened, data)
         except (RepositoryError, StoreError) as error:
-            return PackRead(ref.pack_id, 0, (*damage, _plainly(error, key)), verified, False)
+            is_garbled = isinstance(error, RepositoryError)
+            return PackRead(ref.pack_id, 0, (*damage, _plainly(error, key)), verified, False, is_garbled)
         view = memoryview(data)
         for span in blocks_of(rows):
             try:
@@ -149,12 +158,15 @@ class Copies:
                     continue
                 place = Location(ref, span.offset, span.stored_length, offset, length)
                 verified.extend(at for at, location in self.index.locate(chunk_id) if location == place)
-        return PackRead(ref.pack_id, len(data), tuple(damage), verified, True)
+        return PackRead(ref.pack_id, len(data), tuple(damage), verified, True, bool(damage))
 
     def take(self, read: PackRead) -> None:
         """Note what reading a pack brought."""
         for what in read.damage:
             self._findings.damage(self.key_of(read.pack_id), what)
+            self.unsound.add(read.pack_id)
+        if read.is_garbled:
+            self.garbled.add(read.pack_id)
         for position in read.verified:
             self._verified.add(position)
         if not read.has_directory:
@@ -262,6 +274,8 @@ class Copies:
             self._findings.damage(key, "it is missing")
         except (RepositoryError, StoreError) as error:
             self._findings.damage(key, _plainly(error, key))
+            if isinstance(error, RepositoryError):
+                self.garbled.add(location.pack.pack_id)
         return None
 
     def _note_unnamed(self, first: int, location: Location) -> None:

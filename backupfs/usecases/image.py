@@ -44,7 +44,7 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     run = StoringRun(repository, options, report)
     name = options.name or run.host
     _tell_others(disks, report)
-    parent = _parent_of(run, name, options)
+    parent = run.trusted(_parent_of(run, name, options))
     layout = read_layout(disks)
     for remark in (*(remark for source in disks for remark in source.remarks), *layout.remarks):
         report(Remark(remark))
@@ -105,7 +105,7 @@ def _parent_of(run: StoringRun, name: str, options: ImageOptions) -> Snapshot | 
     named = image_of_hints(options.hints, run.listed)
     if named is not None and options.force:
         raise UsageError("--force compares with no image, and a map counts from one: give one of them only")
-    if options.force or not run.is_whole:
+    if options.force:
         return None
     own = [snapshot for snapshot in run.listed.snapshots if snapshot.kind == IMAGE and snapshot.image == name]
     return named or (own[-1] if own else None)

@@ -114,7 +114,9 @@ class StoringRun:
         # An interrupted run that could not name its packs, or was killed.
         left = local.left_writing(repository.cache)
         whole = [self._compare_with_packs(kind, index, host_id, bool(left)) for kind, index in indexes]
-        self.is_whole = all(whole)
+        self._is_whole = all(whole)
+        # Snapshots of this host up to this one may hold what lies in damaged packs alone; None: there are none.
+        self._doubted: int | None = self._leave_out_damaged([index for _, index in indexes])
         if not options.dry_run:
             local.remove_files(left)
 
@@ -148,6 +150,34 @@ class StoringRun:
             if segment is not None:
                 self._writers[kind].name_packs(segment)
         return not compared.absent
+
+    def _leave_out_damaged(self, indexes: list[Index]) -> int | None:
+        """Take nothing from packs that a check of this machine found damaged, though they are there in their size."""
+        repository = self._repository
+        known = local.damaged_packs(repository.local.state, repository.config.repository_id)
+        sequences: list[int] = []
+        for index in indexes if known else ():
+            found = [pack_id for pack_id in index.packs() if pack_id in known]
+            index.leave_out(found)
+            sequences += [known[pack_id] for pack_id in found]
+        return max(sequences, default=None)
+
+    def trusted(self, parent: Snapshot | None) -> Snapshot | None:
+        """Return the snapshot to compare with, or None where what it holds may lie in packs gone or damaged."""
+        if parent is None or not self._is_whole:
+            return None
+        if self._doubted is None:
+            return parent
+        own = local.host_id(self._repository.local.state)
+        if parent.host_id == own and parent.sequence > self._doubted:
+            return parent
+        self._report(
+            Remark(
+                "a check found damaged packs; what was in them is read and stored again as far as it is still in the "
+                "sources"
+            )
+        )
+        return None
 
     def store(self, ordinals: dict[int, int], count: int, scan: Callable[[Scanner, Slots, bool], Root | None]) -> Root:
         """Scan in `count` processes and store what they send; return `/`.

@@ -122,6 +122,27 @@ def test_a_bit_that_is_flipped_on_its_way_once_does_no_harm(kind: str, swift: Se
         proxy.close()
 
 
+def test_a_pack_that_is_garbled_on_its_way_to_a_check_is_read_again(swift: Server, tmp_path: Path) -> None:
+    source = built({f"f{number}": File(os.urandom(9000)) for number in range(9)}, tmp_path / "source")
+    first = runner(swift, tmp_path, "checked")
+    first("init")
+    first("backup", source)
+    host, _, port = swift.endpoint_url.removeprefix("http://").partition(":")
+    proxy = FaultProxy(host, int(port))
+    try:
+        run = runner(replace(swift, endpoint_url=proxy.endpoint_url), tmp_path, "checked")
+        rule = proxy.rule("flip", method="GET", path="/packs/data/[0-9a-f]{64}", times=1)
+        assert summary_of(run("--json", "check", "--read-data"))["damaged"] is False
+        assert rule.done == 1
+        # What is wrong each time is wrong in the store.
+        rule.times = 3
+        found = summary_of(run("--json", "check", "--read-data", code=1))
+        assert (found["damaged"], found["noted_packs"]) == (True, 1)
+    finally:
+        proxy.close()
+    assert "a check found damaged packs" in first("backup", source).stderr
+
+
 def test_a_class_is_that_of_packs_of_data_and_of_nothing_else(seaweedfs: Server, tmp_path: Path) -> None:
     """What is read at every turn stays hot; a class that is dear to read must not slow down listings and mounts."""
     source = built({f"f{number}": File(os.urandom(1 << 20)) for number in range(9)}, tmp_path / "source")

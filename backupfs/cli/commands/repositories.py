@@ -39,7 +39,8 @@ def check_command(settings: Settings, read_data: bool, read_data_subset: str | N
     """Check that all that snapshots need is there and is right.
 
     Without options: all metadata is read and authenticated, and every pack has to be there in its full size. Ends
-    with 1 when something is damaged, naming the objects, the snapshots and the paths that are hit.
+    with 1 when something is damaged, naming the objects, the snapshots and the paths that are hit. Damaged packs are
+    noted on this machine, and its next backup stores again what was in them and is still in the sources.
     """
     repository = settings.open_repository("backupfs.usecases.check", snapshots=False, files=False)
     from backupfs.cli.report import Reporter
