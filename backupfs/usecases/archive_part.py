@@ -288,6 +288,9 @@ class Part:
         return trees
 
     def _drop_unread(self, dropped: set[int], directories: list[int], trees: dict[int, ChunkId]) -> dict[int, ChunkId]:
+        counts = self._context.counts
+        counts.files -= len(dropped)
+        counts.size -= sum(status.st_size for at in dropped if stat.S_ISREG((status := self._statuses[at]).st_mode))
         kept = [at for at in range(len(self._names)) if at not in dropped]
         moved = {at: new for new, at in enumerate(kept)}
         self._contents = [self._contents[at] for at in kept]
@@ -306,6 +309,7 @@ class Part:
                 context.counts.current = self._prefix + name
             found = self._files.store(name, self._directory.fd, self._prefix + name, status)
             if found.status is not status or found.size != status.st_size:
+                context.counts.size += found.size - status.st_size
                 self._statuses[at] = found.status
                 self._rows[at] = row_of(found.status, found.size)
             self._contents[at] = found.content
@@ -366,6 +370,7 @@ class Part:
         """Store the directory at a position; return (tree, xattrs). One that cannot be read is stored empty."""
         context, name = self._context, self._names[at]
         path = self._prefix + name
+        context.counts.directories += 1
         try:
             below = OpenDirectory(reading.open_directory(name, self._directory.fd))
             try:
@@ -377,7 +382,6 @@ class Part:
             reason = context.selection.not_entered(path, device, self._device)
             if reason is not None:
                 context.leave_out(path, reason)
-                context.counts.directories += 1
                 below.close()
                 return context.empty_tree(), xattrs
             above = None

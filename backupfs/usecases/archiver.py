@@ -94,6 +94,7 @@ class Archiver:
     def _from_root(self, path: bytes, sources: list[bytes], parent: ChunkId | None) -> Nested[Stored]:
         if sources == [path]:
             directory = OpenDirectory(reading.open_directory(path, None))
+            self._context.counts.directories += 1
             stored: Stored = yield self._store_directory(directory, path, parent, os.fstat(directory.fd).st_dev, None)
             return stored
         prefix = path if path.endswith(b"/") else path + b"/"
@@ -143,7 +144,6 @@ class Archiver:
         """
         try:
             counts = self._context.counts
-            counts.directories += 1
             counts.current = path
             self._context.tell_counts()
             looked_ns = time.time_ns()

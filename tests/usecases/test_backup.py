@@ -360,6 +360,32 @@ def test_an_unreadable_directory_is_told_and_stored_empty(tmp_path: Path, monkey
     assert {path for path, _ in walk(root, b"", repository.trees.load)} == {b"/good", b"/bad"}
 
 
+def test_statistics_count_what_the_snapshot_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that could not be read were counted as files of the snapshot, and their directories were not."""
+    source = build({"a": File(b"12"), "bad": {"x": File(b"2")}, "b": File(b"345"), "l": Symlink("a")}, tmp_path / "s")
+    real = {name: getattr(reading, name) for name in ("open_file", "open_directory")}
+
+    def refuse(name: bytes, dir_fd: int | None, kind: str) -> int:
+        if name in (b"b", b"bad"):
+            raise PermissionError(13, "Permission denied")
+        opened: int = real[kind](name, dir_fd)
+        return opened
+
+    for kind in real:
+        monkeypatch.setattr(reading, kind, lambda name, dir_fd, kind=kind: refuse(name, dir_fd, kind))
+    change_while_reading(monkeypatch, source + b"/a", iter([b"longer"]))
+    result, events = told(repository := new_repository(), source)
+    assert result.snapshot is not None
+    root = find_path(result.snapshot, source, repository.trees.load)
+    below = [node for _, node in walk(root, b"", repository.trees.load)]
+    statistics = result.snapshot.statistics
+    files = [node for node in below if not node.is_directory]
+    assert [len(files), len(below) - len(files) + 1] == [statistics.files, statistics.directories] == [2, 2]
+    assert statistics.size == sum(node.size for node in files if node.is_file) == len(b"longer")
+    assert statistics.files == result.counts.files_new
+    assert statistics.files_skipped == len([event for event in events if isinstance(event, FileSkipped)]) == 2
+
+
 def test_missing_sources_are_told_and_none_at_all_is_refused(tmp_path: Path) -> None:
     source = build({"a": File(b"1")}, tmp_path / "s")
     _, events = told(new_repository(), source, source + b"-missing")
