@@ -106,6 +106,20 @@ def test_prepare_installs_again_when_the_dependencies_change(checkout: Checkout)
     assert len(checkout.calls()) == 1
 
 
+def test_prepare_names_who_made_what_it_cannot_bring_up_to_date(checkout: Checkout) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a file another user's")
+    checkout.prepare()
+    os.chown(checkout.path / ".venv", 12345, 12345)
+    assert (checkout.prepare().returncode, checkout.prepare().stderr) == (0, "")
+    checkout.calls()
+    with (checkout.path / "setup.cfg").open("a") as settings:
+        settings.write("\n# one more line\n")
+    answer = checkout.prepare()
+    assert (answer.returncode, answer.stderr.count("\n"), checkout.calls()) == (1, 1, [])
+    assert "sudo rm -rf" in answer.stderr
+
+
 def test_prepare_as_root_installs_only_the_missing_package(checkout: Checkout) -> None:
     checkout.lack("acl")
     assert checkout.prepare("attr", "acl").returncode == 0
@@ -119,16 +133,68 @@ def test_prepare_as_a_user_names_the_command_to_run(checkout: Checkout) -> None:
     checkout.lack("acl")
     answer = checkout.prepare("attr", "acl")
     assert answer.returncode == 1
-    assert "\n    sudo apt-get install -y acl\n" in answer.stderr
+    assert "\n    sudo apt-get update && sudo apt-get install -y acl\n" in answer.stderr
     assert checkout.calls() == []
 
 
-@pytest.mark.parametrize("inside", [".", ".quickstart/source"])
-def test_quickstart_refuses_to_back_up_its_own_repository(inside: str, tmp_path: Path) -> None:
-    copy = tmp_path / "scripts/quickstart"
-    copy.parent.mkdir()
-    shutil.copy(ROOT / "scripts/quickstart", copy)
-    (tmp_path / inside).mkdir(parents=True, exist_ok=True)
-    answer = subprocess.run([copy, inside], cwd=tmp_path, capture_output=True, text=True, timeout=10)
-    assert answer.returncode == 1
+def quickstart_in(checkout: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a copy of the quick start in a checkout of its own, where everything is set up already."""
+    (checkout / "scripts").mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "scripts/quickstart", checkout / "scripts")
+    prepare = checkout / "scripts/prepare"
+    prepare.write_text("#!/bin/sh\n")
+    prepare.chmod(0o755)
+    binaries = checkout / ".venv/bin"
+    binaries.mkdir(parents=True, exist_ok=True)
+    if not (binaries / "backupfs").exists():
+        (binaries / "backupfs").symlink_to(Path(sys.executable).with_name("backupfs"))
+    command = [checkout / "scripts/quickstart", *arguments]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120)
+
+
+def test_quickstart_refuses_what_it_makes_anew(tmp_path: Path) -> None:
+    (tmp_path / ".quickstart/source").mkdir(parents=True)
+    answer = quickstart_in(tmp_path, ".quickstart/source")
+    assert (answer.returncode, answer.stderr.count("\n")) == (1, 1)
     assert ".quickstart" in answer.stderr
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty"])
+def test_quickstart_says_in_one_line_what_is_wrong_with_a_directory(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    if kind == "file":
+        place.write_text("x")
+    if kind == "empty":
+        place.mkdir()
+    answer = quickstart_in(tmp_path / "checkout", place)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith(f"scripts/quickstart: {place} ")
+    assert answer.stderr.count("\n") == 1
+
+
+def test_quickstart_names_the_user_of_an_earlier_run(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a file another user's")
+    (tmp_path / ".quickstart").mkdir()
+    os.chown(tmp_path / ".quickstart", 12345, 12345)
+    answer = quickstart_in(tmp_path)
+    assert (answer.returncode, answer.stderr.count("\n")) == (1, 1)
+    assert f"sudo rm -rf {tmp_path}/.quickstart" in answer.stderr
+
+
+@pytest.mark.fuse
+def test_quickstart_backs_up_a_home_that_holds_the_checkout(tmp_path: Path) -> None:
+    home = tmp_path / "a home"
+    (home / ".hidden").mkdir(parents=True)
+    for number in range(30):
+        (home / ".hidden" / str(number)).write_text("x")
+    (home / "-a letter\nof two lines").write_text("kept")
+    for _ in range(2):
+        answer = quickstart_in(home / "check out", home)
+        assert (answer.returncode, answer.stderr) == (0, "")
+        source = home / "check out/.quickstart/source"
+        # What is hidden comes last, and what an earlier run left there never.
+        assert (source / "-a letter\nof two lines").is_file()
+        assert not (source / "check out/.quickstart").exists()
+        assert "/.quickstart/repository: the repository or the cache itself" in answer.stdout
+        assert "\nIdentical: " in answer.stdout
