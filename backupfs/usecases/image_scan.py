@@ -26,10 +26,10 @@ from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
 from backupfs.repository.writer import ChunkSaver, WriteSizes
 from backupfs.snapshots.content import CHUNK, EXTENT, HOLE, Content, ContentBuilder
-from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
+from backupfs.snapshots.node import NANOSECONDS, STAT_ROW, Node
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.volumes import DISK, Volume
-from backupfs.snapshots.walk import find_path, tree_of
+from backupfs.snapshots.walk import find_path, tree_of, walk
 from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.events import Remark
@@ -202,8 +202,16 @@ class DiskStorer:
             if self._layout.table.below(number) <= same:
                 with contextlib.suppress(PathNotFound, DamagedObject, StoreError):
                     node = find_path(parent, b"/files/" + volumes[number].name.encode(), self._load)
-                    found[number] = VolumeTree(tree_of(node), node.row, self._context.save_xattrs(node.xattrs))
+                    tree = VolumeTree(tree_of(node), node.row, self._context.save_xattrs(node.xattrs))
+                    self._count(node)
+                    found[number] = tree
         return found
+
+    def _count(self, top: Node) -> None:
+        """Count what a tree of the parent holds, as its walk would have."""
+        directories = [node.is_directory for _, node in walk(top, b"", self._load)]
+        self._context.counts.files += directories.count(False)
+        self._context.counts.directories += directories.count(True) + 1
 
     def do(self, task: "RangeTask | WalkTask") -> "Cuts | VolumeTree | None":
         """Do what was given away."""

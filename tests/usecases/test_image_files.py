@@ -339,6 +339,9 @@ def test_files_of_a_volume_that_did_not_change_are_not_looked_at_again(
     assert second is not None
     wanted = restored(repository, first, "/files/disk", tmp_path / "first")
     assert restored(repository, second, "/files/disk", tmp_path / "second") == wanted
+    counted = [(one.statistics.files, one.statistics.directories) for one in (first, second)]
+    assert counted[0] == counted[1]
+    assert counted[0] > (1, 1)
 
 
 @pytest.mark.expected_log("a look at")
