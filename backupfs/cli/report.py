@@ -106,11 +106,11 @@ class Reporter:
                     print_json({"event": "left_out", **name_value("path", path), "reason": reason})
                 elif self._settings.verbose:
                     self.line(f"left out {shown(path)}: {reason}")
-            case Deleted(path):
+            case Deleted(path, dry_run):
                 if self._settings.json:
-                    print_json({"event": "deleted", **name_value("path", path)})
+                    print_json({"event": "deleted", **name_value("path", path), "dry_run": dry_run})
                 elif self._settings.verbose:
-                    self.line(f"deleted {shown(path)}")
+                    self.line(f"{'would delete' if dry_run else 'deleted'} {shown(path)}")
             case Remark(text):
                 self._say("remark", text, {"text": text})
 

@@ -262,15 +262,17 @@ def tell_restore(settings: Settings, result: "RestoreResult", dry_run: bool) -> 
     click.echo(f"  time     {duration_text(result.duration_ns)}")
 
 
-def tell_restore_image(settings: Settings, result: "RestoreImageResult", dry_run: bool) -> None:
-    """Print what became of a device."""
+def tell_restore_image(
+    settings: Settings, result: "RestoreImageResult", dry_run: bool = False, verb: str = "restored"
+) -> None:
+    """Print what became of a device, or of a file."""
     if settings.json:
         print_json({"event": "summary", "dry_run": dry_run, **asdict(result)})
         return
     if settings.quiet:
         return
-    verb = "differs in" if dry_run else "restored: wrote"
-    click.echo(f"{verb} {size_text(result.written)} of {size_text(result.size)}")
+    done = "differs in" if dry_run else f"{verb}: wrote"
+    click.echo(f"{done} {size_text(result.written)} of {size_text(result.size)}")
     if result.verified:
         click.echo("  verified all of it, read back and found as in the snapshot")
     _tell_requests(result.requests)
@@ -366,7 +368,8 @@ def tell_check(settings: Settings, result: "CheckResult") -> None:
     )
     _tell_requests(result.requests)
     if result.packs_read:
-        click.echo(f"read {result.packs_read:,} packs whole, {size_text(result.bytes_read)}")
+        packs = "1 pack" if result.packs_read == 1 else f"{result.packs_read:,} packs"
+        click.echo(f"read {packs} whole, {size_text(result.bytes_read)}")
     if result.noted_packs:
         click.echo(
             f"noted {result.noted_packs:,} damaged packs on this machine: its next backup stores again what was in them"

@@ -22,9 +22,10 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """A restore deleted something, with all that was in it; in a dry run, it would."""
+    """A restore deleted something, with all that was in it."""
 
     path: bytes
+    dry_run: bool = False  # it would have
 
 
 @dataclass(frozen=True, slots=True)

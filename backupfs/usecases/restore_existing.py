@@ -100,7 +100,7 @@ class ExistingFiles:
                 count = self._target.remove_tree(directory, name, self._stays, self._options.dry_run)
                 if count:
                     self._counts.deleted += count
-                    self._report(Deleted(self._target.path_of(directory, name)))
+                    self._report(Deleted(self._target.path_of(directory, name), self._options.dry_run))
             except FileNotFoundError:
                 continue
             except OSError as error:

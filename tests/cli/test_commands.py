@@ -162,6 +162,14 @@ def test_paths_come_from_files_by_line_and_by_nul(cli: Cli, source: Path) -> Non
     assert "/below/two" in cli("ls", "-R", "latest")
 
 
+def test_what_a_dry_run_would_delete_is_not_called_deleted(cli: Cli, source: Path, tmp_path: Path) -> None:
+    cli("backup", source)
+    (tmp_path / "target/old").mkdir(parents=True)
+    words = ("restore", f"latest:{source}", tmp_path / "target", "--delete", "-v")
+    assert f"would delete {tmp_path}/target/old\n" in cli(*words, "--dry-run")
+    assert f"\ndeleted {tmp_path}/target/old\n" in "\n" + cli(*words)
+
+
 def test_a_dry_run_stores_nothing(cli: Cli, source: Path) -> None:
     before = cli.objects()
     assert "nothing was stored" in cli("backup", "-n", source)

@@ -135,7 +135,9 @@ def test_commands_run_before_disks_are_opened_and_after_they_were_read(cli: Cli,
 def test_a_disk_is_exported_in_formats_of_virtual_machines(form: str, cli: Cli, disk: Path, tmp_path: Path) -> None:
     cli("image", disk, "--name", "web")
     target = tmp_path / "out"
-    assert "verified all of it" in cli("export", "web:latest", target, "--format", form)
+    said = cli("export", "web:latest", target, "--format", form)
+    assert said.startswith("exported: wrote ")
+    assert "verified all of it" in said
     source = open_disk(os.fsencode(target))
     assert source.read(0, source.size) == disk.read_bytes()
     assert source.form == {"vhd": "vpc"}.get(form, form)

@@ -607,8 +607,8 @@ def test_what_is_deleted_is_named_and_in_a_dry_run_too(tmp_path: Path) -> None:
         options = RestoreOptions(delete=True, dry_run=dry_run)
         result = trio.run(restore, repository, snapshot, source, target, options, events.append)
         assert [event for event in events if isinstance(event, Deleted)] == [
-            Deleted(target + b"/old"),
-            Deleted(target + b"/z"),
+            Deleted(target + b"/old", dry_run),
+            Deleted(target + b"/z", dry_run),
         ]
         assert result.deleted == 4
         assert os.path.exists(target + b"/z") == dry_run

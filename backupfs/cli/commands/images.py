@@ -115,7 +115,7 @@ def export_command(settings: Settings, what: bytes, file: bytes, form: str) -> i
     report = Reporter(settings)
     result = export(repository, snapshot, disk, os.path.abspath(file), form, report)
     report.clear()
-    tell_restore_image(settings, result, dry_run=False)
+    tell_restore_image(settings, result, verb="exported")
     return 0
 
 
