@@ -66,3 +66,13 @@ def walk(node: Node, path: bytes, load: Load) -> Iterator[tuple[bytes, Node]]:
         yield at, child
         if child.is_directory:
             stack.append((at, nodes(tree_of(child), load)))
+
+
+def shown_volumes(snapshot: Snapshot, load: Load) -> dict[str, int]:
+    """Return the volumes of an image that are files under /volumes, their numbers by name. Raises: DamagedObject."""
+    found: dict[str, int] = {}
+    for node in nodes(tree_of(find_path(snapshot, b"/volumes", load)), load):
+        match node.content:
+            case [[int(), 2, int(number), 0]] if 0 <= number < len(snapshot.volumes):
+                found[snapshot.volumes[number].name] = number
+    return found

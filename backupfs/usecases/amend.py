@@ -122,7 +122,7 @@ def _amend(
     def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
         def archive(archiver: Archiver) -> Root:
             # What is reused from the snapshot may lie in a pack that is gone.
-            amender = _Amender(archiver, repository.trees.load, compares=run.is_whole)
+            amender = _Amender(archiver, repository.trees.load, compares=run.trusted(snapshot) is not None)
             return amender.root(snapshot, _edits_of(changes))
 
         return file_scan(repository, options, slots, selection, ordinals, scanner, archive if begins else None)

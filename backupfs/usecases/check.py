@@ -166,7 +166,9 @@ class _Check:
                 await workers.request(self._load_index, kind, folder)
                 self._present[kind] = await workers.request(self._copies[kind].compare_with_listing)
             if self._chosen is not None:
-                await self._read_packs(self._chosen if not self._only else await self._needed_packs())
+                if self._only:
+                    self._chosen = await self._needed_packs()
+                await self._read_packs(self._chosen)
             self._trees = self._new_tree_check()
             await workers.request(self._check_trees, self._trees)
             await workers.io(self._note_damaged_packs)

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import trio
 
-from backupfs import interrupts, memory
+from backupfs import interrupts, memory, workers
 from backupfs.errors import BackupfsError, MountError, PathNotFound
 from backupfs.fuse import session
 from backupfs.fuse.background import serve_in_background
 from backupfs.fuse.session import SessionOptions, check_mountpoint
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.snapshot import IMAGE, Snapshot
+from backupfs.snapshots.walk import shown_volumes
 from backupfs.usecases.mount import DATA_CACHE_SIZE, KEPT_BYTES, TREE_CACHE_SIZE
 from backupfs.usecases.umount import umount
 from backupfs.view.loading import Loader
@@ -72,9 +73,10 @@ async def serve_scratch(
     memory.keep_freed_memory(KEPT_BYTES)
     repository.trees.keep_at_most(TREE_CACHE_SIZE)
     repository.data.keep_at_most(DATA_CACHE_SIZE)
+    shown = await workers.request(shown_volumes, snapshot, repository.trees.load)
     async with trio.open_nursery() as background:
         loader = Loader(repository, background)
-        disks = ScratchDisks(snapshot, loader)
+        disks = ScratchDisks(snapshot, shown, loader)
         try:
             await session.serve_scratch(disks, loader, mountpoint, _OPTIONS, on_ready)
         finally:

@@ -38,6 +38,7 @@ from backupfs.snapshots.verification import (
     encode_verification,
 )
 from backupfs.snapshots.volumes import bases_of
+from backupfs.snapshots.walk import shown_volumes
 from backupfs.usecases.boot_watch import watch
 from backupfs.usecases.check import CheckOptions, CheckResult, check
 from backupfs.usecases.events import Progress, Report
@@ -153,10 +154,10 @@ class _Run:
     def _check_file_systems(self) -> None:
         volumes = self._snapshot.volumes
         under = {base for volume in volumes for base in bases_of(volume)}
+        shown = shown_volumes(self._snapshot, self._repository.trees.load).values()
         with scratch_mount(self._repository, self._snapshot) as scratch:
-            for number, volume in enumerate(volumes):
-                if number in under:
-                    continue
+            for number in sorted({disk.volume for disk in self._snapshot.disks}.union(shown) - under):
+                volume = volumes[number]
                 self._report(Progress("check", 0, 0, current=volume.name.encode()))
                 try:
                     checked = check_volume(scratch.volume(volume.name), volume.size)

@@ -7,7 +7,7 @@ Operations are synchronous over what is in memory, as those of SnapshotView are,
 Belongs to the trio thread.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,13 +53,15 @@ _Entry = _Volume | _Changes | dict[bytes, int]
 class ScratchDisks:
     """The disks and volumes of an image, and what was written to them."""
 
-    def __init__(self, snapshot: Snapshot, loader: Loader, folder: str | None = None) -> None:
+    def __init__(self, snapshot: Snapshot, shown: Mapping[str, int], loader: Loader, folder: str | None = None) -> None:
         """Take the parts.
 
+        shown: the volumes that are files, their numbers by name.
         folder: where what is written lies, in files without names; None: where temporary files do.
         """
         self._snapshot = snapshot
         self._files = FileReader(loader)
+        self._places_of = places_of(snapshot.volumes, loader.tree)
         self._overlays = {disk.volume: Overlay(folder) for disk in snapshot.disks}
         self._entries: dict[int, _Entry] = {}
         self._names: dict[int, bytes] = {}
@@ -67,18 +69,17 @@ class ScratchDisks:
         for disk in snapshot.disks:
             folders[DISKS][disk.name.encode() + b".raw"] = _Volume(disk.volume)
             folders[CHANGES][disk.name.encode() + b".map"] = _Changes(disk.volume)
-        for number, volume in enumerate(snapshot.volumes):
-            if number not in self._overlays:
-                folders[VOLUMES][volume.name.encode() + b".raw"] = _Volume(number)
+        for name, number in shown.items():
+            folders[VOLUMES][name.encode() + b".raw"] = _Volume(number)
         top: dict[bytes, int] = {}
         self._entries[TOP] = top
-        for name, entries in folders.items():
-            inode = top[name] = len(self._entries) + 1
+        for folder_name, entries in folders.items():
+            inode = top[folder_name] = len(self._entries) + 1
             below: dict[bytes, int] = {}
-            self._entries[inode], self._names[inode] = below, b"/" + name
+            self._entries[inode], self._names[inode] = below, b"/" + folder_name
             for entry_name, entry in sorted(entries.items()):
                 number = below[entry_name] = len(self._entries) + 1
-                self._entries[number], self._names[number] = entry, b"/" + name + b"/" + entry_name
+                self._entries[number], self._names[number] = entry, b"/" + folder_name + b"/" + entry_name
 
     @property
     def is_changed(self) -> bool:
@@ -136,7 +137,7 @@ class ScratchDisks:
 
     def _places(self, number: int, offset: int, length: int) -> list[Place]:
         length = max(0, min(length, self._snapshot.volumes[number].size - offset))
-        return list(places_of(self._snapshot.volumes, number, offset, length))
+        return list(self._places_of(number, offset, length)) if length else []
 
     def _read(self, place: Place) -> bytes | memoryview:
         if place.disk is None:
@@ -187,7 +188,7 @@ class ScratchDisks:
     def _map_of(self, disk: int) -> bytes:
         """Return what was written to a disk as the map that `image --hints` takes."""
         size = self._snapshot.volumes[disk].size
-        lines = [f"# since {self._snapshot.snapshot_id.hex()}"]
+        lines = [f"since {self._snapshot.snapshot_id.hex()}"]
         position = 0
         for start, end in _joined(self._overlays[disk].written()):
             if start > position:

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.walk import shown_volumes
 from backupfs.view.filesystem import NoSuchEntry
 from backupfs.view.loading import Loader, NotCached
 from backupfs.view.scratch import TOP, ReadOnly, ScratchDisks
@@ -47,7 +48,8 @@ def scratch_of(path: Path) -> tuple[Client, Snapshot]:
     snapshot = make_image(repository, path)
     repository = reopened(repository)
     loader = Loader(repository)
-    return Client(ScratchDisks(snapshot, loader), loader), snapshot
+    shown = shown_volumes(snapshot, repository.trees.load)
+    return Client(ScratchDisks(snapshot, shown, loader), loader), snapshot
 
 
 def test_what_is_written_to_volumes_and_disks_is_read_from_both(tmp_path: Path) -> None:
@@ -109,6 +111,6 @@ def test_names_that_are_not_there_and_places_that_cannot_be_written(tmp_path: Pa
     size = snapshot.volumes[0].size
     assert client.disks.write(client.inode(b"disks/web1.raw"), size, b"behind the end") == 0
     assert not client.disks.is_changed
-    header = f"# since {snapshot.snapshot_id.hex()}\n0 {size} same\n"
+    header = f"since {snapshot.snapshot_id.hex()}\n0 {size} same\n"
     assert client.disks.read(client.inode(b"changes/web1.map"), 0, 1000) == header.encode()
     client.disks.close()
