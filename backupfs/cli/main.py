@@ -34,6 +34,7 @@ _COMMANDS = {
     "restore": "contents",
     "put": "edits",
     "rm": "edits",
+    "edit": "edits",
     "thaw": "contents",
     "mount": "mounts",
     "umount": "mounts",

@@ -67,13 +67,20 @@ _OTHERS = (
 )  # fmt: skip
 
 
+def form_of(path: Path, size: int) -> str:
+    """Return what a volume is called that has a checker; empty for others. Raises: OSError."""
+    with open(path, "rb") as file:
+        checker = _checker_of(file.fileno(), size)
+    return checker.form if checker is not None else ""
+
+
 def check_volume(path: Path, size: int) -> Checked:
     """Check the file system in a scratch copy of a volume. Raises: OSError where it cannot be read."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for checker, places, mark in _MARKS:
-            if _stands_at(fd, size, places[0], mark):
-                return _run(checker, path)
+    with open(path, "rb") as file:
+        fd = file.fileno()
+        checker = _checker_of(fd, size)
+        if checker is not None:
+            return _run(checker, path)
         for form, place, mark in _OTHERS:
             if _stands_at(fd, size, place, mark):
                 return Checked(form, None, f"{form}: there is no program that checks it", b"")
@@ -83,9 +90,11 @@ def check_volume(path: Path, size: int) -> Checked:
                     return Checked(
                         checker.form, False, f"{checker.form}: its superblock is gone, a copy is at byte {place:,}", b""
                     )
-    finally:
-        os.close(fd)
     return Checked("", None, "no file system that is known", b"")
+
+
+def _checker_of(fd: int, size: int) -> Checker | None:
+    return next((checker for checker, places, mark in _MARKS if _stands_at(fd, size, places[0], mark)), None)
 
 
 def _stands_at(fd: int, size: int, place: int, mark: bytes) -> bool:

@@ -87,14 +87,6 @@ def test_the_repository_and_the_cache_are_left_out_of_what_is_put(cli: Cli, sour
     assert "no damage" in cli("check", "--read-data")
 
 
-def test_an_image_has_one_clear_line(cli: Cli, disk: Path) -> None:
-    cli("image", disk, "--name", "web")
-    for words in (["put", "web:latest:/files/web1p1/hosts", "/etc/hostname"], ["rm", "web:latest:/files/web1p1/hosts"]):
-        said = cli(*words, code=1)
-        assert f"is an image of disks: {words[0]} changes snapshots of files only" in said
-        assert said.count("\n") == 1
-
-
 @pytest.mark.fuse
 def test_a_live_mount_shows_the_child(cli: Cli, source: Path, tmp_path: Path) -> None:
     cli("backup", source)

@@ -1,4 +1,4 @@
-"""put, rm: a child of a snapshot with other files."""
+"""put, rm, edit: a child of a snapshot with other files."""
 
 import os
 from typing import TYPE_CHECKING
@@ -7,9 +7,11 @@ import click
 
 from backupfs.cli.commands.contents import split_snapshot_path
 from backupfs.cli.settings import PATH, Settings, with_settings
-from backupfs.errors import UsageError, shown
+from backupfs.errors import SourceError, UsageError, shown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from backupfs.repository.repository import Repository
     from backupfs.snapshots.listing import SnapshotList
     from backupfs.snapshots.snapshot import Snapshot
@@ -30,6 +32,9 @@ def put_command(
     What stood at PATH is replaced, a folder with all that was in it; all else is as in SNAP, which itself does not
     change. LOCAL keeps its own mode, owner, times and attributes; a symlink is put as a link. The child is stored
     as now and of the same host, so it becomes `latest`.
+
+    In an image, PATH is /files/VOLUME/… on ext2, ext3, ext4 (by debugfs) or FAT (by mtools). That takes neither root
+    nor a mount, and the child is made only if the file system's checker finds nothing wrong.
     """
     from backupfs.localfs.sources import normalise
 
@@ -41,9 +46,20 @@ def put_command(
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_backup
     from backupfs.cli.values import own_folders
+    from backupfs.snapshots.snapshot import IMAGE
     from backupfs.usecases.amend import AmendOptions, put
 
-    _require_files(snapshot, "put")
+    if snapshot.kind == IMAGE:
+        from backupfs.cli.summaries import tell_image
+        from backupfs.usecases.amend_image import put_in_image
+        from backupfs.usecases.edit import EditOptions
+
+        report = Reporter(settings)
+        made = EditOptions(tags=tag, dry_run=dry_run)
+        result = put_in_image(repository, snapshot, path, place, parents, made, report)
+        report.clear()
+        tell_image(settings, result)
+        return 0
     own = own_folders(settings.folders(), repository.store)
     options = AmendOptions(tags=tag, dry_run=dry_run, makes_parents=parents, own_folders=own)
     report = Reporter(settings)
@@ -78,9 +94,20 @@ def rm_command(
     repository, listed, snapshot = _opened(settings, name)
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_backup
+    from backupfs.snapshots.snapshot import IMAGE
     from backupfs.usecases.amend import AmendOptions, remove
 
-    _require_files(snapshot, "rm")
+    if snapshot.kind == IMAGE:
+        from backupfs.cli.summaries import tell_image
+        from backupfs.usecases.amend_image import remove_from_image
+        from backupfs.usecases.edit import EditOptions
+
+        report = Reporter(settings)
+        made = EditOptions(tags=tag, dry_run=dry_run)
+        result = remove_from_image(repository, snapshot, paths, recursive, made, report)
+        report.clear()
+        tell_image(settings, result)
+        return 0
     options = AmendOptions(tags=tag, dry_run=dry_run, recursive=recursive)
     report = Reporter(settings)
     result = remove(repository, listed, snapshot, paths, options, report)
@@ -111,10 +138,92 @@ def _opened(settings: Settings, name: str) -> "tuple[Repository, SnapshotList, S
     return repository, listed, listed.find(name)
 
 
-def _require_files(snapshot: "Snapshot", verb: str) -> None:
-    """Raise UsageError for a snapshot that is an image."""
-    from backupfs.ids import short
-    from backupfs.snapshots.snapshot import FILES
+@click.command("edit")
+@click.argument("words", nargs=-1, metavar="SNAP DIR", type=PATH)
+@click.option("--commit", is_flag=True, help="Make the child of what was written at DIR, and unmount it.")
+@click.option("--discard", is_flag=True, help="Unmount DIR, and forget what was written.")
+@click.option(
+    "--run", metavar="COMMAND", help="Without DIR: run COMMAND in a copy, and make the child if it ends with 0."
+)
+@click.option("--unchecked", is_flag=True, help="Make the child even of a file system that its checker finds broken.")
+@click.option("--tag", multiple=True, metavar="TAG", help="Tag the child, beside the tags of the image.")
+@with_settings
+def edit_command(
+    settings: Settings,
+    words: tuple[bytes, ...],
+    commit: bool,
+    discard: bool,
+    run: str | None,
+    unchecked: bool,
+    tag: tuple[str, ...],
+) -> int:
+    """Change an image: mount a copy of its disks that can be written, and make a child of what was written.
 
-    if snapshot.kind != FILES:
-        raise UsageError(f"{short(snapshot.snapshot_id)} is an image of disks: {verb} changes snapshots of files only")
+    \b
+    backupfs edit web1:latest /mnt/e                  the disks and volumes, as files
+    mount -o loop /mnt/e/volumes/vda1.raw /mnt/x      as root; or any program that works on such files
+    umount /mnt/x                                     when everything is as it should be
+    backupfs edit --commit /mnt/e                     the child is made; or --discard
+
+    The image itself never changes. The child stores what was written, and is made only if the checkers of the file
+    systems that were changed find nothing wrong. Until then what is written is in a file without a name in TMPDIR. With
+    --run, COMMAND finds the copy in $BACKUPFS_EDIT.
+    """
+    count = 1 if commit or discard or run else 2
+    if len(words) != count or sum(map(bool, (commit, discard, run))) > 1:
+        raise UsageError("give one of: edit SNAP DIR, edit --commit DIR, edit --discard DIR, edit SNAP --run COMMAND")
+    from pathlib import Path
+
+    from backupfs.cli.report import Reporter
+
+    place = Path(os.fsdecode(os.path.abspath(words[-1])))
+    if discard:
+        from backupfs.usecases.umount import umount
+
+        umount(place)
+        return 0
+    repository = settings.open_repository("backupfs.usecases.edit")
+    from backupfs.cli.summaries import tell_image
+    from backupfs.snapshots.listing import load_all
+    from backupfs.usecases.edit import EditOptions, commit_edit, scratch_at
+    from backupfs.usecases.mount import default_log_file
+    from backupfs.usecases.scratch import scratch_in_background, scratch_mount
+    from backupfs.usecases.umount import umount
+
+    listed = load_all(repository)
+    options = EditOptions(tag, not unchecked)
+    report = Reporter(settings)
+    if commit:
+        scratch, snapshot = scratch_at(place, listed)
+        result = commit_edit(repository, snapshot, scratch, options, report)
+        umount(place)
+    elif run:
+        snapshot = listed.find(os.fsdecode(words[0]))
+        with scratch_mount(repository, snapshot) as scratch:
+            _run_in(scratch.mountpoint, run)
+            result = commit_edit(repository, snapshot, scratch, options, report)
+    else:
+        snapshot = listed.find(os.fsdecode(words[0]))
+        log_file = default_log_file(settings.folders().cache)
+        pid = scratch_in_background(repository, snapshot, place, log_file)
+        if settings.json:
+            from backupfs.cli.report import print_json
+
+            print_json({"mountpoint": str(place), "pid": pid, "log_file": str(log_file)})
+        elif not settings.quiet:
+            name = shown(str(place))
+            click.echo(f"{name}: disks and volumes of {snapshot.image}, to be written")
+            click.echo(f"`backupfs edit --commit {name}` makes the child, `backupfs edit --discard {name}` forgets it")
+        return 0
+    report.clear()
+    tell_image(settings, result)
+    return 0
+
+
+def _run_in(place: "Path", command: str) -> None:
+    import subprocess
+
+    environment = {**os.environ, "BACKUPFS_EDIT": str(place)}
+    code = subprocess.run(command, shell=True, env=environment, stdout=2, check=False).returncode
+    if code:
+        raise SourceError(f"the command ended with {code}, so no child was made: {shown(command)}")

@@ -1,0 +1,135 @@
+"""Change an image: a child is made of a scratch copy, with what was written to it; the image itself stays as it is.
+
+Only what was written is read and stored; all else is taken from the image by chunk ids. File systems that were changed
+have to pass their checker first.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from backupfs.disks.checkers import check_volume
+from backupfs.disks.hints import Claim, Hints, read_hints
+from backupfs.disks.source import RawDisk
+from backupfs.errors import MountError, SourceError, UsageError, shown
+from backupfs.fuse import mounted
+from backupfs.repository.repository import Repository
+from backupfs.snapshots.listing import SnapshotList
+from backupfs.snapshots.snapshot import Disk, Snapshot
+from backupfs.snapshots.volumes import bases_of, places_of
+from backupfs.snapshots.walk import shown_volumes
+from backupfs.usecases.events import Remark, Report
+from backupfs.usecases.image import ImageOptions, image
+from backupfs.usecases.scratch import ScratchMount
+from backupfs.usecases.storing import BackupResult
+
+
+@dataclass(frozen=True, slots=True)
+class EditOptions:
+    """What a user can say about a child of an image."""
+
+    tags: tuple[str, ...] = ()  # beside those of the image
+    is_checked: bool = True  # refuse a file system that its checker finds broken
+    dry_run: bool = False
+
+
+def scratch_at(mountpoint: Path, listed: SnapshotList) -> tuple[ScratchMount, Snapshot]:
+    """Return the scratch copy that is mounted somewhere, and what it is a copy of. Raises: MountError."""
+    name = shown(str(mountpoint))
+    if mounted.find_mount(mountpoint) is None:
+        raise MountError(f"no backupfs is mounted at {name}")
+    scratch = ScratchMount(mountpoint, Path())
+    try:
+        [first, *_] = sorted((mountpoint / "changes").iterdir())
+        words = first.read_text("ascii").split("\n", 1)[0].split()
+    except (OSError, ValueError):
+        words = []
+    if len(words) != 2 or words[0] != "since":
+        raise MountError(f"what is mounted at {name} is no copy to edit: `backupfs edit SNAP DIR` makes one")
+    return scratch, listed.find(words[1])
+
+
+def commit_edit(
+    repository: Repository, snapshot: Snapshot, scratch: ScratchMount, options: EditOptions, report: Report
+) -> BackupResult:
+    """Make a child of an image from its scratch copy.
+
+    It forks, as `image` does. Raises: UsageError if nothing was changed; SourceError if a file system that was changed
+    is not sound; StoreError.
+    """
+    hints = {
+        disk.name: replace(
+            read_hints(os.fsencode(scratch.changes(disk.name)), snapshot.volumes[disk.volume].size), is_trusted=True
+        )
+        for disk in snapshot.disks
+    }
+    written = {disk.volume: _written(hints[disk.name], snapshot.volumes[disk.volume].size) for disk in snapshot.disks}
+    if not any(written.values()):
+        raise UsageError("nothing was changed, so there is no child to make")
+    if options.is_checked:
+        _check(repository, snapshot, scratch, written, report)
+        # The checker may have replayed a journal.
+        for disk in snapshot.disks:
+            found = read_hints(os.fsencode(scratch.changes(disk.name)), snapshot.volumes[disk.volume].size)
+            hints[disk.name] = replace(found, is_trusted=True)
+    sources: list[_EditedDisk] = []
+    try:
+        sources += (_EditedDisk(disk, scratch) for disk in snapshot.disks)
+        made = ImageOptions(
+            host=snapshot.host, tags=(*snapshot.tags, *options.tags), dry_run=options.dry_run, name=snapshot.image,
+            hints=hints,
+        )  # fmt: skip
+        return image(repository, list(sources), made, report)
+    finally:
+        for source in sources:
+            source.close()
+
+
+class _EditedDisk(RawDisk):
+    """The scratch copy of a disk, which goes on as what the disk came from."""
+
+    def __init__(self, disk: Disk, scratch: ScratchMount) -> None:
+        try:
+            fd = os.open(scratch.disk(disk.name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(f"the copy of {shown(disk.name)} cannot be read: {error.strerror}") from error
+        super().__init__(disk.name, disk.source, fd)
+        self.form = disk.form
+
+    def data_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield everything: the mount cannot tell of holes, and what was not written is not asked for."""
+        yield start, end
+
+
+def _written(hints: Hints, size: int) -> list[tuple[int, int]]:
+    return [(start, end) for start, end, claim in hints.between(0, size) if claim == Claim.READ]
+
+
+def _check(
+    repository: Repository,
+    snapshot: Snapshot,
+    scratch: ScratchMount,
+    written: dict[int, list[tuple[int, int]]],
+    report: Report,
+) -> None:
+    """Check the file systems in volumes that were written to. Raises: SourceError for one that is not sound."""
+    volumes = snapshot.volumes
+    under = {base for volume in volumes for base in bases_of(volume)}
+    shown_ones = shown_volumes(snapshot, repository.trees.load).values()
+    places = places_of(volumes, repository.trees.load)
+    for number in sorted({disk.volume for disk in snapshot.disks}.union(shown_ones) - under):
+        volume = volumes[number]
+        if not any(
+            place.disk is not None
+            and any(low < place.offset + place.length and high > place.offset for low, high in written[place.disk])
+            for place in places(number, 0, volume.size)
+        ):
+            continue
+        checked = check_volume(scratch.volume(volume.name), volume.size)
+        if checked.sound is False:
+            raise SourceError(
+                f"what was changed in {shown(volume.name)} is not sound, so no child was made: {checked.words}"
+            )
+        if checked.sound is None:
+            report(Remark(f"{shown(volume.name)} was changed and not checked: {checked.words}"))
