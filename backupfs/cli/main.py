@@ -24,6 +24,7 @@ _COMMANDS = {
     "init": "repositories",
     "backup": "backups",
     "image": "images",
+    "index": "images",
     "export": "images",
     "verify": "verifying",
     "boot": "verifying",

@@ -19,6 +19,7 @@ from backupfs.stores.requests import RequestCounts
 if TYPE_CHECKING:
     from backupfs.usecases.check import CheckResult
     from backupfs.usecases.forget import ForgetResult
+    from backupfs.usecases.index import IndexResult
     from backupfs.usecases.restore import RestoreResult
     from backupfs.usecases.restore_image import RestoreImageResult
     from backupfs.usecases.storing import BackupResult
@@ -204,6 +205,37 @@ def tell_image(settings: Settings, result: "BackupResult") -> None:
         click.echo(f"dry run: nothing was stored of disks of {size_text(counts.size)}")
     stored = f", {size_text(result.stored_added)} stored after compression" if snapshot is not None else ""
     click.echo(f"  new      {size_text(result.plain_added)} after deduplication{stored}")
+    _tell_requests(result.requests)
+    click.echo(f"  time     {duration_text(result.duration_ns)}")
+
+
+def tell_index(settings: Settings, result: "IndexResult") -> None:
+    """Print what was found in an image."""
+    snapshot = result.snapshot
+    if settings.json:
+        print_json({"event": "summary", **asdict(result), "snapshot": snapshot_value(snapshot)})
+        return
+    if settings.quiet:
+        return
+    image = f"image {shown(snapshot.image)}, snapshot {short(snapshot.snapshot_id)}"
+    if not result.looked:
+        click.echo(f"{image}: the files of all its volumes are shown already; --force looks into them again")
+        return
+    click.echo(f"{image}: {'indexed' if result.is_new else 'nothing more was found in it'}")
+    for label, names in (
+        ("added   ", result.added),
+        ("renewed ", result.renewed),
+        ("volumes ", result.volumes),
+        ("no files", result.without),
+    ):
+        if names:
+            click.echo(f"  {label} {', '.join(map(shown, names))}")
+    click.echo(f"  files    {snapshot.statistics.files:,} in it" + _skipped_in_image(result.files_skipped))
+    if result.is_new:
+        click.echo(
+            f"  new      {size_text(result.plain_added)} after deduplication, "
+            f"{size_text(result.stored_added)} stored after compression"
+        )
     _tell_requests(result.requests)
     click.echo(f"  time     {duration_text(result.duration_ns)}")
 

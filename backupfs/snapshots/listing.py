@@ -1,6 +1,7 @@
 """Which snapshots a repository has, and which one a name means."""
 
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,7 @@ from backupfs.repository import layout
 from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
+from backupfs.snapshots.indexing import indexed
 from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, decode_snapshot, encode_snapshot
 from backupfs.snapshots.verification import VERIFY, Verification, decode_verification
 from backupfs.stores.store import Store
@@ -40,6 +42,8 @@ class SnapshotList:
     _notes: dict[str, notes.Note | None] = field(default_factory=dict)
     _damaged_notes: dict[str, str] = field(default_factory=dict)
     _verifications: dict[SnapshotId, list[Verification]] = field(default_factory=dict)
+    _indexed: dict[str, Snapshot | None] = field(default_factory=dict)  # key of a note → the image as it shows it
+    _newest_index: dict[SnapshotId, tuple[int, str]] = field(default_factory=dict)  # (time, key) of the one in use
 
     def refresh(self) -> bool:
         """Read what is new in the store; return whether anything changed. Raises: StoreError."""
@@ -58,10 +62,12 @@ class SnapshotList:
             if snapshot is not None:
                 present[snapshot_id] = snapshot
         self._loaded = present
+        self._load_notes(note_keys)
         forgotten = self._forgotten(note_keys)
+        as_shown = present | self._with_indexes(note_keys)
         self.damaged = damaged | self._damaged_notes
         self.snapshots = sorted(
-            (snapshot for snapshot_id, snapshot in present.items() if snapshot_id not in forgotten),
+            (snapshot for snapshot_id, snapshot in as_shown.items() if snapshot_id not in forgotten),
             key=lambda snapshot: (snapshot.time_ns, snapshot.sequence, snapshot.snapshot_id),
         )
         return self.snapshots != before or len(self._notes) != notes_before
@@ -77,14 +83,48 @@ class SnapshotList:
             damaged[key] = str(error)
             return None
 
+    def as_stored(self, snapshot: Snapshot) -> Snapshot:
+        """Return a snapshot as its own object has it, whatever notes say."""
+        return self._loaded[snapshot.snapshot_id]
+
+    def _load_notes(self, listed: list[str]) -> None:
+        fresh = [key for key in listed if key not in self._notes]
+        self._notes.update(zip(fresh, each(self.repository.store, self._load_note, fresh), strict=True))
+        for key in fresh:
+            self._take_verification(key, self._notes[key])
+
+    def next_index_ns(self, snapshot: Snapshot) -> int:
+        """Return the time for another index of an image, which is to be the newest whatever the clocks were."""
+        age, _ = self._newest_index.get(snapshot.snapshot_id, (0, ""))
+        return max(time.time_ns(), age + 1)
+
+    def _with_indexes(self, listed: list[str]) -> dict[SnapshotId, Snapshot]:
+        """Return the images that have an index, as the newest one that is valid shows them."""
+        found: dict[SnapshotId, Snapshot] = {}
+        newest: dict[SnapshotId, tuple[int, str]] = {}
+        self._newest_index = newest
+        for key in listed:
+            note = self._notes[key]
+            if note is None or note.kind != notes.INDEX or note.snapshot_id not in self._loaded:
+                continue
+            if key not in self._indexed:
+                self._indexed[key] = self._read_index(key, note)
+            shown_as, age = self._indexed[key], (note.time_ns, key)
+            if shown_as is not None and age > newest.get(note.snapshot_id, (-1, "")):
+                found[note.snapshot_id], newest[note.snapshot_id] = shown_as, age
+        return found
+
+    def _read_index(self, key: str, note: notes.Note) -> Snapshot | None:
+        try:
+            return indexed(self._loaded[note.snapshot_id], note.arguments, f"the object {key}")
+        except DamagedObject as error:
+            log.warning("%s; it is ignored", error)
+            self._damaged_notes[key] = str(error)
+            return None
+
     def _forgotten(self, listed: list[str]) -> set[SnapshotId]:
         forgets: dict[SnapshotId, set[bytes]] = {}
         undone: dict[SnapshotId, set[bytes]] = {}
-        store = self.repository.store
-        fresh = [key for key in listed if key not in self._notes]
-        self._notes.update(zip(fresh, each(store, self._load_note, fresh), strict=True))
-        for key in fresh:
-            self._take_verification(key, self._notes[key])
         for key in listed:
             note = self._notes[key]
             if note is None or note.kind not in (notes.FORGET, notes.UNDELETE):

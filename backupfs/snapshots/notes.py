@@ -1,13 +1,14 @@
 """Notes: append-only sealed records about a snapshot, which is itself never rewritten.
 
-Key: notes/SNAPSHOT/HASH. Record: [1, snapshot id, kind, time_ns, host, arguments]. Forgetting is valid only when sealed
-under the maintain key. Source: docs/format.rst, "Notes".
+Key: notes/SNAPSHOT/HASH. Record: [1, snapshot id, kind, time_ns, host, arguments]. What changes what there is to see of
+a snapshot is valid only when sealed under the maintain key. Source: docs/format.rst, "Notes".
 """
 
 import os
 import time
 from dataclasses import dataclass
 
+from backupfs.codec.keys import MAINTAIN
 from backupfs.codec.records import Field, decode_record, encode_record
 from backupfs.codec.sealing import HEADER, Kind, hash_object, seal_record, unseal_record
 from backupfs.errors import DamagedObject, UnknownVersion
@@ -20,8 +21,9 @@ from backupfs.stores.store import Store
 FORMAT = 1
 FORGET = "forget"
 UNDELETE = "undelete"
+INDEX = "index"
 
-_MAINTENANCE = frozenset({FORGET, UNDELETE})
+_MAINTENANCE = frozenset({FORGET, UNDELETE, INDEX})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,12 @@ def put_note(repository: Repository, note: Note) -> None:
     repository.store.put(layout.note_prefix(note.snapshot_id) + hash_object(data).hex(), data)
 
 
+def require_right(repository: Repository, kind: str) -> None:
+    """Raise WrongPassword if a note of a kind needs a key that this slot does not give, before long work."""
+    if kind in _MAINTENANCE:
+        repository.keyring.key(MAINTAIN, repository.keyring.epoch(MAINTAIN))
+
+
 def new_note(snapshot_id: SnapshotId, kind: str) -> Note:
     """Return a note of this host and this moment."""
     return Note(snapshot_id, kind, time.time_ns(), os.uname().nodename)
@@ -55,7 +63,7 @@ def new_note(snapshot_id: SnapshotId, kind: str) -> Note:
 def load_note(repository: Repository, key: str, store: Store | None = None) -> Note:
     """Return the note under a key; `store` is where to look, the repository's own by default.
 
-    Raises: DamagedObject, also for a destructive note that is not under the maintain key; WrongPassword where this key
+    Raises: DamagedObject, also for a note that needs the maintain key and is not under it; WrongPassword where this key
     slot lacks the key; UnknownVersion; StoreError.
     """
     what = f"the object {key}"

@@ -155,7 +155,7 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
             list(volumes),
             bytes(),
             *_,
-        ] if len(root) == ID_SIZE and _is_directory(root_row):
+        ] if len(root) == ID_SIZE and is_directory_row(root_row):
             return Snapshot(
                 kind,
                 host_id,
@@ -205,7 +205,8 @@ def _decode_image(fields: list[Field], volumes: int, what: str) -> tuple[str, tu
     raise DamagedObject(f"{what} is damaged: its disks are not those of format 1")
 
 
-def _is_directory(row: bytes) -> bool:
+def is_directory_row(row: bytes) -> bool:
+    """Tell whether a stat row can be that of a root; an empty one can."""
     return not row or (len(row) == STAT_ROW.size and stat.S_ISDIR(STAT_ROW.unpack(row)[0]))
 
 

@@ -131,6 +131,7 @@ class _Check:
         self._snapshots: list[Snapshot] = []
         self._hit: list[SnapshotId] = []
         self._left: list[Snapshot] = []  # as if they were snapshots: the directories that verifications left
+        self._behind: list[Snapshot] = []  # images as they were before an index: it may turn out damaged
         self._copies: dict[Kind, Copies] = {}
         self._present: dict[Kind, list[tuple[PackRef, int]]] = {}
         self._trees: TreeCheck | None = None
@@ -260,6 +261,8 @@ class _Check:
             for made in listed.verifications(snapshot.snapshot_id)
             if made.tree and not self._only
         ]
+        stored = map(listed.as_stored, self._snapshots)
+        self._behind = [own for own, shown in zip(stored, self._snapshots, strict=True) if own != shown]
         identity = repository.config.repository_id
         highest = listed.highest_sequences()
         self._last_sequence = highest.get(local.host_id(repository.local.state), 0)
@@ -333,8 +336,8 @@ class _Check:
             self._bytes_read += read.size
 
     def _check_trees(self, trees: TreeCheck) -> None:
-        tainted = [snapshot for snapshot in self._snapshots if trees.is_tainted(snapshot)]
-        self._hit = [snapshot.snapshot_id for snapshot in tainted]
+        tainted = [snapshot for snapshot in (*self._snapshots, *self._behind) if trees.is_tainted(snapshot)]
+        self._hit = list(dict.fromkeys(snapshot.snapshot_id for snapshot in tainted))
         for snapshot in tainted:
             trees.tell_paths(snapshot)
         # What verifications left hits no snapshot, but is damage all the same.

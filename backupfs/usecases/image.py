@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from backupfs.disks import explorer
 from backupfs.disks.hints import Hints
 from backupfs.disks.layout import read_layout
 from backupfs.disks.source import DiskSource, attached_disks, is_name
@@ -15,6 +14,7 @@ from backupfs.snapshots.snapshot import FREE_LEFT_OUT, IMAGE, Disk, Snapshot
 from backupfs.usecases.events import Remark, Report
 from backupfs.usecases.image_hints import image_of_hints
 from backupfs.usecases.image_scan import DiskRoot, image_scan
+from backupfs.usecases.image_walk import load_readers
 from backupfs.usecases.scanner import Root, Scanner
 from backupfs.usecases.scanners import scanner_count
 from backupfs.usecases.storing import BackupResult, StoringRun, WriteOptions
@@ -48,15 +48,7 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     layout = read_layout(disks)
     for remark in (*(remark for source in disks for remark in source.remarks), *layout.remarks):
         report(Remark(remark))
-    # Once, before anything is forked.
-    explorer.load()
-    if not explorer.is_installed():
-        report(
-            Remark(
-                "of the files in the disks only those on XFS are shown, as the library that reads others is missing: "
-                "`pip install 'backupfs[images]'`; the disks themselves are complete"
-            )
-        )
+    load_readers(report)
 
     def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
         return image_scan(

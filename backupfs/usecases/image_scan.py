@@ -37,6 +37,7 @@ from backupfs.usecases.image_files import Place, VolumeFiles, VolumeTree
 from backupfs.usecases.image_hints import DiskBefore, DiskHints, look, volume_before
 from backupfs.usecases.image_volumes import recorded
 from backupfs.usecases.scanner import Root, Scanner
+from backupfs.usecases.stored_disk import StoredDisk
 
 DISK_CHUNK = 32 << 10
 # What one process does at a time, and what is read at a time.
@@ -86,8 +87,12 @@ def image_scan(
     slots: Slots,
     scanner: Scanner,
     begins: bool,
+    again: bool = False,
 ) -> Root | None:
-    """Be one scanning process: store all disks or nothing, then do tasks; return `/` for all disks."""
+    """Be one scanning process: store all disks or nothing, then do tasks; return `/` for all disks.
+
+    again: go through all volumes, those too whose files the parent has.
+    """
     keyring = repository.keyring
     data = ChunkSaver(Kind.DATA_PACK, repository.data_index, slots, scanner.send, sizes.block)
     trees = ChunkSaver(Kind.TREE_PACK, repository.tree_index, slots, scanner.send, sizes.block)
@@ -100,7 +105,7 @@ def image_scan(
     cut_sizes = repository.config.cut_sizes
     files = FileStorer(id_key, keyring.file_cut_seed(), cut_sizes, data, context.save_tree, scanner.send)
     said = [_hints_of(source, hints, parent, repository, scanner) for source in disks]
-    storer = DiskStorer(disks, layout, parent, said, repository.trees.load, context, data, files, id_key)
+    storer = DiskStorer(disks, layout, parent, said, repository.trees.load, context, data, files, id_key, again)
     scanner.serve(storer.do)
     root = storer.store_all(taken_ns) if begins else None
     if root is None:
@@ -125,12 +130,14 @@ class DiskStorer:
         data: ChunkSaver,
         files: FileStorer,
         id_key: bytes,
+        again: bool = False,
     ) -> None:
         """Take the parts.
 
         parent: the image before, whose files stand where a volume is the same. said: of each disk, by the parent.
         load: gives its tree chunks.
         files: stores what has no place in a disk. id_key: names chunks.
+        again: go through volumes whose files the parent has, too; they stand where that fails.
         """
         self._disks = disks
         self._layout = layout
@@ -141,6 +148,7 @@ class DiskStorer:
         self._context = context
         self._data = data
         self._id_key = id_key
+        self._again = again
         self._buffer = memoryview(bytearray(_READ))
 
     def store_all(self, taken_ns: int) -> DiskRoot:
@@ -166,7 +174,8 @@ class DiskStorer:
                 content = volume.content or [[laid.size, EXTENT, number, 0]]
                 shown[b"volumes"][laid.name.encode() + b".raw"] = (content, laid.size)
         trees = self._known_trees(volumes)
-        walks |= self._give_walks(number for number in layout.undivided if number not in trees and number not in walks)
+        left = [number for number in layout.undivided if self._again or number not in trees]
+        walks |= self._give_walks(number for number in left if number not in walks)
         for number, task in walks.items():
             tree = self._context.scanner.result_of(task)
             if tree is not None:
@@ -273,6 +282,9 @@ class DiskStorer:
         return hints
 
     def _store_disk(self, number: int, source: DiskSource, hints: Hints, meter: "_DataMeter") -> Content:
+        if isinstance(source, StoredDisk):
+            self._pass_by(source, meter)
+            return source.content
         builder = ContentBuilder(self._context.save_tree)
         pending: deque[int | Cuts] = deque()
         hole = 0
@@ -328,6 +340,16 @@ class DiskStorer:
                 cuts.append((low - position, b""))
             self._store_data(source, low, high, cuts)
             position = high
+
+    def _pass_by(self, source: StoredDisk, meter: "_DataMeter") -> None:
+        """Measure a disk that is stored already."""
+        at = 0
+        for low, high in source.data_ranges(0, source.size):
+            meter.pass_by(low - at, is_data=False)
+            meter.pass_by(high - low, is_data=True)
+            at = high
+        meter.pass_by(source.size - at, is_data=False)
+        self._context.counts.size += source.size
 
     def _data_at(self, source: DiskSource, position: int, end: int) -> tuple[int, int]:
         """Return the next range that may hold data, in whole chunks; (end, end) if there is none."""

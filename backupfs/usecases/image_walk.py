@@ -14,6 +14,7 @@ from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadabl
 from backupfs.forked import Line
 from backupfs.snapshots.content import MOST_INLINE
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
+from backupfs.usecases.events import Remark, Report
 
 _BATCH = 512
 _MOST_DEPTH = 2048
@@ -93,6 +94,18 @@ class Problem(NamedTuple):
 
 
 MESSAGES = (Found, Listed, Closed, Part, PartsEnd, Problem, Node)
+
+
+def load_readers(report: Report) -> None:
+    """Load what reads file systems, once, before anything is forked; say so if most of it is not installed."""
+    explorer.load()
+    if not explorer.is_installed():
+        report(
+            Remark(
+                "of the files in the disks only those on XFS are shown, as the library that reads others is missing: "
+                "`pip install 'backupfs[images]'`; the disks themselves are complete"
+            )
+        )
 
 
 def walk_volume(line: Line, read: Read, size: int, kept: list[int]) -> None:

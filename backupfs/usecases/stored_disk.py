@@ -44,6 +44,7 @@ class StoredDisk(DiskSource):
         folder = "disks" if volume.kind == DISK else "volumes"
         super().__init__(volume.name, f"{short(snapshot.snapshot_id)}:/{folder}/{volume.name}.raw".encode())
         self.size = volume.size
+        self.content = volume.content  # of a disk
         self._number = number
         self._repository = repository
         self._extents = extents_of(snapshot.volumes, repository.trees.load)

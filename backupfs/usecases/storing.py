@@ -280,17 +280,9 @@ class StoringRun:
         snapshot's fields.
         """
         counts = self.counts
-        result = BackupResult(
-            None,
-            parent.snapshot_id if parent is not None else b"",
-            counts,
-            self._writers[Kind.DATA_PACK].totals,
-            self._writers[Kind.TREE_PACK].totals,
-            RequestCounts(),
-            time.monotonic_ns() - self._started,
-        )
+        result = self.result(parent.snapshot_id if parent is not None else b"")
         if self._options.dry_run:
-            return replace(result, requests=self._repository.store.requests + counts.requests)
+            return result
         host_id = local.host_id(self._repository.local.state)
         last = self.listed.last_of_host(host_id)
         snapshot = Snapshot(
@@ -334,6 +326,18 @@ class StoringRun:
             self._report(Remark(f"snapshots of the host with the id {short(other)} that were here before are gone"))
         requests = self._repository.store.requests + counts.requests
         return replace(result, snapshot=snapshot, requests=requests)
+
+    def result(self, parent: bytes) -> BackupResult:
+        """Return what was done so far. parent: id of the snapshot it was compared with, or empty."""
+        return BackupResult(
+            None,
+            parent,
+            self.counts,
+            self._writers[Kind.DATA_PACK].totals,
+            self._writers[Kind.TREE_PACK].totals,
+            self._repository.store.requests + self.counts.requests,
+            time.monotonic_ns() - self._started,
+        )
 
 
 def _user_name() -> str:

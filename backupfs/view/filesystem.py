@@ -137,6 +137,7 @@ class SnapshotView:
             # A link that points elsewhere is another link: what is known of the old one stays true.
             key += b"\0" + entry.target
         elif isinstance(entry, Root):
+            # One that an index gave another root is another directory: nothing known of the old one is true of it.
             key += b"\0" + entry.snapshot.snapshot_id + entry.tree
         number = self._numbers.get(key)
         if number is None:

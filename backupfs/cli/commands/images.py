@@ -1,4 +1,4 @@
-"""image, export: whole disks, into snapshots and out of them."""
+"""image, index, export: whole disks, into snapshots and out of them."""
 
 import contextlib
 import logging
@@ -86,6 +86,30 @@ def image_command(
     report.clear()
     tell_image(settings, result)
     return 3 if report.skipped or failed else 0
+
+
+@click.command("index")
+@click.argument("name", metavar="SNAP")
+@click.option("--force", is_flag=True, help="Look into all of it again, also where files are shown already.")
+@with_settings
+def index_command(settings: Settings, name: str, force: bool) -> int:
+    """Find the files in an image that was taken without looking for them, and show them from now on.
+
+    The disks are read from the repository; the image itself does not change. With --force all file systems are gone
+    through again, after an upgrade that reads them better, or where `check` found damaged trees of files.
+    """
+    repository = settings.open_repository("backupfs.usecases.index")
+    from backupfs.cli.report import Reporter
+    from backupfs.cli.summaries import tell_index
+    from backupfs.snapshots.listing import load_all
+    from backupfs.usecases.index import IndexOptions, index
+
+    listed = load_all(repository)
+    report = Reporter(settings)
+    result = index(repository, listed, listed.find(name), IndexOptions(force=force), report)
+    report.clear()
+    tell_index(settings, result)
+    return 3 if report.skipped else 0
 
 
 @click.command("export")
