@@ -5,10 +5,13 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from backupfs.cli.settings import is_interactive
 from backupfs.errors import UsageError, shown
 
+# As cryptsetup reads.
+_MOST_KEY_FILE = 8 << 20
 _LOST = """\
 Everything is encrypted on this machine with this password. If it is lost, nobody
 can ever read the backups again: keep a copy where it survives this machine.
@@ -60,6 +63,27 @@ def ask_twice(prompt: str) -> bytes:
         if first == getpass.getpass("once more: ").encode("utf-8", "surrogateescape"):
             return first
         sys.stderr.write("these were two different passwords; again\n")
+
+
+def read_luks_passphrases(files: Sequence[bytes], key_files: Sequence[bytes], ask: bool) -> tuple[bytes, ...]:
+    """Return what may open encrypted disks: from files, the environment and the terminal.
+
+    files: their first lines count. key_files: all their bytes do. Raises: UsageError.
+    """
+    found = [_from_file(os.fsdecode(path)) for path in files]
+    for path in key_files:
+        try:
+            with open(path, "rb") as file:
+                found.append(_not_empty(file.read(_MOST_KEY_FILE), f"the key file {shown(path)}"))
+        except OSError as error:
+            raise UsageError(f"the key file {shown(path)} cannot be read: {error.strerror}") from error
+    if os.environ.get("BACKUPFS_LUKS_PASSPHRASE"):
+        found.append(os.environ["BACKUPFS_LUKS_PASSPHRASE"].encode("utf-8", "surrogateescape"))
+    if ask:
+        if not is_interactive():
+            raise UsageError("--luks-ask needs a terminal: give --luks-passphrase-file FILE instead")
+        found.append(_not_empty(getpass.getpass("passphrase of the encrypted volumes: "), "the passphrase"))
+    return tuple(found)
 
 
 def _given_password(file: str | None, command: str | None) -> bytes | None:

@@ -1,14 +1,18 @@
-"""How disks are divided: partitions, and logical volumes over them. Volumes are numbered as in a snapshot's table."""
+"""How disks are divided: partitions, what is encrypted in them, and logical volumes over them.
 
-from collections.abc import Iterator
+Volumes are numbered as in a snapshot's table.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from backupfs.disks.filesystem import Unreadable
 from backupfs.disks.logical import add_groups
+from backupfs.disks.luks import open_luks, read_luks
 from backupfs.disks.lvm import NotLvm, PhysicalVolume, read_physical_volume
 from backupfs.disks.partitions import partition_name, partitions_of
 from backupfs.disks.source import DiskSource
-from backupfs.disks.table import LaidOut, VolumeReader, VolumeTable
+from backupfs.disks.table import Decrypted, LaidOut, VolumeReader, VolumeTable
 from backupfs.disks.thin import Thin
 from backupfs.snapshots.volumes import Range, Ranges
 
@@ -43,11 +47,17 @@ class Layout:
     def own_data_size(self, number: int) -> int | None:
         """Return how many bytes of a volume are in no hole, where it says so itself."""
         made_of = self.table.made_of(number)
+        if isinstance(made_of, Decrypted):
+            return made_of.size  # of what is zeros on the disk, too, something is made
         return made_of.mapped if isinstance(made_of, Thin) else None
 
 
-def read_layout(disks: list[DiskSource]) -> Layout:
-    """Find partitions and logical volumes. Raises: SourceError."""
+def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = ()) -> Layout:
+    """Find partitions, encrypted volumes and logical volumes.
+
+    passphrases: to open encrypted volumes with, each any of them.
+    Raises: SourceError.
+    """
     table = VolumeTable(disks)
     divided: set[int] = set()
     remarks: list[str] = []
@@ -57,24 +67,38 @@ def read_layout(disks: list[DiskSource]) -> Layout:
             table.add(partition_name(source.name, part.number), Ranges([(part.length, number, part.start)]))
     members: list[tuple[int, PhysicalVolume]] = []
     groups: set[str] = set()
-    looked_at = 0
+    number = 0
     for _ in range(_MOST_ROUNDS):
-        first, looked_at = looked_at, len(table)
-        for number in range(first, looked_at):
-            if number in divided or not _is_shown(table, number):
-                continue
-            try:
-                member = read_physical_volume(VolumeReader(table, number).read)
-            except (NotLvm, Unreadable) as error:
-                divided.add(number)
-                remarks.append(f"{table.name(number)}: {error}")
-                continue
-            if member is not None:
-                divided.add(number)
-                members.append((number, member))
+        while number < len(table):
+            if number not in divided and _is_shown(table, number):
+                try:
+                    if _open_encrypted(table, number, passphrases):
+                        divided.add(number)
+                    elif (member := read_physical_volume(VolumeReader(table, number).read)) is not None:
+                        divided.add(number)
+                        members.append((number, member))
+                except (NotLvm, Unreadable) as error:
+                    divided.add(number)
+                    remarks.append(f"{table.name(number)}: {error}")
+            number += 1
         remarks += add_groups(table, members, groups)
     undivided = tuple(number for number in range(len(table)) if number not in divided and _is_shown(table, number))
     return Layout(table, undivided, tuple(remarks))
+
+
+def _open_encrypted(table: VolumeTable, number: int, passphrases: Sequence[bytes]) -> bool:
+    """Add what is in a volume if it is encrypted; tell whether it is. Raises: Unreadable if it cannot be opened."""
+    reader = VolumeReader(table, number)
+    header = read_luks(reader.read, table.size(number))
+    if header is None:
+        return False
+    if any(isinstance(table.made_of(below), Decrypted) for below in table.below(number)):
+        raise Unreadable("it is encrypted twice, which is not read")
+    if not passphrases:
+        raise Unreadable(f"it is encrypted (LUKS{header.version}): its files are not shown, as no passphrase was given")
+    cipher = open_luks(reader.read, header, passphrases)
+    table.add(f"{table.name(number)}_crypt", Decrypted((header.size, number, header.start), cipher))
+    return True
 
 
 def _is_shown(table: VolumeTable, number: int) -> bool:

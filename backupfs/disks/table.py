@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from backupfs.codec.sectors import BLOCK, SectorCipher, decrypt
+from backupfs.disks.filesystem import Unreadable
 from backupfs.disks.source import DiskSource
 from backupfs.snapshots.volumes import Range, Ranges
 
@@ -36,6 +38,38 @@ class LaidOut:
     def size(self) -> int:
         """Its bytes."""
         return self.made_of.size
+
+
+class Decrypted:
+    """What is encrypted in a range of another volume, as plain bytes."""
+
+    def __init__(self, place: Range, cipher: SectorCipher) -> None:
+        """Take the parts. The range has whole sectors."""
+        self.place = place
+        self.cipher = cipher
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.place[0]
+
+    def bases(self) -> Iterator[Range]:
+        """Yield the range."""
+        yield self.place
+
+    def parts(self, start: int, length: int) -> Iterator[Range]:
+        """Yield the range of what is encrypted."""
+        _, volume, offset = self.place
+        yield length, volume, offset + start
+
+    def read(self, table: "VolumeTable", start: int, length: int) -> bytes:
+        """Return plain bytes. Raises: SourceError; Unreadable."""
+        low, high = start - start % BLOCK, start + length + -(start + length) % BLOCK
+        [(_, volume, offset)] = self.parts(low, high - low)
+        sealed = table.read(volume, offset, high - low)
+        if len(sealed) < high - low:
+            raise Unreadable("what is encrypted ends too soon")
+        return decrypt(self.cipher, low, sealed)[start - low : start - low + length]
 
 
 class VolumeTable:
@@ -97,6 +131,8 @@ class VolumeTable:
             return b""
         if made_of is None:
             return self.disks[number].read(offset, length)
+        if isinstance(made_of, Decrypted):
+            return made_of.read(self, offset, length)
         found = [
             bytes(count) if base < 0 else self.read(base, start, count)
             for count, base, start in made_of.parts(offset, length)
@@ -117,7 +153,7 @@ class VolumeTable:
     def on_disks(self, number: int) -> tuple[Range, ...]:
         """Return where the bytes of a volume are on disks, in order.
 
-        None are returned for one whose bytes lie scattered (in stripes, in a pool).
+        None are returned for one whose bytes lie scattered (in stripes, in a pool) or are others there (encrypted).
         """
         found: list[Range] = []
         left = [(self.size(number), number, 0)]

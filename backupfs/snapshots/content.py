@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from backupfs.codec.records import Field, decode_record, encode_record
+from backupfs.codec.sectors import BLOCK, SectorCipher, decrypt
 from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
 
@@ -45,6 +46,30 @@ class Piece(NamedTuple):
     length: int
     source: bytes  # the chunk's id, or the inline bytes; empty for a hole
     offset: int  # in the chunk or the inline bytes
+    cipher: SectorCipher | None = None  # these are encrypted; a hole never is
+    position: int = 0  # in the encrypted volume
+
+    def cut(self, start: int, length: int) -> "Piece":
+        """Return a part of it."""
+        return self._replace(length=length, offset=self.offset + start, position=self.position + start)
+
+    def plain(self, source: bytes | memoryview) -> bytes | memoryview:
+        """Return its bytes, those of a hole apart.
+
+        source: all of the chunk, or the inline bytes.
+        Raises: DamagedObject if it has less.
+        """
+        if self.cipher is None:
+            part = source[self.offset : self.offset + self.length]
+            if len(part) != self.length:
+                raise DamagedObject("a file's content is damaged: a chunk is shorter than its segment")
+            return part
+        before, behind = self.position % BLOCK, -(self.position + self.length) % BLOCK
+        start, end = self.offset - before, self.offset + self.length + behind
+        part = source[max(0, start) : end]
+        if start < 0 or len(part) != end - start:
+            raise DamagedObject("a file's content is damaged: a block of an encrypted volume is not in one chunk")
+        return memoryview(decrypt(self.cipher, self.position - before, part))[before : before + self.length]
 
 
 # (volume, offset, length) → what these bytes of a volume are made of.

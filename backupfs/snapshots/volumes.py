@@ -5,6 +5,7 @@ A volume is a record
     [name, 1, size, data, [[length, volume, offset], …]]   ranges of volumes before it in the table, in order
     [name, 2, size, data, stripe, [[volume, offset], …]]   so many ranges of one length, dealt out stripe by stripe
     [name, 3, size, data, content]                         content as in a node, with extents of volumes before it
+    [name, 4, size, data, volume, offset, cipher, sector, first, key]   sectors of a volume before it, decrypted
 where data is the number of bytes that are not in holes.
 A slice of a disk is a volume of one range. None refers to a volume at or behind itself, so no reading goes in circles.
 Pure. Source: docs/format.rst, "Volumes".
@@ -12,16 +13,19 @@ Pure. Source: docs/format.rst, "Volumes".
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple, cast
 
 from backupfs.codec.records import Field
+from backupfs.codec.sectors import AES_XTS_PLAIN64, BLOCK, KEY_SIZES, SECTOR_SIZES, SectorCipher
 from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
-from backupfs.snapshots.content import EXTENT, Content, Extents, Piece, no_volumes, pieces
+from backupfs.snapshots.content import EXTENT, HOLE, INLINE, Content, Extents, Piece, no_volumes, pieces
 
-DISK, RANGES, STRIPES, MAPPED = range(4)
+DISK, RANGES, STRIPES, MAPPED, CRYPT = range(5)
+
+_ZEROS = bytes(1 << 16)
 
 Range = tuple[int, int, int]  # (length, volume, offset)
 
@@ -37,6 +41,7 @@ class Volume:
     content: Content = b""  # of a disk, and of what is mapped
     ranges: tuple[Range, ...] = ()  # of others
     stripe: int = 0  # bytes that lie together in one of the ranges
+    cipher: SectorCipher | None = field(default=None, repr=False)  # of what is encrypted, in one range
 
 
 class Ranges:
@@ -116,6 +121,24 @@ class Stripes:
             yield from runs[leg].take(count)
 
 
+def decrypted(cipher: SectorCipher, start: int, found: Iterator[Piece]) -> Iterator[Piece]:
+    """Yield the pieces of an encrypted volume from a place on, given those of what it lies on."""
+    for piece in found:
+        if piece.cipher is not None:
+            raise DamagedObject("a volume is damaged: it is encrypted twice")
+        if piece.kind != HOLE:
+            yield piece._replace(cipher=cipher, position=start)
+            start += piece.length
+            continue
+        # What was never written is no zeros when it is decrypted.
+        end = start + piece.length
+        while start < end:
+            within = start % BLOCK
+            count = min(end - start, len(_ZEROS) - BLOCK)
+            yield Piece(INLINE, count, _ZEROS, within, cipher, start)
+            start += count
+
+
 class _Run:
     """Pieces that are taken in portions."""
 
@@ -130,8 +153,8 @@ class _Run:
             if piece is None:
                 raise DamagedObject("a volume is damaged: a range of it ends too soon")
             if piece.length > length:
-                self._rest = piece._replace(length=piece.length - length, offset=piece.offset + length)
-                piece = piece._replace(length=length)
+                self._rest = piece.cut(length, piece.length - length)
+                piece = piece.cut(0, length)
             length -= piece.length
             yield piece
 
@@ -143,6 +166,10 @@ def encode_volume(volume: Volume) -> list[Field]:
         return [*record, cast("Field", volume.content)]
     if volume.kind == RANGES:
         return [*record, [list(one) for one in volume.ranges]]
+    if volume.cipher is not None:
+        [(_, base, offset)] = volume.ranges
+        key, sector, first = volume.cipher
+        return [*record, base, offset, AES_XTS_PLAIN64, sector, first, key]
     return [*record, volume.stripe, [[base, offset] for _, base, offset in volume.ranges]]
 
 
@@ -172,6 +199,14 @@ def _decoded(
             length = size // len(legs)
             ranges = [[length, *leg] if isinstance(leg, list) else leg for leg in legs]
             return Volume(name, kind, size, data, b"", _ranges_of(ranges, size, before, what), stripe)
+        case [int(base), int(offset), str(cipher), int(sector), int(first), bytes(key)] if kind == CRYPT:
+            if (
+                cipher != AES_XTS_PLAIN64 or sector not in SECTOR_SIZES or len(key) not in KEY_SIZES
+                or size % sector or key[: len(key) // 2] == key[len(key) // 2 :] or not 0 <= first < 1 << 64
+            ):  # fmt: skip
+                raise DamagedObject(f"{what} is damaged: a volume is encrypted in no known way")
+            place = _ranges_of([[size, base, offset]], size, before, what)
+            return Volume(name, kind, size, data, b"", place, 0, SectorCipher(key, sector, first))
     raise DamagedObject(f"{what} is damaged: a volume is of no known kind")
 
 
@@ -212,6 +247,10 @@ def extents_of(
             if volume.kind in (DISK, MAPPED):
                 before = extents_before(number) if volume.kind == MAPPED else no_volumes
                 yield from pieces(volume.content, volume.size, offset, length, load, before)
+                return
+            if volume.cipher is not None:
+                [(_, base, start)] = volume.ranges
+                yield from decrypted(volume.cipher, offset, extents(base, start + offset, length))
                 return
             parts = made.get(number)
             if parts is None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import BinaryIO
 
-from backupfs.errors import DamagedObject, UsageError, shown
+from backupfs.errors import UsageError, shown
 from backupfs.ids import ChunkId
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.content import CHUNK, HOLE, Piece, pieces
@@ -69,10 +69,7 @@ def _bytes_of(piece: Piece, loading: "Future[memoryview] | None") -> Iterator[by
             yield _ZEROS[: min(len(_ZEROS), piece.length - start)]
         return
     source = memoryview(piece.source) if loading is None else loading.result()
-    part = source[piece.offset : piece.offset + piece.length]
-    if len(part) != piece.length:
-        raise DamagedObject("a file's content is damaged: a chunk is shorter than the file says")
-    yield part
+    yield piece.plain(source)
 
 
 class _Source:

@@ -25,6 +25,7 @@ class ImageOptions(WriteOptions):
     """What a user can say about an image."""
 
     name: str = ""  # of the image; empty: the host's
+    luks_passphrases: tuple[bytes, ...] = field(default=(), repr=False)  # for volumes that are encrypted
     force: bool = False  # compare with nothing, read all files again
     hints: Mapping[str, Hints] = field(default_factory=dict)  # of disks, by name
 
@@ -45,7 +46,7 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     name = options.name or run.host
     _tell_others(disks, report)
     parent = run.trusted(_parent_of(run, name, options))
-    layout = read_layout(disks)
+    layout = read_layout(disks, options.luks_passphrases)
     for remark in (*(remark for source in disks for remark in source.remarks), *layout.remarks):
         report(Remark(remark))
     load_readers(report)

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from backupfs.disks.filesystem import Unreadable
-from backupfs.disks.table import LaidOut
+from backupfs.disks.table import Decrypted, LaidOut
 from backupfs.errors import SourceError, shown
 from backupfs.ids import ChunkId
 from backupfs.snapshots.content import EXTENT, HOLE, ContentBuilder
-from backupfs.snapshots.volumes import MAPPED, RANGES, STRIPES, Ranges, Stripes, Volume
+from backupfs.snapshots.volumes import CRYPT, MAPPED, RANGES, STRIPES, Ranges, Stripes, Volume
 
 
 def recorded(laid: LaidOut, data_size: int, save: Callable[[bytes], ChunkId]) -> Volume:
@@ -21,6 +21,8 @@ def recorded(laid: LaidOut, data_size: int, save: Callable[[bytes], ChunkId]) ->
         return Volume(laid.name, RANGES, laid.size, data_size, b"", made_of.ranges)
     if isinstance(made_of, Stripes):
         return Volume(laid.name, STRIPES, laid.size, data_size, b"", made_of.legs, made_of.stripe)
+    if isinstance(made_of, Decrypted):
+        return Volume(laid.name, CRYPT, laid.size, data_size, b"", (made_of.place,), 0, made_of.cipher)
     builder = ContentBuilder(save)
     try:
         for length, base, start in made_of.parts(0, laid.size):

@@ -16,7 +16,7 @@ from backupfs.ids import ChunkId
 from backupfs.localfs.writing import Directory, Metadata, is_fatal, write_at
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.fetch import PackRange, WantedChunk, give_up, plan_ranges
-from backupfs.snapshots.content import CHUNK, HOLE, INLINE_MARK, SINGLE_MARK, Content, Extents, pieces
+from backupfs.snapshots.content import CHUNK, HOLE, INLINE_MARK, SINGLE_MARK, Content, Extents, Piece, pieces
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
 from backupfs.snapshots.tree import LeafPage
 from backupfs.usecases.events import Report
@@ -283,20 +283,20 @@ class Restorer:
         try:
             # Nothing is written into holes: they stay what a longer file has by itself.
             os.ftruncate(fd, item.size)
-            for number, piece in enumerate(_placed(content, item.size, self._load, self._extents)):
+            for number, placed in enumerate(_placed(content, item.size, self._load, self._extents)):
                 if number % _PIECES_PER_PAUSE == _PIECES_PER_PAUSE - 1 or self.is_full:
                     yield None
-                at, kind, length, source, offset = piece
+                at, piece = placed
                 if item.failure:
                     break
-                if kind == HOLE:
+                if piece.kind == HOLE:
                     continue
-                if kind == CHUNK:
-                    self._want(ChunkId(source)).uses.append(PieceUse(item, at, offset, length))
+                if piece.kind == CHUNK:
+                    self._want(ChunkId(piece.source)).uses.append(PieceUse(item, at, piece))
                     item.remaining += 1
-                    self._window_bytes += length
+                    self._window_bytes += piece.length
                 else:
-                    write_at(fd, source[offset : offset + length], at)
+                    write_at(fd, piece.plain(piece.source), at)
         except OSError as error:
             if is_fatal(error):
                 raise self.target.full(error) from error
@@ -399,7 +399,7 @@ class Restorer:
                     piece_done(item)
 
 
-Placed = tuple[int, int, int, bytes, int]  # offset in the file, kind, length, source, offset in the source
+Placed = tuple[int, Piece]  # with its offset in the file
 
 
 def _placed(
@@ -407,5 +407,5 @@ def _placed(
 ) -> Iterator[Placed]:
     at = 0
     for piece in pieces(content, size, 0, size, load, extents):
-        yield at, piece.kind, piece.length, piece.source, piece.offset
+        yield at, piece
         at += piece.length

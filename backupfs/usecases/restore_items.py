@@ -6,7 +6,7 @@ from enum import Enum
 from backupfs.errors import DamagedObject
 from backupfs.localfs.exclude import Pattern
 from backupfs.localfs.writing import Directory, Metadata
-from backupfs.snapshots.content import Content
+from backupfs.snapshots.content import Content, Piece
 
 ALWAYS, IF_CHANGED, IF_NEWER, NEVER = "always", "if-changed", "if-newer", "never"
 OVERWRITE = (ALWAYS, IF_CHANGED, IF_NEWER, NEVER)
@@ -81,13 +81,12 @@ class Item:
 class PieceUse:
     """A part of a chunk that belongs at an offset of a large file."""
 
-    __slots__ = ("at", "error", "item", "length", "offset")
+    __slots__ = ("at", "error", "item", "piece")
 
-    def __init__(self, item: Item, at: int, offset: int, length: int) -> None:
+    def __init__(self, item: Item, at: int, piece: Piece) -> None:
         self.item = item
         self.at = at
-        self.offset = offset  # in the chunk
-        self.length = length
+        self.piece = piece
         self.error = ""  # of writing it
 
 

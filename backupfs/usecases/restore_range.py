@@ -10,6 +10,7 @@ import mmap
 import os
 from dataclasses import dataclass, field
 
+from backupfs.codec.sectors import SectorCipher
 from backupfs.errors import DamagedObject
 from backupfs.forked import Line
 from backupfs.ids import ChunkId
@@ -17,15 +18,17 @@ from backupfs.localfs.writing import Directory, Metadata, Target, is_fatal, writ
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.fetch import PackRange
 from backupfs.repository.pack import PackRef
-from backupfs.usecases.restore_items import Item, Use
+from backupfs.snapshots.content import CHUNK, Piece
+from backupfs.usecases.restore_items import Item, PieceUse, Use
 
 # (number of the directory above, -1 for the target itself; name; whether it gives what is made in it a group or an ACL;
 # identity if it is known).
 DirectoryRow = tuple[int, bytes, bool, tuple[int, int] | None]
 # A whole file: (directory, name, size, metadata).
 FileRow = tuple[int, bytes, int, tuple[object, ...]]
-# A piece of a file: (directory, temporary name, offset in the file, offset in the chunk, length).
-PieceRow = tuple[int, bytes, int, int, int]
+# A piece of a file: (directory, temporary name, offset in the file, offset in the chunk, length, cipher if it is
+# encrypted, position in what is).
+PieceRow = tuple[int, bytes, int, int, int, SectorCipher | None, int]
 ChunkRow = tuple[ChunkId, int, int, list[FileRow | PieceRow]]  # offset in the block, length
 BlockRow = tuple[int, int, list[ChunkRow]]  # offset in the pack, stored length
 
@@ -89,7 +92,9 @@ def work_of(wanted: PackRange[Use], stored: int | bytes) -> Work:
                 if use is item:
                     uses.append((number, item.name, item.size, tuple(item.metadata)))
                 else:
-                    uses.append((number, item.temporary, use.at, use.offset, use.length))  # type: ignore[union-attr]
+                    assert isinstance(use, PieceUse)
+                    _, length, _, offset, cipher, position = use.piece
+                    uses.append((number, item.temporary, use.at, offset, length, cipher, position))
             chunks.append((chunk.chunk_id, chunk.offset, chunk.length, uses))
         blocks.append((block.offset, block.stored_length, chunks))
     return Work(stored, wanted.start, wanted.length, wanted.pack, directories, blocks)
@@ -197,10 +202,11 @@ class RangeWriter:
             raise
 
     def _write_piece(self, directory: Directory, row: PieceRow, data: memoryview) -> None:
-        number, temporary, at, offset, length = row
-        part = data[offset : offset + length]
-        if len(part) != length:
-            raise OSError(errno.EIO, "a file's content is damaged: a chunk is shorter than the snapshot says")
+        number, temporary, at, offset, length, cipher, position = row
+        try:
+            part = Piece(CHUNK, length, b"", offset, cipher, position).plain(data)
+        except DamagedObject as error:
+            raise OSError(errno.EIO, str(error)) from error
         if self._piece != (number, temporary):
             self._close_piece()
             self._piece_fd = self._target.reopen(directory, temporary)

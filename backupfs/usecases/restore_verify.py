@@ -216,7 +216,11 @@ class Verifier:
                 yield from self._compare_hole(fd, at, at + piece.length)
             else:
                 found = os.pread(fd, piece.length, at)
-                if piece.kind == CHUNK:
+                if piece.cipher is not None:
+                    source = self._reader.load(ChunkId(piece.source)) if piece.kind == CHUNK else piece.source
+                    if piece.plain(source) != found:
+                        raise Differs(f"its bytes from {at} on differ")
+                elif piece.kind == CHUNK:
                     if self._reader.chunk_id(found) != piece.source and not self._is_part(
                         piece.source, piece.offset, found
                     ):

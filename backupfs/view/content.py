@@ -112,15 +112,15 @@ class FileReader:
             self._read_ahead(state, content, size, offset + length)
         state.expected = offset + length
         if len(found) == 1 and found[0].kind == CHUNK:
-            return _slice(next(chunks), found[0])
+            return found[0].plain(next(chunks))
         parts: list[bytes | memoryview] = []
         for piece in found:
             if piece.kind == CHUNK:
-                parts.append(_slice(next(chunks), piece))
+                parts.append(piece.plain(next(chunks)))
             elif piece.kind == HOLE:
                 parts.append(bytes(piece.length))
             else:
-                parts.append(piece.source[piece.offset : piece.offset + piece.length])
+                parts.append(piece.plain(piece.source))
         return b"".join(parts)
 
     def _pieces(self, state: _LargeRead, content: Content, size: int, start: int, end: int) -> list[Piece]:
@@ -133,10 +133,10 @@ class FileReader:
                 window = self._window(state, content, size, number)
             position = bisect_right(window.starts, start) - 1
             while start < end and position < len(window.pieces):
-                kind, length, source, offset = window.pieces[position]
+                piece = window.pieces[position]
                 inner = start - window.starts[position]
-                count = min(length - inner, end - start)
-                found.append(Piece(kind, count, source, offset + inner))
+                count = min(piece.length - inner, end - start)
+                found.append(piece.cut(inner, count))
                 start += count
                 position += 1
         return found
@@ -169,13 +169,6 @@ class FileReader:
             end = min(end, (number + 1) * WINDOW_SIZE)
             ahead = self._pieces(state, content, size, start, end)
             self._loader.prefetch([ChunkId(piece.source) for piece in ahead if piece.kind == CHUNK])
-
-
-def _slice(chunk: memoryview, piece: Piece) -> memoryview:
-    part = chunk[piece.offset : piece.offset + piece.length]
-    if len(part) != piece.length:
-        raise DamagedObject("a file's content is damaged: a chunk is shorter than its segment")
-    return part
 
 
 def stored_blocks(content: Content, size: int, loader: Loader, volumes: Sequence[Volume]) -> int:

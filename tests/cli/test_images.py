@@ -9,6 +9,7 @@ import pytest
 
 from backupfs.disks.source import open_disk
 from tests.cli.test_commands import Cli
+from tests.disks.test_luks import PASSPHRASE, encrypted
 
 MIB = 1 << 20
 
@@ -168,3 +169,26 @@ def test_a_map_of_what_changed_saves_reading_the_rest(cli: Cli, disk: Path, tmp_
     changes.write_bytes(disk_map)
     assert "by the map" in cli("image", disk, "--hints", changes)
     assert cli.run("dump", "web:latest:/disks/web1.raw").stdout == disk.read_bytes()
+
+
+def test_what_is_encrypted_is_shown_to_those_who_give_the_passphrase(cli: Cli, tmp_path: Path) -> None:
+    plain = os.urandom(MIB)
+    disk, file, key = tmp_path / "web1.raw", tmp_path / "first line", tmp_path / "key"
+    disk.write_bytes(encrypted(tmp_path, plain))
+    key.write_bytes(PASSPHRASE)
+    file.write_bytes(PASSPHRASE + b"\nanother line\n")
+    assert "no passphrase was given" in cli("image", disk, "--name", "web")
+    assert "none of the passphrases" in cli("image", disk, "--name", "web", BACKUPFS_LUKS_PASSPHRASE="another")
+    assert "web1_crypt" in cli("dump", "web:latest:/volumes/web1_crypt.raw", code=1)
+    for words, environment in (
+        (["--luks-passphrase-file", file], {}),
+        (["--luks-key-file", key], {}),
+        ([], {"BACKUPFS_LUKS_PASSPHRASE": PASSPHRASE.decode()}),
+    ):
+        said = cli("image", disk, "--name", f"web{len(environment)}", *words, **environment)
+        assert "passphrase" not in said
+        shown = cli.run("dump", f"web{len(environment)}:latest:/volumes/web1_crypt.raw").stdout
+        assert shown[:MIB] == plain
+    assert "--luks-ask needs a terminal" in cli("image", disk, "--luks-ask", code=1)
+    assert "cannot be read" in cli("image", disk, "--luks-key-file", tmp_path / "none", code=1)
+    assert "is empty" in cli("image", disk, "--luks-key-file", "/dev/null", code=1)

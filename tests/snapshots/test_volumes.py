@@ -114,6 +114,7 @@ def test_an_extent_means_the_bytes_of_its_volume(seed: int) -> None:
         ["a", 2, 8, 8, 2, []],
         ["a", 2, 8, 8, 2, [0, 1]],
         ["a", 3, 5, 5, 7],
+        ["a", 4, 512, 0, 0, 0, "aes-xts-plain64", 512, 0, bytes(range(64))],  # ends behind the end
         "a",
     ],
 )
@@ -153,3 +154,42 @@ def test_a_leg_of_stripes_is_looked_up_once_for_all_of_them() -> None:
     found = list(Stripes(4, [(4000, 1, 0), (4000, 2, 100)]).pieces(legs, 10, 3000))
     assert sum(piece.length for piece in found) == 3000
     assert asked == [(1, 6, 1500), (2, 104, 1500)]
+
+
+WRAPPED = ["c", 4, 4096, 4096, 0, 512, "aes-xts-plain64", 4096, 0, bytes(range(64))]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (4, 1), (5, 513), (5, -512), (6, "aes-cbc-essiv:sha256"), (7, 511), (7, 8192), (8, -1), (8, 1 << 64),
+        (9, bytes(range(48))), (9, bytes(64)), (9, "key"), (2, 512), (2, 0),
+    ],
+)  # fmt: skip
+def test_what_is_encrypted_in_no_known_way_is_damage(place: int, value: object) -> None:
+    disk = encode_volume(Volume("vda", DISK, 4608, 0, [[4608, HOLE]]))
+    [_, volume] = decode_volumes([disk, WRAPPED], "it")  # type: ignore[list-item]
+    assert encode_volume(volume) == WRAPPED
+    changed = [value if at == place else field for at, field in enumerate(WRAPPED)]
+    with pytest.raises(DamagedObject):
+        decode_volumes([disk, changed], "it")  # type: ignore[list-item]
+
+
+def test_a_block_of_what_is_encrypted_in_two_chunks_is_damage_and_never_other_bytes() -> None:
+    chunk = bytes(range(256)) * 18
+    segments: Content = [[520, CHUNK, b"1" * 32], [4088, CHUNK, b"2" * 32]]
+    disk = encode_volume(Volume("vda", DISK, 4608, 0, segments))
+    volumes = decode_volumes([disk, WRAPPED], "it")  # type: ignore[list-item]
+    found = list(extents_of(volumes, nothing_to_load)(1, 0, 4096))
+    assert [piece.length for piece in found] == [8, 4088]
+    for piece in found:
+        with pytest.raises(DamagedObject, match="not in one chunk"):
+            piece.plain(chunk[:520] if piece.length == 8 else chunk[520:])
+
+
+def test_what_is_encrypted_twice_is_damage() -> None:
+    disk = encode_volume(Volume("vda", DISK, 4608, 0, [[4608, HOLE]]))
+    again = ["d", 4, 4096, 0, 1, 0, *WRAPPED[6:]]
+    volumes = decode_volumes([disk, WRAPPED, again], "it")  # type: ignore[list-item]
+    with pytest.raises(DamagedObject, match="twice"):
+        list(extents_of(volumes, nothing_to_load)(2, 0, 4096))

@@ -27,6 +27,18 @@ from backupfs.errors import SourceError, UsageError, shown
     "Lines START LENGTH data|zero|same, or what qemu-img map --output=json or thin_delta print.",
 )
 @click.option("--hints-since", default="", metavar="ID", help="The image that maps count from.")
+@click.option(
+    "--luks-passphrase-file",
+    multiple=True,
+    type=PATH,
+    metavar="FILE",
+    help="Show the files in volumes encrypted with LUKS, with the passphrase in FILE's first line. The snapshot then "
+    "holds their keys: who can open the repository can read their files.",
+)
+@click.option(
+    "--luks-key-file", multiple=True, type=PATH, metavar="FILE", help="The same, with all bytes of FILE as they are."
+)
+@click.option("--luks-ask", is_flag=True, help="The same, with a passphrase that is asked for.")
 @click.option("--before", metavar="COMMAND", help="Run COMMAND before disks are opened: to freeze, or to snapshot.")
 @click.option("--after", metavar="COMMAND", help="Run COMMAND when disks were read, or could not be.")
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
@@ -42,6 +54,9 @@ def image_command(
     force: bool,
     hints: tuple[bytes, ...],
     hints_since: str,
+    luks_passphrase_file: tuple[bytes, ...],
+    luks_key_file: tuple[bytes, ...],
+    luks_ask: bool,
     before: str | None,
     after: str | None,
     compression: str,
@@ -54,12 +69,13 @@ def image_command(
     is whole by itself. The disks must not change meanwhile: stop or freeze what writes to them, or give snapshots of
     them (LVM, the hypervisor's).
     """
-    from backupfs.cli import values
+    from backupfs.cli import passwords, values
 
     level = values.level(compression)
     time_ns = values.moment_ns(when) if when is not None else None
     if not disks:
         raise UsageError("what to make an image of? give a DISK, as in /dev/vda or disk.raw")
+    passphrases = passwords.read_luks_passphrases(luks_passphrase_file, luks_key_file, luks_ask)
     repository = settings.open_repository("backupfs.usecases.image")
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_image
@@ -80,7 +96,7 @@ def image_command(
             sources.append(source)
         options = ImageOptions(
             host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name, force=force,
-            hints=load_hints([_named(words) for words in hints], hints_since.lower(), sources),
+            hints=load_hints([_named(words) for words in hints], hints_since.lower(), sources), luks_passphrases=passphrases,
         )  # fmt: skip
         result = image(repository, sources, options, report)
     report.clear()
