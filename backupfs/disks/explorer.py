@@ -10,7 +10,7 @@ import stat
 import struct
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
 
@@ -21,6 +21,11 @@ _FORMS = {
 }  # fmt: skip
 _STEP = 1 << 20
 _EXT_RECOVER = 0x4
+# Of btrfs: types of items, (directory, sequence, length of the name) before a name, the inode of an empty directory.
+_ROOT_ITEM, _ROOT_REF = 132, 156
+_ROOT_REFERENCE = struct.Struct("<QQH")
+_EMPTY_INODE = 2
+_PLACE = "backupfs place"  # under which a node keeps where it belongs
 _TYPES = {
     "FILE": stat.S_IFREG, "DIR": stat.S_IFDIR, "SYMLINK": stat.S_IFLNK, "CHAR_DEVICE": stat.S_IFCHR,
     "BLOCK_DEVICE": stat.S_IFBLK, "FIFO": stat.S_IFIFO, "SOCKET": stat.S_IFSOCK,
@@ -63,6 +68,7 @@ def open_filesystem(read: Read, size: int) -> Filesystem | None:
     if name == "btrfs":
         # Its addresses are logical, and the library does not say where they are.
         layer.lra.physical_ranges = partial(_ranges_of_btrfs, layer.lra)
+        layer._entry_node = partial(_entry_of_btrfs, layer, layer._entry_node)
     return _ExplorerFilesystem(layer, getattr(layer, "format", "") or _FORMS[name], size)
 
 
@@ -105,6 +111,8 @@ class _ExplorerFilesystem:
         return self._entry(self._tree.root())
 
     def entries(self, directory: Entry) -> Iterator[Entry]:
+        if isinstance(directory.handle, _Empty):
+            return
         try:
             nodes = list(self._tree.children(directory.handle))
         except Exception:
@@ -112,11 +120,21 @@ class _ExplorerFilesystem:
             nodes = self._tree.children(directory.handle, stat=False)
         for node in nodes:
             try:
+                if self._is_elsewhere(node, directory):
+                    yield _empty_directory(node, directory)
+                    continue
                 yield self._entry(node if node.statted else self._tree.stat(node))
             except Exception as error:
                 yield Entry(os.fsencode(node.name), 0, problem=str(error) or type(error).__name__)
 
+    def _is_elsewhere(self, node: Any, directory: Entry) -> bool:
+        """Tell whether a node is a subvolume of btrfs that is shown in another directory."""
+        place = node.extra.get(_PLACE)
+        return place is not None and place != (directory.handle.ref, os.fsencode(node.name))
+
     def identity(self, directory: Entry) -> object:
+        if isinstance(directory.handle, _Empty):
+            return directory.handle
         found: object = self._tree.identity(directory.handle)
         return found if found is not None else directory.inode or id(directory)
 
@@ -136,7 +154,9 @@ class _ExplorerFilesystem:
         )  # fmt: skip
 
     def xattrs(self, entry: Entry) -> list[tuple[bytes, bytes]]:
-        found = []
+        found: list[tuple[bytes, bytes]] = []
+        if isinstance(entry.handle, _Empty):
+            return found
         for name, value in self._tree.xattrs(entry.handle).items():
             key = os.fsencode(name)
             if key in _NOT_SHOWN or b"." not in key:
@@ -180,6 +200,49 @@ class _ExplorerFilesystem:
                 raise Unreadable(f"it ends at {at} instead of {file.size}")
             yield bytes(part)
             at += len(part)
+
+
+class _Empty(NamedTuple):
+    """A directory that stands for a subvolume which is elsewhere, or is gone."""
+
+    directory: tuple[int, int]
+    name: str
+
+
+def _empty_directory(node: Any, directory: Entry) -> Entry:
+    """Return what the kernel shows in the place of a subvolume that is elsewhere; of its times it shows the present."""
+    return Entry(
+        os.fsencode(node.name), stat.S_IFDIR | 0o755, directory.uid, directory.gid, 1, _EMPTY_INODE, 0,
+        directory.mtime_ns, directory.ctime_ns, handle=_Empty(directory.handle.ref, node.name),
+    )  # fmt: skip
+
+
+def _entry_of_btrfs(
+    tree: Any, entry_node: Any, number: int, name: bytes, place: tuple[int, int, int], kind: int
+) -> Any:
+    """Return the node of an entry; of a subvolume with the place where it belongs, as the tree of roots has it.
+
+    A snapshot keeps the entries of the subvolumes in what it was made of, and has none of these itself.
+    """
+    if place[1] != _ROOT_ITEM:
+        return entry_node(number, name, place, kind)
+    reference = tree.trees.get(tree.sb.root, (number, _ROOT_REF, place[0])) or b""
+    belongs: tuple[tuple[int, int], bytes] | None = None
+    if len(reference) >= _ROOT_REFERENCE.size:
+        directory, _, length = _ROOT_REFERENCE.unpack_from(reference)
+        belongs = (number, directory), bytes(reference[_ROOT_REFERENCE.size :][:length])
+    if belongs is None or belongs[1] != name:
+        # The inode that the library knows as an empty directory.
+        node = importlib.import_module("fs_explorer.tree").Node(
+            name.decode("utf-8", "surrogateescape"),
+            importlib.import_module("fs_explorer.entry").EntryType.DIR,
+            ref=(number, _EMPTY_INODE), statted=False,
+        )  # fmt: skip
+        node.extra[_PLACE] = ()
+        return node
+    node = entry_node(number, name, place, kind)
+    node.extra[_PLACE] = belongs
+    return node
 
 
 def _ranges_of_btrfs(logical: Any, offset: int, length: int) -> list[tuple[int | None, int, int]] | None:

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import stat
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import trio
+import zstandard
 
 from backupfs.disks import explorer
 from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.walk import find_path, walk
 from backupfs.usecases import image_files, image_walk
 from backupfs.usecases.events import Event, FileSkipped, Remark
 from backupfs.usecases.restore import RestoreOptions, restore
@@ -439,6 +442,48 @@ def test_other_file_systems_are_read(
             name: one.mode & keep for name, one in wanted.items() if one.kind == "file"
         }
     assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
+
+
+# (mode, owner, group, links, inode) as the kernel shows them (Linux 6.18).
+SUBVOLUMES = {
+    "a-snap": (0o755, 0, 0, 1, 256), "a-snap/d": (0o755, 1000, 1001, 1, 258),
+    "a-snap/d/deep": (0o755, 1000, 1001, 1, 2), "a-snap/file": (0o644, 0, 0, 1, 257),
+    "a-snap/gone": (0o755, 0, 0, 1, 2), "a-snap/inner": (0o755, 0, 0, 1, 2), "x": (0o755, 0, 0, 1, 257),
+    "z-vol": (0o755, 0, 0, 1, 256), "z-vol/d": (0o755, 1000, 1001, 1, 258), "z-vol/d/deep": (0o755, 0, 0, 1, 256),
+    "z-vol/d/deep/g": (0o644, 0, 0, 1, 257), "z-vol/file": (0o644, 0, 0, 1, 257),
+    "z-vol/moved": (0o755, 0, 0, 1, 256), "z-vol/moved/again": (0o755, 0, 0, 1, 256),
+    "z-vol/moved/again/d": (0o755, 1000, 1001, 1, 258), "z-vol/moved/again/d/deep": (0o755, 1000, 1001, 1, 2),
+    "z-vol/moved/again/file": (0o644, 0, 0, 1, 257), "z-vol/moved/again/gone": (0o755, 0, 0, 1, 2),
+    "z-vol/moved/again/inner": (0o755, 0, 0, 1, 2), "z-vol/moved/f": (0o644, 0, 0, 1, 257),
+}  # fmt: skip
+
+
+def test_subvolumes_of_btrfs_are_where_the_kernel_shows_them(tmp_path: Path) -> None:
+    """subvolumes.btrfs.zst is the blocks of a volume of 120 MiB that are no zeros, each behind its place; made by:
+
+    subvolume create z-vol, z-vol/inner, z-vol/d/deep, z-vol/gone, with a file in all but the last; chown z-vol/d;
+    subvolume snapshot z-vol a-snap; subvolume snapshot -r z-vol z-vol/inner/again; subvolume delete z-vol/gone;
+    mv z-vol/inner z-vol/moved; mkdir x.
+    """
+    packed = (Path(__file__).parents[1] / "disks/subvolumes.btrfs.zst").read_bytes()
+    path = tmp_path / "disk.raw"
+    with open(path, "wb") as disk:
+        disk.truncate(120 * MIB)
+        for place, block in struct.iter_unpack("<Q4096s", zstandard.decompress(packed, 1 << 24)):
+            disk.seek(place)
+            disk.write(block)
+    repository, events = new_repository(), list[Event]()
+    snapshot = run_image(repository, path, report=events.append).snapshot
+    assert snapshot is not None
+    assert not problems_of(events)
+    top = find_path(snapshot, b"/files/disk", repository.trees.load)
+    found = {
+        os.fsdecode(name).lstrip("/"): (node.mode & 0o7777, node.uid, node.gid, node.nlink, node.inode)
+        for name, node in walk(top, b"", repository.trees.load)
+    }
+    assert found == SUBVOLUMES
+    for name, plain in (("z-vol/moved/f", b"inner\n"), ("z-vol/d/deep/g", b"deep\n"), ("a-snap/file", b"hi\n")):
+        assert bytes_of(repository, snapshot, f"/files/disk/{name}") == plain
 
 
 @pytest.mark.parametrize("codec", ["gzip", "xz", "zstd", "lz4", "lzo"])
