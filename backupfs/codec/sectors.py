@@ -27,6 +27,15 @@ def decrypt(cipher: SectorCipher, position: int, data: bytes | memoryview) -> by
 
     position, data: from a block on, whole blocks.
     """
+    return _through(cipher, position, data, is_decrypting=True)
+
+
+def encrypt(cipher: SectorCipher, position: int, data: bytes | memoryview) -> bytes:
+    """Return a part of a volume that holds plain bytes. Parameters as for `decrypt`."""
+    return _through(cipher, position, data, is_decrypting=False)
+
+
+def _through(cipher: SectorCipher, position: int, data: bytes | memoryview, is_decrypting: bool) -> bytes:
     algorithm = algorithms.AES(cipher.key)
     found: list[bytes] = []
     at = 0
@@ -35,8 +44,9 @@ def decrypt(cipher: SectorCipher, position: int, data: bytes | memoryview) -> by
         count = min(cipher.sector - within, len(data) - at)
         # What is before a part of a sector counts for its place only.
         tweak = (cipher.first + number * (cipher.sector // _UNIT)).to_bytes(BLOCK, "little")
-        plain = Cipher(algorithm, modes.XTS(tweak)).decryptor()
+        both = Cipher(algorithm, modes.XTS(tweak))
+        one = both.decryptor() if is_decrypting else both.encryptor()
         part = data[at : at + count]
-        found.append(plain.update(bytes(within) + part)[within:] if within else plain.update(part))
+        found.append(one.update(bytes(within) + part)[within:] if within else one.update(part))
         at += count
     return found[0] if len(found) == 1 else b"".join(found)

@@ -274,6 +274,8 @@ class Place(NamedTuple):
     disk: int | None  # the number of a disk's volume; None: nowhere, they read as zeros and cannot be written
     offset: int
     length: int
+    cipher: SectorCipher | None = None  # they are encrypted there; what is nowhere, too, is then zeros decrypted
+    position: int = 0  # in what is encrypted
 
 
 def places_of(
@@ -289,7 +291,7 @@ def places_of(
     def places(number: int, offset: int, length: int) -> Iterator[Place]:
         for piece in extents(number, offset, length):
             disk = int.from_bytes(piece.source, "big") if piece.kind == EXTENT else None
-            yield Place(disk, piece.offset, piece.length)
+            yield Place(disk, piece.offset, piece.length, piece.cipher, piece.position)
 
     return places
 

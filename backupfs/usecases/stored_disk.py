@@ -70,10 +70,7 @@ class StoredDisk(DiskSource):
                 whole: bytes | memoryview = piece.source
                 if piece.kind == CHUNK:
                     whole = self._repository.data.load(ChunkId(piece.source))
-                part = whole[piece.offset : piece.offset + piece.length]
-                if len(part) != piece.length:
-                    raise DamagedObject(f"{shown(self.path)} is damaged: a chunk is shorter than its segment")
-                buffer[at:end] = part
+                buffer[at:end] = piece.plain(whole)
             at = end
 
     def data_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -110,10 +107,9 @@ class StoredDisk(DiskSource):
             starts, found = self._window(start // _WINDOW)
             position = bisect_right(starts, start) - 1
             while start < end and position < len(found):
-                kind, length, source, offset = found[position]
                 inner = start - starts[position]
-                count = min(length - inner, end - start)
-                yield Piece(kind, count, source, offset + inner)
+                count = min(found[position].length - inner, end - start)
+                yield found[position].cut(inner, count)
                 start += count
                 position += 1
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from backupfs.codec.sectors import BLOCK as CIPHER_BLOCK
+from backupfs.codec.sectors import decrypt, encrypt
 from backupfs.ids import short
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.volumes import Place, places_of
@@ -140,12 +142,20 @@ class ScratchDisks:
         return list(self._places_of(number, offset, length)) if length else []
 
     def _read(self, place: Place) -> bytes | memoryview:
-        if place.disk is None:
-            return bytes(place.length)
-        overlay = self._overlays[place.disk]
-        runs = list(overlay.runs(place.offset, place.offset + place.length))
+        if place.cipher is None:
+            return self._stored(place.disk, place.offset, place.length)
+        before, behind = place.position % CIPHER_BLOCK, -(place.position + place.length) % CIPHER_BLOCK
+        sealed = self._stored(place.disk, place.offset - before, before + place.length + behind)
+        return memoryview(decrypt(place.cipher, place.position - before, sealed))[before : before + place.length]
+
+    def _stored(self, disk: int | None, offset: int, length: int) -> bytes | memoryview:
+        """Return the bytes of a disk as they are there; zeros where they are nowhere."""
+        if disk is None:
+            return bytes(length)
+        overlay = self._overlays[disk]
+        runs = list(overlay.runs(offset, offset + length))
         parts = [
-            overlay.read(low, high - low) if written else self._base(place.disk, low, high - low)
+            overlay.read(low, high - low) if written else self._base(disk, low, high - low)
             for low, high, written in runs
         ]
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -169,9 +179,21 @@ class ScratchDisks:
         # Who lacks a block begins again, and what was written by then is written once more.
         for place in places:
             assert place.disk is not None
-            self._overlays[place.disk].write(*self._in_blocks(place, view[: place.length]))
+            offset, stored = self._to_store(place, view[: place.length])
+            there = Place(place.disk, offset, len(stored))
+            self._overlays[place.disk].write(*self._in_blocks(there, memoryview(stored)))
             view = view[place.length :]
         return len(data) - len(view)
+
+    def _to_store(self, place: Place, data: memoryview) -> tuple[int, bytes | memoryview]:
+        """Return (offset on the disk, bytes as they are there) of what is written to a place."""
+        disk, offset, length, cipher, position = place
+        if cipher is None:
+            return offset, data
+        before, behind = position % CIPHER_BLOCK, -(position + length) % CIPHER_BLOCK
+        head = self._read(Place(disk, offset - before, before, cipher, position - before)) if before else b""
+        tail = self._read(Place(disk, offset + length, behind, cipher, position + length)) if behind else b""
+        return offset - before, encrypt(cipher, position - before, b"".join((head, data, tail)))
 
     def _in_blocks(self, place: Place, data: memoryview) -> tuple[int, bytes | memoryview]:
         """Return (start, bytes) of the whole blocks that a write touches, with what is there around it."""

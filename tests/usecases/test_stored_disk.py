@@ -19,6 +19,7 @@ from backupfs.snapshots.volumes import DISK, RANGES, Volume
 from backupfs.stores.directory import DirectoryStore
 from backupfs.usecases.stored_disk import StoredDisk
 from tests.builders import folders_in, new_repository, reopened
+from tests.disks.test_luks import PASSPHRASE, encrypted
 from tests.usecases.test_image import MIB, disk_in, make_image
 
 
@@ -43,6 +44,20 @@ def test_any_part_of_a_stored_volume_is_what_was_there(tmp_path: Path) -> None:
             at, length = chooser.randrange(disk.size), chooser.choice((1, 512, 70_000, 5 * MIB))
             assert disk.read(at, length) == content[at : at + length]
     assert [volume.name for volume in read_layout(disks[:1]).volumes] == ["disk1", "disk2"]
+
+
+def test_an_encrypted_volume_is_read_as_plain_bytes(tmp_path: Path) -> None:
+    plain = os.urandom(MIB)
+    path = tmp_path / "disk.raw"
+    path.write_bytes(encrypted(tmp_path, plain))
+    repository = new_repository()
+    snapshot = make_image(repository, path, luks_passphrases=(PASSPHRASE,))
+    disk = StoredDisk(reopened(repository), snapshot, 1)
+    assert disk.read(0, MIB) == plain
+    chooser = random.Random(3)
+    for _ in range(100):
+        at, length = chooser.randrange(MIB), chooser.choice((1, 7, 512, 70_000))
+        assert disk.read(at, length)[: MIB - at] == plain[at : at + length]
 
 
 def test_what_is_in_no_range_of_data_is_zero(tmp_path: Path) -> None:

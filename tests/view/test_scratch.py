@@ -1,5 +1,6 @@
 """A scratch copy of an image without a kernel: by a model of its disks."""
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,16 @@ from typing import TypeVar, TypeVarTuple
 import pytest
 import trio
 
+from backupfs.disks.layout import read_layout
+from backupfs.disks.source import open_disk
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import shown_volumes
 from backupfs.view.filesystem import NoSuchEntry
 from backupfs.view.loading import Loader, NotCached
 from backupfs.view.scratch import TOP, ReadOnly, ScratchDisks
 from tests.builders import new_repository, reopened
+from tests.disks.test_logical import BLOCK, Group, some_mappings
+from tests.disks.test_luks import PASSPHRASE, encrypted
 from tests.usecases.test_image import MIB, disk_in, make_image
 
 Result = TypeVar("Result")
@@ -43,9 +48,9 @@ class Client:
         return bytes(await self.ask(self.disks.read, inode, offset, length))
 
 
-def scratch_of(path: Path) -> tuple[Client, Snapshot]:
+def scratch_of(*paths: Path, **options: object) -> tuple[Client, Snapshot]:
     repository = new_repository()
-    snapshot = make_image(repository, path)
+    snapshot = make_image(repository, *paths, **options)
     repository = reopened(repository)
     loader = Loader(repository)
     shown = shown_volumes(snapshot, repository.trees.load)
@@ -113,4 +118,58 @@ def test_names_that_are_not_there_and_places_that_cannot_be_written(tmp_path: Pa
     assert not client.disks.is_changed
     header = f"since {snapshot.snapshot_id.hex()}\n0 {size} same\n"
     assert client.disks.read(client.inode(b"changes/web1.map"), 0, 1000) == header.encode()
+    client.disks.close()
+
+
+def test_what_is_encrypted_is_read_and_written_as_plain_bytes(tmp_path: Path) -> None:
+    plain = bytearray(random.Random(1).randbytes(MIB))
+    path = tmp_path / "disk.raw"
+    path.write_bytes(encrypted(tmp_path, bytes(plain)))
+    client, snapshot = scratch_of(path, luks_passphrases=(PASSPHRASE,))
+    size = snapshot.volumes[1].size
+    plain += read_layout([open_disk(os.fsencode(path))], [PASSPHRASE]).reader(1).read(MIB, size)
+    chooser = random.Random(2)
+
+    async def run() -> None:
+        inode = client.inode(b"volumes/disk_crypt.raw")
+        for _ in range(150):
+            offset = chooser.choice([chooser.randrange(2 * MIB), chooser.randrange(0, 2 * MIB, 4096)])
+            length = chooser.choice([1, 7, 511, 4096, 100_000])
+            if chooser.random() < 0.5:
+                data = chooser.randbytes(length)
+                assert await client.ask(client.disks.write, inode, offset, data) == length
+                plain[offset : offset + length] = data
+            else:
+                assert await client.read(inode, offset, length) == plain[offset : offset + length]
+        assert await client.read(inode, 0, 3 * MIB) == plain[: 3 * MIB]
+        # The disk that was written to is encrypted as before.
+        whole = await client.read(client.inode(b"disks/disk.raw"), 0, 1 << 40)
+        (tmp_path / "changed").write_bytes(whole)
+        layout = read_layout([open_disk(os.fsencode(tmp_path / "changed"))], [PASSPHRASE])
+        assert layout.reader(1).read(0, size) == plain
+
+    trio.run(run)
+    client.disks.close()
+
+
+def test_striped_mirrored_and_thin_volumes_are_there(tmp_path: Path) -> None:
+    group = Group(tmp_path)
+    group.write_thin(some_mappings(group.chooser))
+    client, _ = scratch_of(*group.save())
+    wanted = {f"volumes/{name}.raw".encode(): plain for name, plain in group.volumes().items()}
+
+    async def run() -> None:
+        found = [name for name, _, _ in client.disks.entries(client.inode(b"volumes"), 0)]
+        assert sorted(b"volumes/" + name for name in found) == sorted(wanted)
+        for name, plain in wanted.items():
+            assert await client.read(client.inode(name), 0, 1 << 40) == plain, name
+        # What is mapped can be written, what is not cannot.
+        inode, (first, _, _) = client.inode(b"volumes/mixed-thin.raw"), group.mappings[1][5]
+        assert await client.ask(client.disks.write, inode, first * BLOCK + 9, b"new") == 3
+        assert await client.read(inode, first * BLOCK + 9, 3) == b"new"
+        hole = next(at for at in range(256) if at not in {one for one, _, _ in group.mappings[1]})
+        with pytest.raises(ReadOnly):
+            await client.ask(client.disks.write, inode, hole * BLOCK, b"new")
+
+    trio.run(run)
     client.disks.close()

@@ -96,7 +96,8 @@ def image_command(
             sources.append(source)
         options = ImageOptions(
             host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name, force=force,
-            hints=load_hints([_named(words) for words in hints], hints_since.lower(), sources), luks_passphrases=passphrases,
+            hints=load_hints([_named(words) for words in hints], hints_since.lower(), sources),
+            luks_passphrases=passphrases,
         )  # fmt: skip
         result = image(repository, sources, options, report)
     report.clear()
