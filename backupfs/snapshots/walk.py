@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 
 from backupfs.errors import PathNotFound, shown
 from backupfs.ids import ChunkId
+from backupfs.snapshots.content import EXTENT
 from backupfs.snapshots.node import STAT_ROW, Node
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.tree import find_node, load_xattrs, nodes
+from backupfs.snapshots.volumes import DISK
 
 Load = Callable[[ChunkId], bytes | memoryview]
 
@@ -70,9 +72,11 @@ def walk(node: Node, path: bytes, load: Load) -> Iterator[tuple[bytes, Node]]:
 
 def shown_volumes(snapshot: Snapshot, load: Load) -> dict[str, int]:
     """Return the volumes of an image that are files under /volumes, their numbers by name. Raises: DamagedObject."""
+    shown = {node.name: node.content for node in nodes(tree_of(find_path(snapshot, b"/volumes", load)), load)}
     found: dict[str, int] = {}
-    for node in nodes(tree_of(find_path(snapshot, b"/volumes", load)), load):
-        match node.content:
-            case [[int(), 2, int(number), 0]] if 0 <= number < len(snapshot.volumes):
-                found[snapshot.volumes[number].name] = number
+    for number, volume in enumerate(snapshot.volumes):
+        content = shown.get(volume.name.encode() + b".raw")
+        # What is mapped shows its own content, others one extent of themselves.
+        if content in ([[volume.size, EXTENT, number, 0]], volume.content) and volume.kind != DISK:
+            found[volume.name] = number
     return found
