@@ -52,10 +52,10 @@ class Layout:
         return made_of.mapped if isinstance(made_of, Thin) else None
 
 
-def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = ()) -> Layout:
+def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = (), keys: Sequence[bytes] = ()) -> Layout:
     """Find partitions, encrypted volumes and logical volumes.
 
-    passphrases: to open encrypted volumes with, each any of them.
+    passphrases: to open encrypted volumes with, each any of them. keys: the same, of such volumes themselves.
     Raises: SourceError.
     """
     table = VolumeTable(disks)
@@ -72,7 +72,7 @@ def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = ()) -> L
         while number < len(table):
             if number not in divided and _is_shown(table, number):
                 try:
-                    if _open_encrypted(table, number, passphrases):
+                    if _open_encrypted(table, number, passphrases, keys):
                         divided.add(number)
                     elif (member := read_physical_volume(VolumeReader(table, number).read)) is not None:
                         divided.add(number)
@@ -86,7 +86,7 @@ def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = ()) -> L
     return Layout(table, undivided, tuple(remarks))
 
 
-def _open_encrypted(table: VolumeTable, number: int, passphrases: Sequence[bytes]) -> bool:
+def _open_encrypted(table: VolumeTable, number: int, passphrases: Sequence[bytes], keys: Sequence[bytes]) -> bool:
     """Add what is in a volume if it is encrypted; tell whether it is. Raises: Unreadable if it cannot be opened."""
     reader = VolumeReader(table, number)
     header = read_luks(reader.read, table.size(number))
@@ -94,9 +94,7 @@ def _open_encrypted(table: VolumeTable, number: int, passphrases: Sequence[bytes
         return False
     if any(isinstance(table.made_of(below), Decrypted) for below in table.below(number)):
         raise Unreadable("it is encrypted twice, which is not read")
-    if not passphrases:
-        raise Unreadable(f"it is encrypted (LUKS{header.version}): its files are not shown, as no passphrase was given")
-    cipher = open_luks(reader.read, header, passphrases)
+    cipher = open_luks(reader.read, header, passphrases, keys)
     table.add(f"{table.name(number)}_crypt", Decrypted((header.size, number, header.start), cipher))
     return True
 

@@ -173,8 +173,16 @@ def _slot_2(slot: dict[str, Any]) -> _Slot:
     )  # fmt: skip
 
 
-def open_luks(read: Read, header: LuksHeader, passphrases: Sequence[bytes]) -> SectorCipher:
-    """Return how the volume is encrypted, by the first passphrase that opens it. Raises: Unreadable, if none does."""
+def open_luks(read: Read, header: LuksHeader, passphrases: Sequence[bytes], keys: Sequence[bytes] = ()) -> SectorCipher:
+    """Return how the volume is encrypted, by the first passphrase that opens it.
+
+    keys: of volumes; one may be this one's. Raises: Unreadable, if nothing opens it.
+    """
+    for key in keys:
+        if len(key) == header.key_size and _is_key(header, key):
+            return SectorCipher(key, header.sector, header.first)
+    if not passphrases:
+        raise Unreadable(f"it is encrypted (LUKS{header.version}): its files are not shown, as no passphrase was given")
     hindrance = ""
     end = time.monotonic() + _MOST_SECONDS
     for passphrase in passphrases:
@@ -182,12 +190,12 @@ def open_luks(read: Read, header: LuksHeader, passphrases: Sequence[bytes]) -> S
             if time.monotonic() > end:
                 raise Unreadable(f"its key slots take more than {_MOST_SECONDS} seconds to open")
             try:
-                key = _key_of(read, header, slot, passphrase)
+                found = _key_of(read, header, slot, passphrase)
             except Unreadable as error:
                 hindrance = f" ({error})"
                 continue
-            if key is not None and key[: len(key) // 2] != key[len(key) // 2 :]:
-                return SectorCipher(key, header.sector, header.first)
+            if found is not None and found[: len(found) // 2] != found[len(found) // 2 :]:
+                return SectorCipher(found, header.sector, header.first)
     raise Unreadable(f"none of the passphrases given opens it{hindrance}")
 
 
@@ -207,8 +215,12 @@ def _key_of(read: Read, header: LuksHeader, slot: _Slot, passphrase: bytes) -> b
         key = bytes(one ^ other for one, other in zip(key, stripe, strict=True))
         if number + 1 < slot.stripes:
             key = b"".join(_spread(slot.spread, key))
+    return key if _is_key(header, key) else None
+
+
+def _is_key(header: LuksHeader, key: bytes) -> bool:
     name, iterations, salt, digest = header.digest
-    return key if hmac.compare_digest(_pbkdf2(name, key, salt, iterations, len(digest)), digest) else None
+    return hmac.compare_digest(_pbkdf2(name, key, salt, iterations, len(digest)), digest)
 
 
 def _spread(name: str, key: bytes) -> Iterator[bytes]:

@@ -296,6 +296,11 @@ def places_of(
     return places
 
 
+def keys_of(volumes: Sequence[Volume]) -> tuple[bytes, ...]:
+    """Return the keys of the volumes that are encrypted."""
+    return tuple(volume.cipher.key for volume in volumes if volume.cipher is not None)
+
+
 def bases_of(volume: Volume) -> set[int]:
     """Return the numbers of the volumes that one lies on in fixed ranges; none for a disk, and for what is mapped."""
     return {base for _, base, _ in volume.ranges}

@@ -17,7 +17,7 @@ from backupfs.fuse import mounted
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.listing import SnapshotList
 from backupfs.snapshots.snapshot import Disk, Snapshot
-from backupfs.snapshots.volumes import bases_of, places_of
+from backupfs.snapshots.volumes import bases_of, keys_of, places_of
 from backupfs.snapshots.walk import shown_volumes
 from backupfs.usecases.events import Remark, Report
 from backupfs.usecases.image import ImageOptions, image
@@ -78,7 +78,7 @@ def commit_edit(
         sources += (_EditedDisk(disk, scratch) for disk in snapshot.disks)
         made = ImageOptions(
             host=snapshot.host, tags=(*snapshot.tags, *options.tags), dry_run=options.dry_run, name=snapshot.image,
-            hints=hints,
+            hints=hints, luks_keys=keys_of(snapshot.volumes),
         )  # fmt: skip
         return image(repository, list(sources), made, report)
     finally:

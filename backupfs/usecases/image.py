@@ -26,6 +26,7 @@ class ImageOptions(WriteOptions):
 
     name: str = ""  # of the image; empty: the host's
     luks_passphrases: tuple[bytes, ...] = field(default=(), repr=False)  # for volumes that are encrypted
+    luks_keys: tuple[bytes, ...] = field(default=(), repr=False)  # the same: what a passphrase would give
     force: bool = False  # compare with nothing, read all files again
     hints: Mapping[str, Hints] = field(default_factory=dict)  # of disks, by name
 
@@ -46,7 +47,7 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     name = options.name or run.host
     _tell_others(disks, report)
     parent = run.trusted(_parent_of(run, name, options))
-    layout = read_layout(disks, options.luks_passphrases)
+    layout = read_layout(disks, options.luks_passphrases, options.luks_keys)
     for remark in (*(remark for source in disks for remark in source.remarks), *layout.remarks):
         report(Remark(remark))
     load_readers(report)

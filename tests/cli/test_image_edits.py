@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_commands import Cli
+from tests.disks.test_luks import PASSPHRASE, encrypted
 
 MIB = 1 << 20
 
@@ -182,3 +183,29 @@ def test_an_abandoned_edit_leaves_nothing(cli: Cli, disk: Path, tmp_path: Path) 
         assert not list(temporary.iterdir())
         assert not list(place.iterdir())
     assert cli.run("dump", "web:latest:/disks/vda.raw").stdout == disk.read_bytes()
+
+
+@pytest.mark.fuse
+def test_what_is_encrypted_is_changed_within_and_stays_encrypted(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "content" / "etc").mkdir(parents=True)
+    (tmp_path / "content" / "etc" / "hosts").write_bytes(b"127.0.0.1 localhost\n")
+    plain = tmp_path / "plain"
+    plain.write_bytes(bytes(24 * MIB))
+    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-d", tmp_path / "content", plain], check=True)
+    disk = tmp_path / "vda.raw"
+    disk.write_bytes(encrypted(tmp_path, plain.read_bytes()))
+    (tmp_path / "key").write_bytes(PASSPHRASE)
+    cli("image", disk, "--name", "web", "--luks-key-file", tmp_path / "key")
+    new = tmp_path / "new"
+    new.write_bytes(b"10.0.0.1 web\n")
+    # The child needs no passphrase: its parent has the key.
+    said = cli("put", "web:latest:/files/vda_crypt/etc/hosts", new)
+    assert "passphrase" not in said
+    assert cli.run("dump", "web:latest:/files/vda_crypt/etc/hosts").stdout == b"10.0.0.1 web\n"
+    changed = tmp_path / "changed.raw"
+    changed.write_bytes(cli.run("dump", "web:latest:/disks/vda.raw").stdout)
+    assert b"10.0.0.1 web" not in changed.read_bytes()
+    cli("image", changed, "--name", "other", "--luks-key-file", tmp_path / "key")
+    assert cli.run("dump", "other:latest:/files/changed_crypt/etc/hosts").stdout == b"10.0.0.1 web\n"
+    (tmp_path / "volume").write_bytes(cli.run("dump", "other:latest:/volumes/changed_crypt.raw").stdout)
+    subprocess.run(["e2fsck", "-fn", tmp_path / "volume"], check=True, capture_output=True)
