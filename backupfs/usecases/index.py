@@ -5,7 +5,7 @@ gives it another root, which has what it had and the files that were found.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from backupfs.disks.layout import read_layout
 from backupfs.disks.source import DiskSource
@@ -19,6 +19,7 @@ from backupfs.snapshots.listing import SnapshotList
 from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import HAS_XATTRS, IMAGE, Snapshot
 from backupfs.snapshots.tree import nodes
+from backupfs.snapshots.volumes import keys_of
 from backupfs.snapshots.walk import find_path, tree_of, walk
 from backupfs.stores.requests import RequestCounts
 from backupfs.usecases.events import Remark, Report
@@ -35,6 +36,7 @@ class IndexOptions(WriteOptions):
     """What a user can say about an index."""
 
     force: bool = False  # look into all volumes again
+    luks_passphrases: tuple[bytes, ...] = field(default=(), repr=False)  # for volumes that are encrypted
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def index(
         )
     notes.require_right(repository, notes.INDEX)
     disks: list[DiskSource] = [StoredDisk(repository, snapshot, disk.volume) for disk in snapshot.disks]
-    layout = read_layout(disks)
+    layout = read_layout(disks, options.luks_passphrases, keys_of(snapshot.volumes))
     for remark in layout.remarks:
         report(Remark(remark))
     names = [disk.name for disk in disks] + [volume.name for volume in layout.volumes]

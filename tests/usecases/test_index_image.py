@@ -28,6 +28,7 @@ from tests import independent_reader
 from tests.builders import (
     PASSWORD,
     SMALL,
+    File,
     back_up,
     build,
     folders_in,
@@ -37,6 +38,7 @@ from tests.builders import (
     reopened,
     run_check,
 )
+from tests.disks.test_luks import PASSPHRASE, encrypted
 from tests.usecases.test_image import bytes_of, disk_in, make_image
 from tests.usecases.test_image_files import HARD, MIB, volume_of
 from tests.view.test_filesystem import Client
@@ -267,3 +269,20 @@ def test_a_live_view_shows_what_was_found(repository: Repository, volume: Path, 
     client.listed.repository.load_indexes()
     client.view.rearrange()
     trio.run(after, inode)
+
+
+def test_an_index_opens_what_is_encrypted_and_later_ones_keep_it(repository: Repository, tmp_path: Path) -> None:
+    tree = {"etc": {"hosts": File(b"127.0.0.1 localhost\n")}}
+    plain = volume_of(Path(os.fsdecode(build(tree, tmp_path / "source"))), tmp_path / "fs", "ext4", size=24 * MIB)
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(encrypted(tmp_path, plain.read_bytes(), "luks2"))
+    make_image(repository, disk)
+    options = IndexOptions(sizes=SMALL, luks_passphrases=(PASSPHRASE,))
+    for given in (options, replace(options, luks_passphrases=(), force=True)):
+        again = reopened(repository)
+        listed = load_all(again)
+        found = index(again, listed, listed.snapshots[-1], given, ignore).snapshot
+        assert [volume.name for volume in found.volumes] == ["disk", "disk_crypt"]
+        assert bytes_of(reopened(repository), found, "/files/disk_crypt/etc/hosts") == b"127.0.0.1 localhost\n"
+        assert shown(repository) == found
+    assert not run_check(reopened(repository), read_data=True).damaged

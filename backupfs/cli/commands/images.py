@@ -1,14 +1,50 @@
 """image, index, export: whole disks, into snapshots and out of them."""
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import click
 
 from backupfs.cli.settings import PATH, Settings, with_settings
 from backupfs.errors import SourceError, UsageError, shown
+
+
+def with_luks(command: Callable[..., object]) -> Callable[..., object]:
+    """Give a command the options for what is encrypted in disks, and what they say as `luks_passphrases`."""
+
+    @click.option(
+        "--luks-passphrase-file",
+        multiple=True,
+        type=PATH,
+        metavar="FILE",
+        help="Show the files in volumes encrypted with LUKS, with the passphrase in FILE's first line. The snapshot "
+        "then holds their keys: who can open the repository can read their files.",
+    )
+    @click.option(
+        "--luks-key-file",
+        multiple=True,
+        type=PATH,
+        metavar="FILE",
+        help="The same, with all bytes of FILE as they are.",
+    )
+    @click.option("--luks-ask", is_flag=True, help="The same, with a passphrase that is asked for.")
+    @functools.wraps(command)
+    def run(
+        *words: object,
+        luks_passphrase_file: tuple[bytes, ...],
+        luks_key_file: tuple[bytes, ...],
+        luks_ask: bool,
+        **options: object,
+    ) -> object:
+        from backupfs.cli import passwords
+
+        found = passwords.read_luks_passphrases(luks_passphrase_file, luks_key_file, luks_ask)
+        return command(*words, luks_passphrases=found, **options)
+
+    return run
 
 
 @click.command("image")
@@ -27,22 +63,11 @@ from backupfs.errors import SourceError, UsageError, shown
     "Lines START LENGTH data|zero|same, or what qemu-img map --output=json or thin_delta print.",
 )
 @click.option("--hints-since", default="", metavar="ID", help="The image that maps count from.")
-@click.option(
-    "--luks-passphrase-file",
-    multiple=True,
-    type=PATH,
-    metavar="FILE",
-    help="Show the files in volumes encrypted with LUKS, with the passphrase in FILE's first line. The snapshot then "
-    "holds their keys: who can open the repository can read their files.",
-)
-@click.option(
-    "--luks-key-file", multiple=True, type=PATH, metavar="FILE", help="The same, with all bytes of FILE as they are."
-)
-@click.option("--luks-ask", is_flag=True, help="The same, with a passphrase that is asked for.")
 @click.option("--before", metavar="COMMAND", help="Run COMMAND before disks are opened: to freeze, or to snapshot.")
 @click.option("--after", metavar="COMMAND", help="Run COMMAND when disks were read, or could not be.")
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
 @click.option("-n", "--dry-run", is_flag=True, help="Read and count, store nothing.")
+@with_luks
 @with_settings
 def image_command(
     settings: Settings,
@@ -54,13 +79,11 @@ def image_command(
     force: bool,
     hints: tuple[bytes, ...],
     hints_since: str,
-    luks_passphrase_file: tuple[bytes, ...],
-    luks_key_file: tuple[bytes, ...],
-    luks_ask: bool,
     before: str | None,
     after: str | None,
     compression: str,
     dry_run: bool,
+    luks_passphrases: tuple[bytes, ...],
 ) -> int:
     """Make an image of disks: block devices, or files that hold one, raw or as qcow2, VMDK, VHD, VHDX or VDI.
 
@@ -69,13 +92,12 @@ def image_command(
     is whole by itself. The disks must not change meanwhile: stop or freeze what writes to them, or give snapshots of
     them (LVM, the hypervisor's).
     """
-    from backupfs.cli import passwords, values
+    from backupfs.cli import values
 
     level = values.level(compression)
     time_ns = values.moment_ns(when) if when is not None else None
     if not disks:
         raise UsageError("what to make an image of? give a DISK, as in /dev/vda or disk.raw")
-    passphrases = passwords.read_luks_passphrases(luks_passphrase_file, luks_key_file, luks_ask)
     repository = settings.open_repository("backupfs.usecases.image")
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_image
@@ -97,7 +119,7 @@ def image_command(
         options = ImageOptions(
             host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name, force=force,
             hints=load_hints([_named(words) for words in hints], hints_since.lower(), sources),
-            luks_passphrases=passphrases,
+            luks_passphrases=luks_passphrases,
         )  # fmt: skip
         result = image(repository, sources, options, report)
     report.clear()
@@ -108,8 +130,9 @@ def image_command(
 @click.command("index")
 @click.argument("name", metavar="SNAP")
 @click.option("--force", is_flag=True, help="Look into all of it again, also where files are shown already.")
+@with_luks
 @with_settings
-def index_command(settings: Settings, name: str, force: bool) -> int:
+def index_command(settings: Settings, name: str, force: bool, luks_passphrases: tuple[bytes, ...]) -> int:
     """Find the files in an image that was taken without looking for them, and show them from now on.
 
     The disks are read from the repository; the image itself does not change. With --force all file systems are gone
@@ -123,7 +146,9 @@ def index_command(settings: Settings, name: str, force: bool) -> int:
 
     listed = load_all(repository)
     report = Reporter(settings)
-    result = index(repository, listed, listed.find(name), IndexOptions(force=force), report)
+    result = index(
+        repository, listed, listed.find(name), IndexOptions(force=force, luks_passphrases=luks_passphrases), report
+    )
     report.clear()
     tell_index(settings, result)
     return 3 if report.skipped else 0
