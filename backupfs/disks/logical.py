@@ -14,7 +14,7 @@ from backupfs.disks.lvm import NotLvm, PhysicalVolume
 from backupfs.disks.table import Parts, VolumeTable
 from backupfs.disks.thin import Thin, ThinPool
 from backupfs.errors import shown
-from backupfs.snapshots.volumes import Range, Ranges, Stripes
+from backupfs.snapshots.volumes import Range, Ranges, Stripes, is_name_of_copy
 
 _SECTOR = 512
 _MOST_EXTENT = 1 << 31  # sectors
@@ -136,7 +136,9 @@ class _Group:
         if known is not None:
             return known
         parts = self._parts(name)
-        if len(parts) == 1 and isinstance(parts[0], Ranges) and len(parts[0].ranges) == 1:
+        # Copies keep their names, by which it is known that they must not be changed alone.
+        is_copy = is_name_of_copy(name)
+        if len(parts) == 1 and isinstance(parts[0], Ranges) and len(parts[0].ranges) == 1 and not is_copy:
             [place] = parts[0].ranges
             return place
         return self._add(name, parts, is_shown=False)

@@ -304,3 +304,19 @@ def keys_of(volumes: Sequence[Volume]) -> tuple[bytes, ...]:
 def bases_of(volume: Volume) -> set[int]:
     """Return the numbers of the volumes that one lies on in fixed ranges; none for a disk, and for what is mapped."""
     return {base for _, base, _ in volume.ranges}
+
+
+def is_name_of_copy(name: str) -> bool:
+    """Tell whether a logical volume is a copy of a mirror: LVM keeps these names for them."""
+    return "_rimage_" in name or "_mimage_" in name
+
+
+def shared_volumes(volumes: Sequence[Volume]) -> set[int]:
+    """Return the volumes that cannot be changed alone: of a mirror, or of a thin pool, whose blocks others may have."""
+    found: set[int] = set()
+    for number, volume in enumerate(volumes):
+        # What is striped over such names is RAID0, which has each byte once.
+        over_shared = volume.kind != STRIPES and bases_of(volume) & found
+        if volume.kind == MAPPED or is_name_of_copy(volume.name) or over_shared:
+            found.add(number)
+    return found

@@ -10,6 +10,7 @@ from backupfs.errors import PathNotFound, SourceError, UsageError, shown
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.node import Node
 from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.volumes import shared_volumes
 from backupfs.snapshots.walk import Load, find_path, walk
 from backupfs.usecases.edit import EditOptions, commit_edit
 from backupfs.usecases.events import Report
@@ -85,9 +86,14 @@ def _changed(
     options: EditOptions,
     report: Report,
 ) -> BackupResult:
-    size = next((one.size for one in snapshot.volumes if one.name == volume), 0)
-    with scratch_mount(repository, snapshot) as scratch:
-        change(open_editor(scratch.volume(volume), size))
+    number = next(number for number, one in enumerate(snapshot.volumes) if one.name == volume)
+    if number in shared_volumes(snapshot.volumes):
+        raise UsageError(
+            f"{shown(volume)} is mirrored or lies in a thin pool: what is written to it would be in one copy only, or "
+            "in other volumes, too. Restore the disks, and change it there"
+        )
+    with scratch_mount(repository, snapshot, is_edit=True) as scratch:
+        change(open_editor(scratch.volume(volume), snapshot.volumes[number].size))
         return commit_edit(repository, snapshot, scratch, options, report)
 
 

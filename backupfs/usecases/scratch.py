@@ -19,6 +19,7 @@ from backupfs.fuse.background import serve_in_background
 from backupfs.fuse.session import SessionOptions, check_mountpoint
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.snapshot import IMAGE, Snapshot
+from backupfs.snapshots.volumes import shared_volumes
 from backupfs.snapshots.walk import shown_volumes
 from backupfs.usecases.mount import DATA_CACHE_SIZE, KEPT_BYTES, TREE_CACHE_SIZE
 from backupfs.usecases.umount import umount
@@ -64,10 +65,11 @@ def require_image(snapshot: Snapshot) -> None:
 
 
 async def serve_scratch(
-    repository: Repository, snapshot: Snapshot, mountpoint: Path, on_ready: Callable[[], None]
+    repository: Repository, snapshot: Snapshot, mountpoint: Path, is_edit: bool, on_ready: Callable[[], None]
 ) -> None:
     """Mount a scratch copy, call `on_ready` once it answers, and return when the mount has ended.
 
+    is_edit: something is to be made of it, so what cannot be changed alone cannot be written.
     What was written is gone then. Indexes must be loaded. Raises: MountError.
     """
     memory.keep_freed_memory(KEPT_BYTES)
@@ -76,7 +78,8 @@ async def serve_scratch(
     shown = await workers.request(shown_volumes, snapshot, repository.trees.load)
     async with trio.open_nursery() as background:
         loader = Loader(repository, background)
-        disks = ScratchDisks(snapshot, shown, loader)
+        protected = shared_volumes(snapshot.volumes) if is_edit else ()
+        disks = ScratchDisks(snapshot, shown, protected, loader)
         try:
             await session.serve_scratch(disks, loader, mountpoint, _OPTIONS, on_ready)
         finally:
@@ -85,7 +88,7 @@ async def serve_scratch(
 
 
 def scratch_in_background(repository: Repository, snapshot: Snapshot, mountpoint: Path, log_file: Path) -> int:
-    """Mount a scratch copy that stays until `umount`; return the pid of its server once it is ready.
+    """Mount a scratch copy to edit, which stays until `umount`; return the pid of its server once it is ready.
 
     Call it before any thread and event loop; indexes must be loaded. Raises: MountError.
     """
@@ -93,16 +96,16 @@ def scratch_in_background(repository: Repository, snapshot: Snapshot, mountpoint
     check_mountpoint(mountpoint, _OPTIONS)
 
     def serve(on_ready: Callable[[], None]) -> None:
-        interrupts.run(serve_scratch, repository, snapshot, mountpoint, on_ready, stop=repository.store.stop)
+        interrupts.run(serve_scratch, repository, snapshot, mountpoint, True, on_ready, stop=repository.store.stop)
 
     return serve_in_background(serve, log_file)
 
 
 @contextlib.contextmanager
-def scratch_mount(repository: Repository, snapshot: Snapshot) -> Iterator[ScratchMount]:
+def scratch_mount(repository: Repository, snapshot: Snapshot, is_edit: bool = False) -> Iterator[ScratchMount]:
     """Have a scratch copy for a while; it ends with this process, too, however that ends.
 
-    Conditions as for `scratch_in_background`.
+    is_edit: as for `serve_scratch`. Conditions as for `scratch_in_background`.
     """
     require_image(snapshot)
     folder = Path(tempfile.mkdtemp(prefix="backupfs-scratch-"))
@@ -114,7 +117,13 @@ def scratch_mount(repository: Repository, snapshot: Snapshot) -> Iterator[Scratc
         try:
             if os.getppid() == leader:
                 interrupts.run(
-                    serve_scratch, repository, snapshot, found.mountpoint, on_ready, stop=repository.store.stop
+                    serve_scratch,
+                    repository,
+                    snapshot,
+                    found.mountpoint,
+                    is_edit,
+                    on_ready,
+                    stop=repository.store.stop,
                 )
         finally:
             if os.getppid() != leader:

@@ -7,7 +7,7 @@ Operations are synchronous over what is in memory, as those of SnapshotView are,
 Belongs to the trio thread.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,13 +55,21 @@ _Entry = _Volume | _Changes | dict[bytes, int]
 class ScratchDisks:
     """The disks and volumes of an image, and what was written to them."""
 
-    def __init__(self, snapshot: Snapshot, shown: Mapping[str, int], loader: Loader, folder: str | None = None) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        shown: Mapping[str, int],
+        protected: Collection[int],
+        loader: Loader,
+        folder: str | None = None,
+    ) -> None:
         """Take the parts.
 
-        shown: the volumes that are files, their numbers by name.
+        shown: the volumes that are files, their numbers by name. protected: those that cannot be written.
         folder: where what is written lies, in files without names; None: where temporary files do.
         """
         self._snapshot = snapshot
+        self._protected = protected
         self._files = FileReader(loader)
         self._places_of = places_of(snapshot.volumes, loader.tree)
         self._overlays = {disk.volume: Overlay(folder) for disk in snapshot.disks}
@@ -115,7 +123,9 @@ class ScratchDisks:
             return ScratchAttributes(inode, True, False, 0, time_ns)
         if isinstance(entry, _Changes):
             return ScratchAttributes(inode, False, False, len(self._map_of(entry.disk)), time_ns)
-        return ScratchAttributes(inode, False, True, self._snapshot.volumes[entry.number].size, time_ns)
+        return ScratchAttributes(
+            inode, False, entry.number not in self._protected, self._snapshot.volumes[entry.number].size, time_ns
+        )
 
     def entries(self, inode: int, start: int) -> Iterator[tuple[bytes, ScratchAttributes, int]]:
         """Yield (name, attributes, where the next entry starts) of a directory. Raises: NoSuchEntry."""
@@ -170,7 +180,7 @@ class ScratchDisks:
         Raises: NoSuchEntry; ReadOnly; NotCached; DamagedObject; OSError.
         """
         entry = self._entry(inode)
-        if not isinstance(entry, _Volume):
+        if not isinstance(entry, _Volume) or entry.number in self._protected:
             raise ReadOnly
         places = self._places(entry.number, offset, len(data))
         if any(place.disk is None for place in places):

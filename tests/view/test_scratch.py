@@ -12,12 +12,13 @@ import trio
 from backupfs.disks.layout import read_layout
 from backupfs.disks.source import open_disk
 from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.volumes import shared_volumes
 from backupfs.snapshots.walk import shown_volumes
 from backupfs.view.filesystem import NoSuchEntry
 from backupfs.view.loading import Loader, NotCached
 from backupfs.view.scratch import TOP, ReadOnly, ScratchDisks
 from tests.builders import new_repository, reopened
-from tests.disks.test_logical import BLOCK, Group, some_mappings
+from tests.disks.test_logical import BLOCK, Group, Opened, read_all, some_mappings
 from tests.disks.test_luks import PASSPHRASE, encrypted
 from tests.usecases.test_image import MIB, disk_in, make_image
 
@@ -48,13 +49,14 @@ class Client:
         return bytes(await self.ask(self.disks.read, inode, offset, length))
 
 
-def scratch_of(*paths: Path, **options: object) -> tuple[Client, Snapshot]:
+def scratch_of(*paths: Path, protects: bool = False, **options: object) -> tuple[Client, Snapshot]:
     repository = new_repository()
     snapshot = make_image(repository, *paths, **options)
     repository = reopened(repository)
     loader = Loader(repository)
     shown = shown_volumes(snapshot, repository.trees.load)
-    return Client(ScratchDisks(snapshot, shown, loader), loader), snapshot
+    protected = shared_volumes(snapshot.volumes) if protects else ()
+    return Client(ScratchDisks(snapshot, shown, protected, loader), loader), snapshot
 
 
 def test_what_is_written_to_volumes_and_disks_is_read_from_both(tmp_path: Path) -> None:
@@ -173,3 +175,34 @@ def test_striped_mirrored_and_thin_volumes_are_there(tmp_path: Path) -> None:
 
     trio.run(run)
     client.disks.close()
+
+
+def test_stripes_can_be_edited_and_what_others_share_cannot(tmp_path: Path) -> None:
+    group = Group(tmp_path)
+    group.write_thin(some_mappings(group.chooser))
+    client, _ = scratch_of(*group.save(), protects=True)
+    chooser = random.Random(4)
+    plain = {name: bytearray(data) for name, data in group.volumes().items()}
+
+    async def run() -> None:
+        for name in ("mixed-mix", "mixed-fast", "mixed-mix", "mixed-fast"):
+            inode = client.inode(b"volumes/" + name.encode() + b".raw")
+            for _ in range(30):
+                offset = chooser.randrange(len(plain[name]) - 200_000)
+                data = chooser.randbytes(chooser.choice([1, 5000, 65_536, 200_000]))
+                assert await client.ask(client.disks.write, inode, offset, data) == len(data)
+                plain[name][offset : offset + len(data)] = data
+        for disk in ("a", "b"):
+            whole = await client.read(client.inode(f"disks/{disk}.raw".encode()), 0, 1 << 40)
+            (tmp_path / f"{disk}.raw").write_bytes(whole)
+        for name in ("mixed-twin", "mixed-old", "mixed-thin", "mixed-snap--1", "mixed-late"):
+            inode = client.inode(b"volumes/" + name.encode() + b".raw")
+            assert not client.disks.attributes(inode).is_writable
+            with pytest.raises(ReadOnly):
+                client.disks.write(inode, 0, b"x")
+
+    trio.run(run)
+    client.disks.close()
+    # Found where they are by whoever reads the changed disks anew.
+    with Opened(tmp_path / "a.raw", tmp_path / "b.raw") as layout:
+        assert read_all(layout) == plain

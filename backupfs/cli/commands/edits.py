@@ -199,7 +199,7 @@ def edit_command(
         umount(place)
     elif run:
         snapshot = listed.find(os.fsdecode(words[0]))
-        with scratch_mount(repository, snapshot) as scratch:
+        with scratch_mount(repository, snapshot, is_edit=True) as scratch:
             _run_in(scratch.mountpoint, run)
             result = commit_edit(repository, snapshot, scratch, options, report)
     else:
