@@ -13,6 +13,7 @@ import click
 import pytest
 
 from backupfs.cli.main import cli as cli_of_main
+from tests.processes import runs
 
 PASSWORD = "correct horse"
 
@@ -372,7 +373,7 @@ def test_a_signal_ends_a_backup_even_where_a_shell_made_it_ignore_ctrl_c(
     assert (backup.returncode, b"interrupted" in said) == (130, True), said
     # One that was being started at that moment ends with its leader, a moment after it.
     end = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in scanners):
+    while any(runs(pid) for pid in scanners):
         assert time.monotonic() < end
         time.sleep(0.01)
     assert not json.loads(cli("--json", "snapshots"))
