@@ -103,7 +103,7 @@ def load_readers(report: Report) -> None:
         report(
             Remark(
                 "of the files in the disks only those on XFS are shown, as the library that reads others is missing: "
-                "`pip install 'backupfs[images]'`; the disks themselves are complete"
+                "`pip install '.[images]'` in backupfs's checkout adds it; the disks themselves are complete"
             )
         )
 

@@ -319,7 +319,7 @@ def test_without_the_library_disks_are_complete_and_the_report_says_what_is_miss
     repository = new_repository()
     snapshot = run_image(repository, path, report=events.append).snapshot
     assert snapshot is not None
-    assert ["backupfs[images]" in event.text for event in events if isinstance(event, Remark)] == [True]
+    assert ["pip install '.[images]'" in event.text for event in events if isinstance(event, Remark)] == [True]
     assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
 
 
