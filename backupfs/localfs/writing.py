@@ -92,7 +92,9 @@ class Target:
         self._open: OrderedDict[Directory, int] = OrderedDict()
         self._most_open = _MOST_OPEN
         self._root_fd = -1
-        self._temporary = TEMPORARY_PREFIX + os.urandom(6).hex().encode() + b"-"
+        self.temporary_prefix = b""  # that the names of all temporary files of this run begin with
+        self._temporary = b""  # and those of this process
+        self.renew_temporary_prefix()
         self._numbers = itertools.count(1)
         self.owners_kept = False  # ownership was recorded and not set, as only root may
         self.root = Directory(None, b"")
@@ -117,6 +119,10 @@ class Target:
             ) from error
         if self.root.existed:
             self._note_existing(self.root, self._root_fd)
+
+    def renew_temporary_prefix(self) -> None:
+        """Take another start of temporary names, before there are any."""
+        self.temporary_prefix = self._temporary = TEMPORARY_PREFIX + os.urandom(6).hex().encode() + b"-"
 
     def for_another_process(self, number: int, problem: Callable[[bytes, str], None]) -> "Target":
         """Return the same target for a process that was just forked; it has descriptors and temporary names of its own.

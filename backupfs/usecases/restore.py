@@ -14,6 +14,7 @@ import trio
 from backupfs import workers
 from backupfs.errors import UsageError
 from backupfs.forked import Line, encoded
+from backupfs.localfs.abandoned import RunLock
 from backupfs.localfs.writing import Target
 from backupfs.repository import fetch
 from backupfs.repository.fetch import PackRange, fetch_range
@@ -24,7 +25,7 @@ from backupfs.snapshots.volumes import Volume, extents_of
 from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.stores.requests import RequestCounts
 from backupfs.stores.spool import Spool
-from backupfs.usecases.events import Progress, Report
+from backupfs.usecases.events import Progress, Remark, Report
 from backupfs.usecases.restore_files import Restorer
 from backupfs.usecases.restore_items import BY_NUMBER, OVERWRITE, RestoreOptions, Use
 from backupfs.usecases.restore_outcome import Outcome
@@ -120,6 +121,7 @@ class _Run:
         self._report = report
         opened = Target(target, lambda path, reason: self.outcome.problem(path, reason), make=not options.dry_run)
         self.outcome = Outcome(opened, report)
+        self._lock: RunLock | None = None
         traversal = self._traversal()
         self._extents = extents_of(volumes, self._load)
         self.restorer = Restorer(
@@ -144,6 +146,8 @@ class _Run:
 
     def start(self) -> None:
         """Fork the processes that write."""
+        if not self._options.dry_run:
+            self._lock = RunLock(self.outcome.target)
         sparse = self._options.sparse
 
         def run(number: int, line: Line) -> None:
@@ -156,7 +160,11 @@ class _Run:
         self._writers.end()
         if self._spool is not None:
             self._spool.close()
+        if self._lock is not None and self._writers.lost_one:
+            self._lock.remove_own()
         self.outcome.clean_up()
+        if self._lock is not None:
+            self._lock.release()
 
     def _traversal(self) -> Traversal:
         return Traversal(
@@ -172,6 +180,8 @@ class _Run:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._stop_when_cancelled)
             nursery.start_soon(self._tell_progress, totals)
+            if self._lock is not None and (count := await self._at_target(self._lock.remove_abandoned)):
+                self._report(Remark(f"removed {count} temporary files of a restore that was killed"))
             await self._read_and_write()
             if self._options.verify and not self._options.dry_run:
                 await self._verify()

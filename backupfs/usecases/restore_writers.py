@@ -46,6 +46,7 @@ class Writers:
         """Take the memory that ranges are handed over in; nothing runs before `start`."""
         self._shared = shared
         self._members: list[_Member] = []
+        self.lost_one = False  # one was killed, and may have left a temporary file
         self._free_slots, self.free = trio.open_memory_channel[int](shared.count)
         for slot in range(shared.count):
             self._free_slots.send_nowait(slot)
@@ -100,6 +101,7 @@ class Writers:
 
         await member.process.listen(take)
         if member.under_way:
+            self.lost_one = True
             raise BackupfsError(
                 "a writing process ended before its work did, killed perhaps for want of memory: "
                 "run the restore again with --overwrite if-changed"

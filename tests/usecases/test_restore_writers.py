@@ -48,12 +48,14 @@ def test_a_killed_writer_ends_the_run_with_one_message(
             if len(os.listdir(target / "d0")) > 2:
                 if when == "after":
                     real(writer, work)
+                (target / "d0" / os.fsdecode(writer._target.temporary_name())).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(writer, work)
 
         patch.setattr(RangeWriter, "write", dying)
         with pytest.raises(BackupfsError, match="a writing process ended before its work did"):
             run_restore(repository, snapshot, source, target)
+    assert not [name for _, _, names in os.walk(target) for name in names if name.startswith(".backupfs-")]
     wanted = snapshot_of(Path(os.fsdecode(source)))
     for path, entry in snapshot_of(target).items():
         assert entry.kind == "directory" or entry == wanted[path]
