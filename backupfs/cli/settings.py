@@ -108,7 +108,7 @@ class Settings:
 
         keep_freed_memory()
         store = self.store()
-        found = repository.find_repository(store)
+        found = repository.find_repository(store, self.folders())
         password = read_password(self.password_file, self.password_command)
         ahead = repository.LISTED_FOR_FILES if files else repository.LISTED_FOR_SNAPSHOTS if snapshots else ()
         with threads(1) as pool:

@@ -5,6 +5,7 @@ CACHE/REPOSITORY-ID/objects/   what is kept of a store that is far away (stores/
 CACHE/REPOSITORY-ID/blocks/    blocks of data, where the user wants that (repository/chunks.py)
 CACHE/REPOSITORY-ID/listed-*   empty; touched when packs were listed
 CACHE/REPOSITORY-ID/writing-*  empty; while a run may have put packs that no segment names, and if it failed or died
+CACHE/slot-URL     the id of the key slot that opened the repository at this URL (its hash) the last time; no secret
 STATE/host       a record [host id, hash of the machine id]
 STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequence this machine saw of each host
 STATE/damaged-REPOSITORY-ID   a record [[pack id, sequence], …]: packs that a check found damaged, and the sequence of
@@ -22,6 +23,7 @@ from blake3 import blake3
 
 from backupfs.codec.records import decode_record, encode_record
 from backupfs.errors import DamagedObject
+from backupfs.ids import ID_SIZE, ObjectId
 
 HOST_ID_SIZE = 16
 
@@ -113,6 +115,26 @@ def _read_numbers(path: Path) -> dict[bytes, int]:
 
 def _write_numbers(path: Path, numbers: dict[bytes, int]) -> None:
     write_privately(path, encode_record([[name, number] for name, number in sorted(numbers.items())]))
+
+
+def known_slot(cache: Path | None, url: str) -> ObjectId | None:
+    """Return the id of the key slot that opened the repository at a URL the last time."""
+    try:
+        name = _slot_file(cache, url).read_bytes() if cache is not None else b""
+    except OSError:
+        return None
+    return ObjectId(name) if len(name) == ID_SIZE else None
+
+
+def note_slot(cache: Path | None, url: str, slot_id: ObjectId) -> None:
+    """Remember which key slot opened the repository at a URL."""
+    if cache is not None and known_slot(cache, url) != slot_id:
+        with contextlib.suppress(OSError):
+            write_privately(_slot_file(cache, url), slot_id)
+
+
+def _slot_file(cache: Path, url: str) -> Path:
+    return cache / f"slot-{blake3(url.encode()).hexdigest()[:32]}"
 
 
 def is_due(folder: Path | None, name: str, every_s: float) -> bool:

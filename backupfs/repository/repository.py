@@ -28,7 +28,7 @@ from backupfs.repository import layout
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.config import Config, check_mac, encode_config, read_config, unknown_features
 from backupfs.repository.index import Index
-from backupfs.repository.local import LocalFolders
+from backupfs.repository.local import LocalFolders, known_slot, note_slot
 from backupfs.repository.objects import get_named
 from backupfs.stores.caching import CachingStore
 from backupfs.stores.listed import ListedStore
@@ -145,15 +145,26 @@ class Found:
     config: bytes
     features: list[tuple[str, str]]  # that were added later: (kind, name)
     slots: list[tuple[ObjectId, bytes]]
+    others: tuple[str, ...] = ()  # keys of slots that were not fetched, as one is known that should do
 
 
-def find_repository(store: Store) -> Found:
+def find_repository(store: Store, local: LocalFolders | None = None) -> Found:
     """Return what opens the repository, for `open_repository`; before a password is asked for in vain.
 
+    local: where the key slot is noted that opened it the last time: it need not be listed before it is fetched.
     Raises: NotARepository; StoreError.
     """
-    readers: tuple[Callable[[Store], Any], ...] = (_read_config, _added_features, _read_slots)
-    return Found(*each(store, lambda read: read(store), readers))
+    known = known_slot(local.cache, store.url) if local is not None and store.is_far else None
+    if known is None:
+        readers: tuple[Callable[[Store], Any], ...] = (_read_config, _added_features, _read_slots)
+        return Found(*each(store, lambda read: read(store), readers))
+    key = layout.slot_key(known)
+    readers = (_read_config, _added_features, _slot_keys, lambda store: _get_slots(store, [key]))
+    read: list[Any] = list(each(store, lambda read: read(store), readers))
+    config, features, keys_listed, slots = read
+    # One that is not listed any more was removed.
+    slots = slots if key in keys_listed else []
+    return Found(config, features, slots, tuple(other for other in keys_listed if other != key or not slots))
 
 
 def _read_config(store: Store) -> bytes:
@@ -232,9 +243,17 @@ def open_repository(
     with threads(1) as pool:
         listed = ListedStore(store) if store.is_far and ahead else None
         listing = pool.submit(listed.list_ahead, ahead) if listed is not None else None
-        slot_id, keyring = _open_slots(store, password, found.slots, config, mac)
+        try:
+            slot_id, keyring = _open_slots(store, password, found.slots, config, mac)
+        except (WrongPassword, DamagedObject, UnknownVersion):
+            if not found.others:
+                raise
+            slots = found.slots + _get_slots(store, found.others)
+            slot_id, keyring = _open_slots(store, password, slots, config, mac)
         if listing is not None:
             listing.result()
+    if store.is_far:
+        note_slot(local.cache, store.url, slot_id)
     return Repository(listed or store, config, keyring, slot_id, local, frozenset(unwritable))
 
 
@@ -281,12 +300,20 @@ def _added_features(store: Store) -> list[tuple[str, str]]:
 
 
 def _read_slots(store: Store) -> list[tuple[ObjectId, bytes]]:
+    return _get_slots(store, _slot_keys(store))
+
+
+def _slot_keys(store: Store) -> list[str]:
+    return [info.key for info in store.list(layout.KEYS) if layout.id_in_key(info.key) is not None]
+
+
+def _get_slots(store: Store, slot_keys: Sequence[str]) -> list[tuple[ObjectId, bytes]]:
     slots = []
-    for info in store.list(layout.KEYS):
-        slot_id = layout.id_in_key(info.key)
+    for key in slot_keys:
+        slot_id = layout.id_in_key(key)
         if slot_id is not None:
             try:
-                slots.append((ObjectId(slot_id), get_named(store, info.key)))
+                slots.append((ObjectId(slot_id), get_named(store, key)))
             except ObjectMissing:
                 continue  # removed since it was listed
     return slots

@@ -26,6 +26,11 @@ from backupfs.view.filesystem import MountFilter, SnapshotView
 from backupfs.view.freshness import MOST_AGE_S, Freshness
 from backupfs.view.loading import Loader
 
+with contextlib.suppress(ImportError):
+    # Loaded with this module, for which there is time; where pyfuse3 is missing, serving a mount says so.
+    import backupfs.fuse.operations
+    import backupfs.fuse.polling  # noqa: F401
+
 __all__ = ["MountFilter", "MountOptions", "default_log_file", "mount_in_background", "serve_mount"]
 
 log = logging.getLogger(__name__)

@@ -184,6 +184,42 @@ def test_a_server_without_such_a_class_says_which_option_is_wrong(swift: Server,
     run("backup", source, "--storage-class", "STANDARD")
 
 
+def test_a_key_slot_that_opened_before_is_fetched_at_once_and_alone(swift: Server, tmp_path: Path) -> None:
+    host, _, port = swift.endpoint_url.removeprefix("http://").partition(":")
+    proxy = FaultProxy(host, int(port))
+    proxy.latency_s = 0.05
+    run = runner(replace(swift, endpoint_url=proxy.endpoint_url), tmp_path, "slots")
+    other = tmp_path / "password"
+    other.write_text("another")
+
+    def slots_fetched(*arguments: str, code: int = 0) -> list[str]:
+        before = len(proxy.seen)
+        run("snapshots", *arguments, code=code)
+        return [path.rpartition("/")[2] for _, path in proxy.seen[before:] if "/host/a/keys/" in path]
+
+    try:
+        run("init")
+        run("key", "add", "--new-password-file", str(other))
+        (own,) = slots_fetched()
+        # With another password, the others are fetched, too, and the one that opens is the known one then.
+        both = slots_fetched("--password-file", str(other))
+        assert both[0] == own
+        assert len(both) == 2
+        assert slots_fetched("--password-file", str(other)) == both[1:]
+        wrong = tmp_path / "wrong"
+        wrong.write_text("wrong")
+        assert len(slots_fetched("--password-file", str(wrong), code=12)) == 2
+        # One that is gone does no harm.
+        swift.client().delete_object(Bucket="slots", Key=f"host/a/keys/{both[1]}")
+        assert slots_fetched() == [both[1], own]
+        assert slots_fetched() == [own]
+        slots = list((tmp_path / "cache").glob("slot-*"))
+        slots[0].write_bytes(bytes(32))
+        assert slots_fetched()[-1] == own
+    finally:
+        proxy.close()
+
+
 def test_no_secret_is_told_however_much_is(swift: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = runner(swift, tmp_path, "silent")
     run("init")
