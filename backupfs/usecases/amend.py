@@ -119,10 +119,12 @@ def _amend(
     # Not a number that the snapshot has: equal inodes of another file system would pass for names of one file.
     ordinals = {} if device is None else {device: run.taken_ns}
 
+    # What is reused from the snapshot may lie in a pack that is gone.
+    compares = run.trusted(snapshot) is not None
+
     def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
         def archive(archiver: Archiver) -> Root:
-            # What is reused from the snapshot may lie in a pack that is gone.
-            amender = _Amender(archiver, repository.trees.load, compares=run.trusted(snapshot) is not None)
+            amender = _Amender(archiver, repository.trees.load, compares)
             return amender.root(snapshot, _edits_of(changes))
 
         return file_scan(repository, options, slots, selection, ordinals, scanner, archive if begins else None)
