@@ -1,5 +1,6 @@
 """The main job with a repository in a real server's bucket, by the command line."""
 
+import json
 import os
 import subprocess
 from dataclasses import replace
@@ -55,6 +56,26 @@ def test_back_up_mount_restore_and_check(server: Server, tmp_path: Path) -> None
         subprocess.run(["diff", "-r", source, f"{mount}/latest{source}"], check=True)
     finally:
         run("umount", str(mount))
+    assert summary_of(run("--json", "check", "--read-data"))["damaged"] is False
+
+
+def test_snapshots_are_changed_and_images_indexed_in_a_bucket(swift_tls: Server, tmp_path: Path) -> None:
+    """Reading for a confined process is done by one that was forked twice, over connections of its own."""
+    source = built({"d": {"a": File(os.urandom(5000)), "b": File(b"b")}}, tmp_path / "source")
+    disk = tmp_path / "web.raw"
+    disk.write_bytes(bytes(16 << 20))
+    subprocess.run(["mkfs.ext4", "-q", "-d", source, disk], check=True)
+    run = runner(swift_tls, tmp_path, "changing")
+    run("init")
+    run("backup", source)
+    run("put", f"latest:{source}/d/a", str(disk))
+    run("rm", f"latest:{source}/d/b")
+    assert run("ls", f"latest:{source}/d").stdout == "a\n"
+    run("image", str(disk))
+    [image] = [one for one in json.loads(run("--json", "snapshots").stdout) if one["kind"] == "image"]
+    found = summary_of(run("--json", "index", "--force", image["short_id"]))
+    assert (found["looked"], found["renewed"], found["files_skipped"]) == (True, [], 0)
+    assert found["snapshot"]["statistics"]["files"] == 2
     assert summary_of(run("--json", "check", "--read-data"))["damaged"] is False
 
 
