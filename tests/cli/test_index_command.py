@@ -33,7 +33,7 @@ def cli(tmp_path: Path) -> Cli:
 def image_blindly(cli: Cli, disk: Path) -> None:
     words = [sys.executable, "-c", BLIND, "image", disk, "--name", "web"]
     done = subprocess.run(words, env=cli.environment, capture_output=True, check=True, timeout=60)
-    assert b"pip install 'backupfs[images]'" in done.stderr
+    assert b"pip install '.[images]'" in done.stderr
 
 
 def test_an_image_taken_without_the_library_is_indexed(cli: Cli, disk: Path, tmp_path: Path) -> None:
