@@ -1,5 +1,6 @@
 """Restores that are killed: what they leave goes with the next one, and nothing of one that still runs does."""
 
+import errno
 import fcntl
 import os
 import select
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from backupfs.localfs.abandoned import RunLock
+from backupfs.localfs.writing import Target
 from tests.builders import File, build, snapshot_of
 
 SOON_S = 60
@@ -151,3 +154,18 @@ def test_a_lock_that_is_held_keeps_files(place: Place) -> None:
         assert lock.exists()
     place.restore()
     assert not left.exists()
+
+
+def test_a_target_without_locks_is_restored_into_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_fd: int, _operation: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for end in ("1", "lock"):
+        (tmp_path / f".backupfs-0123456789ab-{end}").touch()
+    target = Target(os.fsencode(tmp_path), lambda path, reason: None)
+    lock = RunLock(target)
+    assert lock.remove_abandoned() == 0
+    target.close()
+    lock.release()
+    assert sorted(os.listdir(tmp_path)) == [".backupfs-0123456789ab-1", ".backupfs-0123456789ab-lock"]
