@@ -14,6 +14,7 @@ from backupfs.disks.partitions import partition_name, partitions_of
 from backupfs.disks.source import DiskSource
 from backupfs.disks.table import Decrypted, LaidOut, VolumeReader, VolumeTable
 from backupfs.disks.thin import Thin
+from backupfs.disks.unread import unread_form
 from backupfs.snapshots.volumes import Range, Ranges
 
 # How often what was found is looked into again: a physical volume may lie in a logical one.
@@ -77,6 +78,9 @@ def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = (), keys
                     elif (member := read_physical_volume(VolumeReader(table, number).read)) is not None:
                         divided.add(number)
                         members.append((number, member))
+                    elif form := unread_form(VolumeReader(table, number).read):
+                        divided.add(number)
+                        remarks.append(f"{table.name(number)}: {form}")
                 except (NotLvm, Unreadable) as error:
                     divided.add(number)
                     remarks.append(f"{table.name(number)}: {error}")
