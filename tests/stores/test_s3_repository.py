@@ -79,6 +79,23 @@ def test_snapshots_are_changed_and_images_indexed_in_a_bucket(swift_tls: Server,
     assert summary_of(run("--json", "check", "--read-data"))["damaged"] is False
 
 
+@pytest.mark.fuse
+def test_images_are_verified_and_edited_in_a_bucket(swift_tls: Server, tmp_path: Path) -> None:
+    """Scratch copies are served by forked processes, over connections of their own."""
+    source = built({"hosts": File(b"127.0.0.1 localhost"), "large": File(os.urandom(3 << 20))}, tmp_path / "source")
+    disk, new = tmp_path / "web.raw", tmp_path / "new"
+    new.write_bytes(b"10.0.0.1 web")
+    disk.write_bytes(bytes(16 << 20))
+    subprocess.run(["mkfs.ext4", "-q", "-d", source, disk], check=True)
+    run = runner(swift_tls, tmp_path, "verifying")
+    run("init")
+    run("image", str(disk), "--name", "web")
+    run("put", "web:latest:/files/web/hosts", str(new))
+    assert run("dump", "web:latest:/files/web/hosts").stdout == "10.0.0.1 web"
+    assert summary_of(run("--json", "verify", "web:latest"))["result"] == "passed"
+    assert "2 passed  web: ext2/3/4" in run("snapshots", "--verbose").stdout
+
+
 def test_what_is_kept_on_this_machine_hides_no_loss(swift: Server, tmp_path: Path) -> None:
     source = built({"d": {f"f{number}": File(os.urandom(700)) for number in range(9)}}, tmp_path / "source")
     run = runner(swift, tmp_path, "losing")
