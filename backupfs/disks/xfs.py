@@ -396,12 +396,15 @@ class Xfs:
             raise Unreadable("a block of attributes makes no sense")
         for number in range(count):
             _, at, flags = struct.unpack_from(">IHB", block, header + number * 8)
-            if at + 9 > len(block):
+            # One of few bytes may be the last thing in the block.
+            if at + (3 if flags & 1 else 9) > len(block):
                 raise Unreadable("an attribute lies outside of its block")
             if flags & 1:
                 size, length = struct.unpack_from(">HB", block, at)
                 name = block[at + 3 : at + 3 + length]
                 value = block[at + 3 + length : at + 3 + length + size]
+                if len(value) != size:
+                    raise Unreadable("an attribute lies outside of its block")
             else:
                 first, size, length = struct.unpack_from(">IIB", block, at)
                 name = block[at + 9 : at + 9 + length]

@@ -1,7 +1,7 @@
 """XFS as mkfs.xfs makes it from a prototype, and damaged at random.
 
-Against the kernel's own view (extents of all kinds, attributes, ACLs, times, dates beyond 2038) it is compared by hand,
-as that needs a loop device; what was compared stands in docs/performance.rst.
+Against the kernel's own view (attributes, ACLs, times) it is compared in tests/usecases/test_kernel_view.py, and more of
+it by hand; what was compared stands in docs/performance.rst.
 """
 
 import functools
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from backupfs.disks.filesystem import Entry, Unreadable
 from backupfs.disks.xfs import Xfs, _acl, _short_attributes, _unpacked, open_xfs
@@ -186,3 +187,13 @@ def test_short_attributes_and_acls() -> None:
     assert _acl(stored) == struct.pack("<IHHIHHI", 2, 1, 6, 0xFFFFFFFF, 2, 4, 1234)
     with pytest.raises(Unreadable, match="cut short"):
         _acl(stored[:-1])
+
+
+def test_an_attribute_may_end_with_its_block() -> None:
+    """Made by mkfs.xfs 6.1 and the kernel: `trusted.t` of two bytes stands in the last eight of its block."""
+    packed = (Path(__file__).parent / "attributes.xfs.zst").read_bytes()
+    plain = zstandard.ZstdDecompressor().decompress(packed, 400 << 20)
+    filesystem = open_xfs(lambda offset, length: plain[offset : offset + length], len(plain))
+    assert filesystem is not None
+    [entry] = filesystem.entries(filesystem.top())
+    assert filesystem.xattrs(entry) == [(b"trusted.t", b"\0\1"), (b"user.large", b"v" * 900), (b"user.one", b"1")]
