@@ -125,7 +125,7 @@ def test_new_files_with_the_content_of_a_damaged_pack_are_stored(host: Host) -> 
     back_up(host.repository, host.source)
     back_up(host.repository, host.source)
     Path(os.fsdecode(host.source), "again").write_bytes(content)
-    assert run_backup(host.repository, host.source).data.plain_bytes >= 5000
+    assert run_backup(host.repository, host.source).data.plain_bytes > 0
     assert host.damaged() == []
 
 
