@@ -81,7 +81,7 @@ class _Group:
             try:
                 if "VISIBLE" in volume["status"]:
                     if name in origins:
-                        raise NotLvm(f"it is an old snapshot of {origins[name]}, which is not read")
+                        raise NotLvm(f"it is an old snapshot of {shown(origins[name])}, which is not read")
                     self._show(name)
             except _NotShown:
                 continue

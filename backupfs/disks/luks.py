@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.kdf import argon2
 
 from backupfs.codec.sectors import AES_XTS_PLAIN64, KEY_SIZES, SECTOR_SIZES, SectorCipher, decrypt
 from backupfs.disks.filesystem import Read, Unreadable
+from backupfs.errors import shown
 
 _MAGIC, _SECOND_MAGIC = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
 _SECTOR = 512
@@ -279,7 +280,7 @@ def _hash(name: str, data: bytes = b"") -> "hashlib._Hash":
 
 def _require_cipher(name: str) -> None:
     if name != AES_XTS_PLAIN64:
-        raise Unreadable(f"it is encrypted with {name}: only {AES_XTS_PLAIN64} is read")
+        raise Unreadable(f"it is encrypted with {shown(name)}: only {AES_XTS_PLAIN64} is read")
 
 
 def _text(raw: bytes) -> str:

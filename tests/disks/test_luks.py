@@ -237,6 +237,11 @@ def test_the_second_header_stands_in_for_the_first(luks2: bytes) -> None:
     ("old", "new", "says"),
     [
         ('"encryption":"aes-xts-plain64","sector_size"', '"encryption":"serpent-xts-plain64","sector_size"', "serpent"),
+        (
+            '"encryption":"aes-xts-plain64","sector_size"',
+            '"encryption":"\\u001b[2J","sector_size"',
+            "with \\x1b[2J: only",
+        ),
         ('"sector_size":4096', '"sector_size":513', "makes no sense"),
         ('"sector_size":4096', '"sector_size":"x"', "makes no sense"),
         ('"type":"crypt"', '"type":"crypt","integrity":{}', "integrity"),
