@@ -1,7 +1,7 @@
 """XFS as mkfs.xfs makes it from a prototype, and damaged at random.
 
-Against the kernel's own view (attributes, ACLs, times) it is compared in tests/usecases/test_kernel_view.py, and more of
-it by hand; what was compared stands in docs/performance.rst.
+Against the kernel's own view (attributes, ACLs, times) it is compared in tests/usecases/test_kernel_view.py, and
+more of it by hand; what was compared stands in docs/performance.rst.
 """
 
 import functools

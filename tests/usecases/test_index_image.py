@@ -38,6 +38,7 @@ from tests.builders import (
     reopened,
     run_check,
 )
+from tests.disks.test_logical import POOL_BLOCKS, Group, file_system
 from tests.disks.test_luks import PASSPHRASE, encrypted
 from tests.usecases.test_image import bytes_of, disk_in, make_image
 from tests.usecases.test_image_files import HARD, MIB, volume_of
@@ -110,6 +111,25 @@ def test_an_index_finds_what_the_image_would_have_found(
     assert bytes_of(reopened(repository), found, "/files/disk/dir/one") == b"1"
     assert bytes_of(reopened(repository), found, "/disks/disk.raw") == volume.read_bytes()
     assert not run_check(reopened(repository), read_data=True).damaged
+
+
+def test_volumes_over_two_disks_are_read_from_the_repository_too(
+    repository: Repository, tmp_path: Path, blind: pytest.MonkeyPatch
+) -> None:
+    group = Group(tmp_path)
+    plain = file_system(tmp_path, "ext4", 16 * MIB, 40)
+    group.store_in_thin(1, plain, group.chooser.sample(range(POOL_BLOCKS), POOL_BLOCKS))
+    paths = group.save()
+    snapshot = make_image(repository, *paths)
+    blind.undo()
+    result = run_index(repository)
+    assert result.added == ("mixed-thin",)
+    found = shown(repository)
+    assert found.volumes == snapshot.volumes
+    whole = make_image(reopened(repository), *paths, name="another")
+    assert node_at(repository, found, "/files").content == node_at(repository, whole, "/files").content
+    hosts = bytes_of(reopened(repository), found, "/files/mixed-thin/etc/hosts")
+    assert hosts == b"127.0.0.1 localhost\n" * 500
 
 
 def test_the_note_is_what_the_format_says(
