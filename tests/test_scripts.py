@@ -137,6 +137,23 @@ def test_prepare_as_a_user_names_the_command_to_run(checkout: Checkout) -> None:
     assert checkout.calls() == []
 
 
+@pytest.mark.parametrize("code", [0, 7])
+def test_the_tests_are_no_first_process_of_a_container(code: int, tmp_path: Path) -> None:
+    """They would inherit the orphans that they make, and take them for children that nobody waited for."""
+    for path, body in (
+        ("scripts/prepare", ""),
+        (".venv/bin/python", f"[[ $2 != pytest ]] || {{ echo $$; exit {code}; }}"),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / path).chmod(0o755)
+    shutil.copy(ROOT / "scripts/test", tmp_path / "scripts")
+    script = subprocess.Popen([tmp_path / "scripts/test"], stdout=subprocess.PIPE, text=True)
+    said, _ = script.communicate(timeout=10)
+    assert script.returncode == code
+    assert said.splitlines()[-1] != str(script.pid)
+
+
 def quickstart_in(checkout: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a copy of the quick start in a checkout of its own, where everything is set up already."""
     (checkout / "scripts").mkdir(parents=True, exist_ok=True)
