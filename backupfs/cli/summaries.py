@@ -12,7 +12,7 @@ from backupfs.errors import shown
 from backupfs.ids import SnapshotId, short
 from backupfs.snapshots.listing import has_doubtful_time
 from backupfs.snapshots.node import Node
-from backupfs.snapshots.snapshot import IMAGE, Snapshot
+from backupfs.snapshots.snapshot import FREE_LEFT_OUT, IMAGE, Snapshot
 from backupfs.snapshots.verification import Result, Verification
 from backupfs.stores.requests import RequestCounts
 
@@ -41,6 +41,7 @@ def snapshot_value(snapshot: Snapshot) -> dict[str, Value]:
             {"name": disk.name, "size": snapshot.volumes[disk.volume].size, "format": disk.form}
             for disk in snapshot.disks
         ],
+        "free_left_out": bool(snapshot.traits & FREE_LEFT_OUT),
         "sequence": snapshot.sequence,
         "paths": [path.decode("utf-8", "replace") for path in snapshot.paths],
         "tags": list(snapshot.tags),

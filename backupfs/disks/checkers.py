@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _TIMEOUT_S = 6 * 3600
@@ -74,13 +74,16 @@ def form_of(path: Path, size: int) -> str:
     return checker.form if checker is not None else ""
 
 
-def check_volume(path: Path, size: int) -> Checked:
-    """Check the file system in a scratch copy of a volume. Raises: OSError where it cannot be read."""
+def check_volume(path: Path, size: int, is_writable: bool = True) -> Checked:
+    """Check the file system in a scratch copy of a volume. Raises: OSError where it cannot be read.
+
+    is_writable: a journal may be replayed.
+    """
     with open(path, "rb") as file:
         fd = file.fileno()
         checker = _checker_of(fd, size)
         if checker is not None:
-            return _run(checker, path)
+            return _run(checker if is_writable else replace(checker, replay=()), path)
         for form, place, mark in _OTHERS:
             if _stands_at(fd, size, place, mark):
                 return Checked(form, None, f"{form}: there is no program that checks it", b"")

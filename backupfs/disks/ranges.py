@@ -1,5 +1,6 @@
 """Sets of bytes of a disk as ranges (start, end), in order, none touching the next. Pure."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 Ranges = list[tuple[int, int]]
@@ -40,3 +41,12 @@ def whole_chunks(ranges: Iterable[tuple[int, int]], chunk: int, size: int) -> It
         low, high = -(-start // chunk) * chunk, end if end >= size else end - end % chunk
         if low < high:
             yield low, high
+
+
+def overlapping(ranges: Ranges, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield those of some ranges that have bytes in common with one; found without a look at all."""
+    number = max(0, bisect_right(ranges, (start, 1 << 63)) - 1)
+    while number < len(ranges) and ranges[number][0] < end:
+        if ranges[number][1] > start:
+            yield ranges[number]
+        number += 1

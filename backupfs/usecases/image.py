@@ -12,6 +12,7 @@ from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
 from backupfs.snapshots.snapshot import FREE_LEFT_OUT, IMAGE, Disk, Snapshot
 from backupfs.usecases.events import Remark, Report
+from backupfs.usecases.image_free import find_free
 from backupfs.usecases.image_hints import image_of_hints
 from backupfs.usecases.image_scan import DiskRoot, image_scan
 from backupfs.usecases.image_walk import load_readers
@@ -29,6 +30,7 @@ class ImageOptions(WriteOptions):
     luks_keys: tuple[bytes, ...] = field(default=(), repr=False)  # the same: what a passphrase would give
     force: bool = False  # compare with nothing, read all files again
     hints: Mapping[str, Hints] = field(default_factory=dict)  # of disks, by name
+    skips_free: bool = False  # leave out the free space of file systems
 
 
 def image(repository: Repository, disks: list[DiskSource], options: ImageOptions, report: Report) -> BackupResult:
@@ -51,10 +53,11 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     for remark in (*(remark for source in disks for remark in source.remarks), *layout.remarks):
         report(Remark(remark))
     load_readers(report)
+    free = find_free(layout, report) if options.skips_free else {}
 
     def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
         return image_scan(
-            repository, disks, layout, parent, options.hints, run.taken_ns, options.sizes, slots, scanner, begins
+            repository, disks, layout, parent, options.hints, free, run.taken_ns, options.sizes, slots, scanner, begins
         )  # fmt: skip
 
     root = run.store({}, scanner_count(), scan)
@@ -63,6 +66,7 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     # Trusted hints take the parent as it is, zeros in place of free space too.
     trusts = any(hints.is_trusted for hints in options.hints.values())
     traits = parent.traits & FREE_LEFT_OUT if parent is not None and trusts else 0
+    traits |= FREE_LEFT_OUT if root.has_left_out else 0
     return run.commit(
         IMAGE, [source.path for source in disks], parent, root, traits,
         image=name, disks=captured, volumes=root.volumes,

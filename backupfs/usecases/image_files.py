@@ -4,9 +4,11 @@ import os
 import pickle
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from backupfs.disks.ranges import Ranges, overlapping
 from backupfs.disks.table import VolumeReader
+from backupfs.errors import shown
 from backupfs.forked import Line, fork
 from backupfs.ids import ChunkId
 from backupfs.snapshots.content import EXTENT, HOLE, INLINE_MARK, Content, ContentBuilder
@@ -23,6 +25,7 @@ from backupfs.usecases.image_walk import (
     Part,
     PartsEnd,
     Problem,
+    Touched,
     walk_volume,
 )
 
@@ -38,6 +41,7 @@ class Place:
     number: int  # in the table of volumes
     size: int
     reader: VolumeReader
+    free: Ranges  # what is to be left out of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class VolumeTree:
     tree: ChunkId
     row: bytes
     xattrs: "tuple[tuple[bytes, bytes], ...] | bytes"
+    in_free: str = ""  # what lies where nothing should be in use
 
 
 class VolumeFiles:
@@ -64,13 +69,14 @@ class VolumeFiles:
         self._trees: dict[int, ChunkId] = {}
         self._contents: dict[int, Content] = {}
         self._top: VolumeTree | None = None
+        self._in_free = ""
 
     def store(self) -> VolumeTree | None:
         """Walk the volume and return its tree; None if there is nothing that can be read."""
         place = self._place
 
         def run(line: Line) -> None:
-            walk_volume(line, place.reader.read, place.size, place.reader.descriptors())
+            walk_volume(line, place.reader.read, place.size, place.reader.descriptors(), place.free)
 
         process = fork(run, lambda error: Problem(b"/", f"its reader failed: {error}"), [])
         try:
@@ -83,7 +89,7 @@ class VolumeFiles:
             self._top = None
         finally:
             process.kill()
-        return self._top
+        return replace(self._top, in_free=self._in_free) if self._top is not None else None
 
     def _take_all(self, messages: Iterator[object]) -> None:
         is_known = False
@@ -113,6 +119,8 @@ class VolumeFiles:
                     pass
                 case Problem(path, text):
                     self._skip(path, text)
+                case Touched(offset):
+                    self._in_free = self._in_free or f"byte {int(offset):,}"
         if is_known and self._top is None:
             self._skip(b"/", "its reader ended before its work did, for want of memory or time perhaps")
 
@@ -168,6 +176,8 @@ class VolumeFiles:
                 builder.add([length, HOLE])
             else:
                 builder.add([length, EXTENT, self._place.number, offset])
+                if not self._in_free and next(overlapping(self._place.free, offset, offset + length), None):
+                    self._in_free = f"the file {shown(node.name)}"
         return builder.finish()
 
     def _skip(self, path: bytes, text: str) -> None:

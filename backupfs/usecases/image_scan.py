@@ -10,13 +10,14 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blake3 import blake3
 
 from backupfs.codec.sealing import Kind
 from backupfs.disks.hints import Claim, Hints, Span
 from backupfs.disks.layout import Layout
+from backupfs.disks.ranges import Ranges, whole_chunks
 from backupfs.disks.source import DiskSource
 from backupfs.errors import DamagedObject, PathNotFound, StoreError, shown
 from backupfs.ids import ChunkId
@@ -34,6 +35,7 @@ from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.events import Remark
 from backupfs.usecases.image_files import Place, VolumeFiles, VolumeTree
+from backupfs.usecases.image_free import free_of_disk
 from backupfs.usecases.image_hints import DiskBefore, DiskHints, look, volume_before
 from backupfs.usecases.image_volumes import recorded
 from backupfs.usecases.scanner import Root, Scanner
@@ -57,6 +59,7 @@ class DiskRoot(Root):
     """`/` of an image, with the volumes that its files refer to."""
 
     volumes: tuple[Volume, ...]
+    has_left_out: bool  # free space of file systems
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ def image_scan(
     layout: Layout,
     parent: Snapshot | None,
     hints: Mapping[str, Hints],
+    free: Mapping[int, Ranges],
     taken_ns: int,
     sizes: WriteSizes,
     slots: Slots,
@@ -105,7 +109,7 @@ def image_scan(
     cut_sizes = repository.config.cut_sizes
     files = FileStorer(id_key, keyring.file_cut_seed(), cut_sizes, data, context.save_tree, scanner.send)
     said = [_hints_of(source, hints, parent, repository, scanner) for source in disks]
-    storer = DiskStorer(disks, layout, parent, said, repository.trees.load, context, data, files, id_key, again)
+    storer = DiskStorer(disks, layout, parent, said, free, repository.trees.load, context, data, files, id_key, again)
     scanner.serve(storer.do)
     root = storer.store_all(taken_ns) if begins else None
     if root is None:
@@ -125,6 +129,7 @@ class DiskStorer:
         layout: Layout,
         parent: Snapshot | None,
         said: list[DiskHints],
+        free: Mapping[int, Ranges],
         load: Callable[[ChunkId], bytes | memoryview],
         context: ArchiveContext,
         data: ChunkSaver,
@@ -135,7 +140,7 @@ class DiskStorer:
         """Take the parts.
 
         parent: the image before, whose files stand where a volume is the same. said: of each disk, by the parent.
-        load: gives its tree chunks.
+        free: of volumes, by number: what may be left out if no file lies there. load: gives tree chunks.
         files: stores what has no place in a disk. id_key: names chunks.
         again: go through volumes whose files the parent has, too; they stand where that fails.
         """
@@ -143,6 +148,7 @@ class DiskStorer:
         self._layout = layout
         self._parent = parent
         self._said = said
+        self._free = free
         self._load = load
         self._files = files
         self._context = context
@@ -154,14 +160,20 @@ class DiskStorer:
     def store_all(self, taken_ns: int) -> DiskRoot:
         """Store all disks and the tree that shows them; return `/`."""
         layout = self._layout
+        looked: dict[int, VolumeTree] = {}
+        free = self._proven_free(looked)
         # What is not compared with anything is walked while the disks are read.
-        walks = {} if self._parent is not None else self._give_walks(layout.undivided)
+        others = [number for number in layout.undivided if number not in self._free]
+        walks = {} if self._parent is not None else self._give_walks(others)
         shown: dict[bytes, dict[bytes, tuple[Content, int]]] = {b"disks": {}, b"volumes": {}}
         volumes: list[Volume] = []
         meters: list[_DataMeter] = []
+        has_left_out = False
         for number, source in enumerate(self._disks):
             meter = _DataMeter({0, source.size} | _places_of(layout, number))
-            content = self._store_disk(number, source, self._proven(number, source), meter)
+            left_out = list(whole_chunks(free_of_disk(layout, number, free), DISK_CHUNK, source.size))
+            has_left_out = has_left_out or bool(left_out)
+            content = self._store_disk(number, source, self._proven(number, source, left_out), meter)
             volumes.append(Volume(source.name, DISK, source.size, meter.between(0, source.size), content))
             shown[b"disks"][source.name.encode() + b".raw"] = (content, source.size)
             meters.append(meter)
@@ -173,15 +185,37 @@ class DiskStorer:
             if laid.is_shown:
                 content = volume.content or [[laid.size, EXTENT, number, 0]]
                 shown[b"volumes"][laid.name.encode() + b".raw"] = (content, laid.size)
-        trees = self._known_trees(volumes)
-        left = [number for number in layout.undivided if self._again or number not in trees]
+        trees = self._known_trees(volumes, others) | looked
+        left = [number for number in others if self._again or number not in trees]
         walks |= self._give_walks(number for number in left if number not in walks)
         for number, task in walks.items():
             tree = self._context.scanner.result_of(task)
             if tree is not None:
                 trees[number] = tree
         named = {volumes[number].name.encode(): tree for number, tree in trees.items()}
-        return self._root(shown, named, volumes, taken_ns)
+        return self._root(shown, named, volumes, has_left_out, taken_ns)
+
+    def _proven_free(self, trees: dict[int, VolumeTree]) -> dict[int, Ranges]:
+        """Look through the volumes of which something is to be left out; return of which it may be.
+
+        trees: gets theirs.
+        """
+        proven: dict[int, Ranges] = {}
+        send = self._context.scanner.send
+        for number, task in self._give_walks(self._free).items():
+            tree = self._context.scanner.result_of(task)
+            name, free = shown(self._layout.table.name(number)), self._free[number]
+            if tree is None:
+                send(Remark(f"{name} is stored whole, its free space too: its files could not be looked through"))
+                continue
+            trees[number] = tree
+            if tree.in_free:
+                send(Remark(f"{name} is stored whole: {tree.in_free} lies where it says that nothing is in use"))
+                continue
+            proven[number] = free
+            size = sum(end - start for start, end in free)
+            send(Remark(f"of {name}, {size / 2**30:,.2f} GiB of free space are left out: they are zeros in the image"))
+        return proven
 
     def _data_size(self, number: int, meters: "list[_DataMeter]", before: list[Volume]) -> int:
         """Return how many bytes of a volume are in no hole; where that is not seen at once, it is what may be."""
@@ -200,14 +234,14 @@ class DiskStorer:
         """Give away the walks through volumes; return the number of each task."""
         return {number: self._context.scanner.give(WalkTask(number)) for number in numbers}
 
-    def _known_trees(self, volumes: list[Volume]) -> dict[int, VolumeTree]:
-        """Return the trees of volumes that are the same in the parent, bit for bit."""
+    def _known_trees(self, volumes: list[Volume], numbers: list[int]) -> dict[int, VolumeTree]:
+        """Return the trees of those of some volumes that are the same in the parent, bit for bit."""
         parent = self._parent
         if parent is None:
             return {}
         same = {number for number, volume in enumerate(volumes) if parent.volumes[number : number + 1] == (volume,)}
         found: dict[int, VolumeTree] = {}
-        for number in self._layout.undivided:
+        for number in numbers:
             if self._layout.table.below(number) <= same:
                 with contextlib.suppress(PathNotFound, DamagedObject, StoreError):
                     node = find_path(parent, b"/files/" + volumes[number].name.encode(), self._load)
@@ -228,7 +262,8 @@ class DiskStorer:
 
     def _store_files(self, number: int) -> VolumeTree | None:
         table = self._layout.table
-        place = Place(table.name(number), number, table.size(number), self._layout.reader(number))
+        reader, free = self._layout.reader(number), self._free.get(number, [])
+        place = Place(table.name(number), number, table.size(number), reader, free)
         return VolumeFiles(self._context, self._files, place).store()
 
     def _root(
@@ -236,6 +271,7 @@ class DiskStorer:
         shown: dict[bytes, dict[bytes, tuple[Content, int]]],
         trees: dict[bytes, VolumeTree],
         volumes: list[Volume],
+        has_left_out: bool,
         taken_ns: int,
     ) -> DiskRoot:
         folder = _row(stat.S_IFDIR | 0o755, 0, 0, taken_ns)
@@ -257,13 +293,16 @@ class DiskStorer:
             self._context.add_plain(top, folder_name, folder, folder_tree)
         self._context.counts.directories += 1 + len(folders)
         owner, group = reading.owner_name(os.getuid()), reading.group_name(os.getgid())
-        return DiskRoot(top.finish(), folder, owner, group, (), tuple(volumes))
+        return DiskRoot(top.finish(), folder, owner, group, (), tuple(volumes), has_left_out)
 
-    def _proven(self, number: int, source: DiskSource) -> Hints:
-        """Return what may be believed of a disk: all that is said of it, or nothing if some of it turns out wrong."""
-        said = self._said[number]
-        hints = said.hints
-        left = sum(end - start for start, end, _ in hints.spans)
+    def _proven(self, number: int, source: DiskSource, left_out: Ranges) -> Hints:
+        """Return what may be believed of a disk: all that is said of it, or nothing if some of it turns out wrong.
+
+        left_out: what is free whatever else is said.
+        """
+        hints = self._said[number].hints.with_free(left_out)
+        said = replace(self._said[number], hints=hints.without(Claim.FREE))
+        left = sum(end - start for start, end, _ in said.hints.spans)
         if hints.is_trusted or not left:
             return hints
         looked = look(said, source, DISK_CHUNK, self._id_key)
@@ -274,7 +313,7 @@ class DiskStorer:
                 "disk was read, and this image is right. Images that were made by such maps may be wrong: make them "
                 "again without, and find out why"
             ))  # fmt: skip
-            return Hints()
+            return Hints().with_free(left_out)
         send(Remark(
             f"by the map {hints.source}, {left / 2**30:,.2f} of {source.size / 2**30:,.2f} GiB of the disk {name} need "
             f"not be read; {looked.count:,} chunks of them, chosen by chance, were, and are as it says"

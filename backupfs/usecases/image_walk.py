@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from backupfs.disks import explorer, sandbox, xfs
 from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
+from backupfs.disks.ranges import Ranges, overlapping
 from backupfs.forked import Line
 from backupfs.snapshots.content import MOST_INLINE
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW
@@ -93,7 +94,13 @@ class Problem(NamedTuple):
     text: str
 
 
-MESSAGES = (Found, Listed, Closed, Part, PartsEnd, Problem, Node)
+class Touched(NamedTuple):
+    """Something was read, of a file or of what leads to files, where nothing should be in use."""
+
+    offset: int
+
+
+MESSAGES = (Found, Listed, Closed, Part, PartsEnd, Problem, Touched, Node)
 
 
 def load_readers(report: Report) -> None:
@@ -108,11 +115,20 @@ def load_readers(report: Report) -> None:
         )
 
 
-def walk_volume(line: Line, read: Read, size: int, kept: list[int]) -> None:
+def walk_volume(line: Line, read_all: Read, size: int, kept: list[int], free: Ranges) -> None:
     """Be the process: find the file system in a volume and send all that is in it; nothing if there is none.
 
-    kept: descriptors that `read` needs.
+    kept: descriptors that `read_all` needs. free: what nothing should lead to.
     """
+    touched: list[int] = []
+    is_open = False
+
+    def read(offset: int, length: int) -> bytes:
+        # To find out what a volume holds, places are looked at that it may not use.
+        if is_open and free and not touched:
+            touched.extend(low for low, _ in overlapping(free, offset, offset + length))
+        return read_all(offset, length)
+
     # What it needs is loaded while files can be.
     explorer.load()
     sandbox.confine([*kept, *line.descriptors])
@@ -122,8 +138,11 @@ def walk_volume(line: Line, read: Read, size: int, kept: list[int]) -> None:
         line.send(Problem(b"/", f"its file system cannot be read: {_reason(error)}"))
         return
     if filesystem is not None:
+        is_open = True
         line.send(Found(filesystem.form, filesystem.remarks))
         _Walk(line, filesystem).run()
+        if touched:
+            line.send(Touched(touched[0]))
 
 
 class _Walk:

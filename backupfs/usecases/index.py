@@ -97,7 +97,7 @@ def index(
 
     def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
         return image_scan(
-            repository, disks, layout, snapshot, {}, snapshot.time_ns, options.sizes, slots, scanner, begins,
+            repository, disks, layout, snapshot, {}, {}, snapshot.time_ns, options.sizes, slots, scanner, begins,
             again=again,
         )  # fmt: skip
 

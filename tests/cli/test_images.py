@@ -192,3 +192,20 @@ def test_what_is_encrypted_is_shown_to_those_who_give_the_passphrase(cli: Cli, t
     assert "--luks-ask needs a terminal" in cli("image", disk, "--luks-ask", code=1)
     assert "cannot be read" in cli("image", disk, "--luks-key-file", tmp_path / "none", code=1)
     assert "is empty" in cli("image", disk, "--luks-key-file", "/dev/null", code=1)
+
+
+@pytest.mark.fuse
+def test_free_space_is_left_out_when_that_is_wanted(cli: Cli, disk: Path) -> None:
+    with open(disk, "r+b") as file:
+        # Where mkfs left a hole that it keeps free: the end of the partition.
+        file.seek(40 * MIB)
+        file.write(os.urandom(MIB - 4096))
+    cli("image", disk, "--name", "web")
+    said = cli("image", disk, "--name", "web", "--skip-free")
+    assert "of web11, " in said or "of web1p1, " in said
+    whole, left = cli.json("snapshots")
+    assert (whole["free_left_out"], left["free_left_out"]) == (False, True)
+    dumped = cli.run("dump", "web:latest:/disks/web1.raw").stdout
+    assert dumped[40 * MIB : 41 * MIB - 4096] == bytes(MIB - 4096)
+    assert dumped[:MIB] == disk.read_bytes()[:MIB]
+    assert dumped[41 * MIB :] == disk.read_bytes()[41 * MIB :]

@@ -63,6 +63,12 @@ def with_luks(command: Callable[..., object]) -> Callable[..., object]:
     "Lines START LENGTH data|zero|same, or what qemu-img map --output=json or thin_delta print.",
 )
 @click.option("--hints-since", default="", metavar="ID", help="The image that maps count from.")
+@click.option(
+    "--skip-free",
+    is_flag=True,
+    help="Leave out the free space of ext2/3/4, XFS, btrfs, NTFS and FAT that are unmounted or frozen and clean: "
+    "it becomes zeros.",
+)
 @click.option("--before", metavar="COMMAND", help="Run COMMAND before disks are opened: to freeze, or to snapshot.")
 @click.option("--after", metavar="COMMAND", help="Run COMMAND when disks were read, or could not be.")
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
@@ -79,6 +85,7 @@ def image_command(
     force: bool,
     hints: tuple[bytes, ...],
     hints_since: str,
+    skip_free: bool,
     before: str | None,
     after: str | None,
     compression: str,
@@ -119,7 +126,7 @@ def image_command(
         options = ImageOptions(
             host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name, force=force,
             hints=load_hints([_named(words) for words in hints], hints_since.lower(), sources),
-            luks_passphrases=luks_passphrases,
+            luks_passphrases=luks_passphrases, skips_free=skip_free,
         )  # fmt: skip
         result = image(repository, sources, options, report)
     report.clear()
