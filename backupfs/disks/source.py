@@ -64,6 +64,10 @@ class DiskSource(abc.ABC):
         """The number of the block device, if it is one."""
         return None
 
+    def forget_cached(self) -> None:
+        """Have everything that is read from now on come from the disk."""
+        return
+
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes, fewer at the end of the disk. Raises: SourceError."""
         buffer = memoryview(bytearray(max(0, min(length, self.size - offset))))
@@ -87,6 +91,11 @@ class RawDisk(DiskSource):
         """The number of the block device, if it is one."""
         status = os.fstat(self._fd)
         return status.st_rdev if stat.S_ISBLK(status.st_mode) else None
+
+    def forget_cached(self) -> None:
+        """Drop what the kernel keeps of a device: what a mounted file system wrote since goes past that."""
+        if self.device is not None:
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer."""

@@ -1,5 +1,6 @@
 """Make an image of disks: scanning processes read and cut them, and the rest is as for every snapshot (storing.py)."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from backupfs.repository.slots import Slots
 from backupfs.snapshots.snapshot import FREE_LEFT_OUT, IMAGE, Disk, Snapshot
 from backupfs.usecases.events import Remark, Report
 from backupfs.usecases.image_free import find_free
+from backupfs.usecases.image_freeze import frozen
 from backupfs.usecases.image_hints import image_of_hints
 from backupfs.usecases.image_scan import DiskRoot, image_scan
 from backupfs.usecases.image_walk import load_readers
@@ -31,6 +33,7 @@ class ImageOptions(WriteOptions):
     force: bool = False  # compare with nothing, read all files again
     hints: Mapping[str, Hints] = field(default_factory=dict)  # of disks, by name
     skips_free: bool = False  # leave out the free space of file systems
+    freezes: bool = False  # freeze mounted file systems on the disks while these are read
 
 
 def image(repository: Repository, disks: list[DiskSource], options: ImageOptions, report: Report) -> BackupResult:
@@ -49,19 +52,12 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     name = options.name or run.host
     _tell_others(disks, report)
     parent = run.trusted(_parent_of(run, name, options))
-    layout = read_layout(disks, options.luks_passphrases, options.luks_keys)
-    for remark in (*(remark for source in disks for remark in source.remarks), *layout.remarks):
-        report(Remark(remark))
+    # Once, before anything is forked or frozen.
     load_readers(report)
-    free = find_free(layout, report) if options.skips_free else {}
-
-    def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
-        return image_scan(
-            repository, disks, layout, parent, options.hints, free, run.taken_ns, options.sizes, slots, scanner, begins
-        )  # fmt: skip
-
-    root = run.store({}, scanner_count(), scan)
-    assert isinstance(root, DiskRoot)
+    with frozen(disks, repository, report) if options.freezes else contextlib.nullcontext():
+        for source in disks:
+            source.forget_cached()
+        root = _read(repository, disks, run, parent, options, report)
     captured = tuple(Disk(source.name, number, source.path, source.form) for number, source in enumerate(disks))
     # Trusted hints take the parent as it is, zeros in place of free space too.
     trusts = any(hints.is_trusted for hints in options.hints.values())
@@ -71,6 +67,30 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
         IMAGE, [source.path for source in disks], parent, root, traits,
         image=name, disks=captured, volumes=root.volumes,
     )  # fmt: skip
+
+
+def _read(
+    repository: Repository,
+    disks: list[DiskSource],
+    run: StoringRun,
+    parent: Snapshot | None,
+    options: ImageOptions,
+    report: Report,
+) -> DiskRoot:
+    """Read and store all disks; return `/`."""
+    layout = read_layout(disks, options.luks_passphrases, options.luks_keys)
+    for remark in (*(remark for source in disks for remark in source.remarks), *layout.remarks):
+        report(Remark(remark))
+    free = find_free(layout, report) if options.skips_free else {}
+
+    def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:
+        return image_scan(
+            repository, disks, layout, parent, options.hints, free, run.taken_ns, options.sizes, slots, scanner, begins
+        )  # fmt: skip
+
+    root = run.store({}, scanner_count(), scan)
+    assert isinstance(root, DiskRoot)
+    return root
 
 
 def _require_different(disks: list[DiskSource]) -> None:

@@ -69,6 +69,7 @@ def with_luks(command: Callable[..., object]) -> Callable[..., object]:
     help="Leave out the free space of ext2/3/4, XFS, btrfs, NTFS and FAT that are unmounted or frozen and clean: "
     "it becomes zeros.",
 )
+@click.option("--freeze", is_flag=True, help="Freeze mounted file systems on the disks while these are read.")
 @click.option("--before", metavar="COMMAND", help="Run COMMAND before disks are opened: to freeze, or to snapshot.")
 @click.option("--after", metavar="COMMAND", help="Run COMMAND when disks were read, or could not be.")
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
@@ -86,6 +87,7 @@ def image_command(
     hints: tuple[bytes, ...],
     hints_since: str,
     skip_free: bool,
+    freeze: bool,
     before: str | None,
     after: str | None,
     compression: str,
@@ -96,8 +98,8 @@ def image_command(
 
     All disks given become one snapshot, which shows each as a file, disks/NAME.raw, bit for bit. What is zero takes
     no space, and what the repository has is not stored again: the next image of a disk costs what changed. Every image
-    is whole by itself. The disks must not change meanwhile: stop or freeze what writes to them, or give snapshots of
-    them (LVM, the hypervisor's).
+    is whole by itself. The disks must not change meanwhile: stop or freeze what writes to them (--freeze), or give
+    snapshots of them (LVM, the hypervisor's).
     """
     from backupfs.cli import values
 
@@ -126,7 +128,7 @@ def image_command(
         options = ImageOptions(
             host=host, tags=tag, time_ns=time_ns, level=level, dry_run=dry_run, name=name, force=force,
             hints=load_hints([_named(words) for words in hints], hints_since.lower(), sources),
-            luks_passphrases=luks_passphrases, skips_free=skip_free,
+            luks_passphrases=luks_passphrases, skips_free=skip_free, freezes=freeze,
         )  # fmt: skip
         result = image(repository, sources, options, report)
     report.clear()
