@@ -39,7 +39,13 @@ def test_partitions_are_those_of_sfdisk(name: str, tmp_path: Path) -> None:
     path = disk_with(TABLES[name], tmp_path / "disk")
     table = json.loads(subprocess.run(["sfdisk", "-J", path], capture_output=True, check=True).stdout)
     wanted = [
-        (int(one["node"].removeprefix(str(path))), one["start"] * 512, one["size"] * 512, one.get("name", ""))
+        Partition(
+            int(one["node"].removeprefix(str(path))),
+            one["start"] * 512,
+            one["size"] * 512,
+            one.get("name", ""),
+            one["type"].lower().zfill(2),
+        )
         for one in table["partitiontable"].get("partitions", [])
         if one["type"] != "5"
     ]
