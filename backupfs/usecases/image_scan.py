@@ -373,8 +373,9 @@ class DiskStorer:
         return cuts
 
     def _store_read(self, source: DiskSource, position: int, end: int, cuts: Cuts) -> None:
+        # Where holes are is not asked for little: the answer looks far ahead, and costs more than reading.
         while position < end:
-            low, high = self._data_at(source, position, end)
+            low, high = self._data_at(source, position, end) if end - position > _READ else (position, end)
             if low > position:
                 cuts.append((low - position, b""))
             self._store_data(source, low, high, cuts)
