@@ -35,7 +35,7 @@ def test_a_file_is_put_and_removed_by_its_path(cli: Cli, source: Path, tmp_path:
     said = cli("put", f"latest:{source}/one", tmp_path / "new")
     assert "2 (97.7 KiB): 0 new, 1 changed, 1 unchanged, compared with" in said
     assert cli.run("dump", f"latest:{source}/one").stdout == b"new"
-    [summary] = cli.json("put", "-p", "--tag", "mended", f"latest:{source}/x/y", tmp_path / "new")
+    *_, summary = cli.json("put", "-p", "--tag", "mended", f"latest:{source}/x/y", tmp_path / "new")
     first, second, third = cli.json("snapshots")
     assert {**summary["snapshot"], "verifications": []} == third
     assert (third["tags"], third["parent"], second["parent"]) == (["daily", "mended"], second["id"], first["id"])

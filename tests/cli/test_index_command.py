@@ -52,7 +52,7 @@ def test_an_image_taken_without_the_library_is_indexed(cli: Cli, disk: Path, tmp
     assert snapshot["statistics"]["files"] == 2
     before = cli.objects()
     assert "shown already; --force looks into them again" in cli("index", "web:latest")
-    [summary] = cli.json("index", "--force", snapshot["short_id"])
+    *_, summary = cli.json("index", "--force", snapshot["short_id"])
     assert (summary["looked"], summary["added"], summary["renewed"]) == (True, [], [])
     assert {**summary["snapshot"], "verifications": []} == snapshot
     assert cli.objects() == before
