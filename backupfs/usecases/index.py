@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from backupfs.disks.layout import read_layout
 from backupfs.disks.source import DiskSource
-from backupfs.errors import DamagedObject, PathNotFound, UsageError
+from backupfs.errors import DamagedObject, PathNotFound, UsageError, shown
 from backupfs.ids import ChunkId, short
 from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
@@ -87,6 +87,12 @@ def index(
     names = [disk.name for disk in disks] + [volume.name for volume in layout.volumes]
     undivided = {names[number] for number in layout.undivided}
     before = _trees_of(repository, snapshot)
+    lost = sorted(before.keys() - set(names))
+    if lost:
+        raise UsageError(
+            f"{', '.join(map(shown, lost))}: files are shown in a volume that this backupfs does not find in the "
+            "image; an index would take them out of sight, so the image stays as it is"
+        )
     if undivided <= before.keys() and not options.force:
         requests = repository.store.requests
         return IndexResult(snapshot, False, (), (), (), (), 0, 0, 0, requests, time.monotonic_ns() - started)

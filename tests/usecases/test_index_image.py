@@ -9,7 +9,7 @@ import pytest
 import trio
 
 import backupfs.usecases.index as index_module
-from backupfs.disks import explorer
+from backupfs.disks import explorer, layout
 from backupfs.disks.filesystem import Read
 from backupfs.errors import PathNotFound, UsageError, WrongPassword
 from backupfs.ids import ChunkId
@@ -215,6 +215,24 @@ def test_a_better_reader_renews_and_one_that_fails_takes_nothing_away(
     result = run_index(repository, force=True, report=events.append)
     assert any(isinstance(event, FileSkipped) for event in events)
     assert (result.is_new, shown(repository)) == (False, found)
+
+
+def test_what_finds_fewer_volumes_takes_nothing_out_of_sight(
+    repository: Repository, tmp_path: Path, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a version of the program that knows less of partitions would."""
+    path = disk_in(tmp_path / "two.raw", size=300 * MIB, table=b"label: gpt\nsize=100M\nsize=100M\n")
+    with open(path, "r+b") as file:
+        file.seek(101 * MIB)
+        file.write(volume.read_bytes())
+    make_image(repository, path)
+    before = keys_of(repository.store)
+    real = layout.partitions_of
+    monkeypatch.setattr(layout, "partitions_of", lambda read, size: real(read, size)[:1])
+    for force in (False, True):
+        with pytest.raises(UsageError, match="two2: files are shown in a volume that this backupfs does not find"):
+            run_index(repository, force=force)
+    assert keys_of(repository.store) == before
 
 
 def test_trees_of_files_that_are_gone_are_made_anew(
