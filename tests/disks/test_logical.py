@@ -336,7 +336,7 @@ def test_a_physical_volume_that_was_away_is_not_believed(tmp_path: Path) -> None
         table = VolumeTable(layout.table.disks)
         add_groups(table, members, set())
         names = [volume.name for volume in table.volumes]
-        assert sorted(names) == ["mixed-old", "mixed-twin"]
+        assert [volume.name for volume in table.volumes if volume.is_shown] == ["mixed-old", "mixed-twin"]
         assert table.read(2 + names.index("mixed-old"), 0, MIB) == group.get(1, 32, 4)
 
 
