@@ -159,6 +159,24 @@ class DiskHints:
         else:
             yield start, end, None
 
+    def all_taken(self, spans: Sequence[Span]) -> Iterator[Taken]:
+        """Yield what stands for each part of some spans that follow each other; the image is asked once."""
+        same = [(start, end) for start, end, claim in spans if claim == Claim.SAME]
+        found = list(self.taken(same[0][0], same[-1][1], Claim.SAME)) if same else []
+        number = 0
+        for start, end, claim in spans:
+            if claim != Claim.SAME:
+                yield from self.taken(start, end, claim)
+                continue
+            while number < len(found) and found[number][0] < end:
+                low, high, stands = found[number]
+                if high > start:
+                    # Chunks and spans are both whole: only holes and what must be read are cut.
+                    yield max(low, start), min(high, end), stands
+                if high > end:
+                    break
+                number += 1
+
 
 @dataclass(frozen=True, slots=True)
 class Looked:

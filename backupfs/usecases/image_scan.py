@@ -362,12 +362,11 @@ class DiskStorer:
         counts = self._context.counts
         counts.current = source.path
         cuts: Cuts = []
-        for span in task.said:
-            for start, end, stands in self._said[task.disk].taken(*span):
-                if stands is None:
-                    self._store_read(source, start, end, cuts)
-                else:
-                    cuts.append((end - start, stands))
+        for start, end, stands in self._said[task.disk].all_taken(task.said):
+            if stands is None:
+                self._store_read(source, start, end, cuts)
+            else:
+                cuts.append((end - start, stands))
         counts.size += task.end - task.start
         self._context.tell_counts()
         return cuts
