@@ -99,7 +99,7 @@ def _dump_tar(repository: Repository, snapshot: Snapshot, top: Node, output: Bin
     with tarfile.open(
         mode="w|", fileobj=output, format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
     ) as archive:
-        archive.addfile(_member(top, "."))
+        # Without the top itself: tar would give its mode and owner to the folder that somebody unpacks it in.
         for path, node in walk(top, b"", repository.trees.load):
             if node.mode & 0o170000 not in _KINDS:
                 continue  # tar has no sockets

@@ -218,7 +218,9 @@ def test_dump_gives_a_folder_as_a_tar(cli: Cli, source: Path, tmp_path: Path) ->
     done = cli.run("dump", f"latest:{source}")
     out = tmp_path / "out"
     out.mkdir()
-    subprocess.run(["tar", "-C", out, "-xf", "-"], input=done.stdout, check=True)
+    out.chmod(0o751)
+    subprocess.run(["tar", "-C", out, "-xpf", "-"], input=done.stdout, check=True)
+    assert out.stat().st_mode & 0o7777 == 0o751
     subprocess.run(["diff", "-r", "--no-dereference", source, out], check=True)
 
 
