@@ -1,6 +1,8 @@
 """The scripts for people who have just cloned the repository."""
 
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -152,6 +154,48 @@ def test_the_tests_are_no_first_process_of_a_container(code: int, tmp_path: Path
     said, _ = script.communicate(timeout=10)
     assert script.returncode == code
     assert said.splitlines()[-1] != str(script.pid)
+
+
+def machine_makers(checkout: Checkout, mmdebstrap: str = 'note "${@: -3}"') -> str:
+    """Put stand-ins for what makes the machine into a checkout; return this release's name."""
+    release = platform.freedesktop_os_release()["VERSION_CODENAME"]
+    sources = [f"deb http://mirror/ {name}" for name in (
+        f"{release}-updates main", f"{release} main", f"{release} contrib", f"tools-{release} main", "other main",
+    )]  # fmt: skip
+    checkout.stub(checkout.bin / "dpkg", "echo amd64")
+    checkout.stub(checkout.bin / "apt-get", f"printf '%s\\n' {shlex.join(sources)}")
+    checkout.stub(checkout.bin / "mmdebstrap", mmdebstrap)
+    checkout.stub(checkout.bin / "fakeroot", "touch boot/kernel boot/initrd root.ext4; rm -r root")
+    for name in ("mkfs.fat", "mcopy", "syslinux", "sfdisk", "dd"):
+        checkout.stub(checkout.bin / name, "cat >/dev/null")
+    checkout.prepare()
+    checkout.calls()
+    return release
+
+
+def test_prepare_makes_the_machine_of_this_release_once(checkout: Checkout) -> None:
+    release = machine_makers(checkout)
+    made = checkout.path / ".servers/debian"
+    assert (checkout.prepare("--machine").returncode, sorted(os.listdir(made))) == (0, ["disk.raw", "installed"])
+    wanted = [f"mmdebstrap root.tar deb http://mirror/ {release} main deb http://mirror/ {release}-updates main"]
+    assert checkout.calls() == wanted
+    again = checkout.prepare("--machine")
+    assert (again.returncode, again.stdout, again.stderr, checkout.calls()) == (0, "", "", [])
+    # Another recipe makes another machine.
+    script = checkout.path / "scripts/prepare"
+    script.write_text(script.read_text().replace("console=ttyS0", "console=ttyS1"))
+    assert checkout.prepare("--machine").returncode == 0
+    assert checkout.calls() == wanted
+
+
+def test_prepare_tells_of_a_machine_that_could_not_be_made_and_tries_again(checkout: Checkout) -> None:
+    machine_makers(checkout, "note failed; echo no such mirror >&2; exit 1")
+    for _ in range(2):
+        answer = checkout.prepare("--machine")
+        assert answer.returncode == 1
+        assert "no such mirror" in answer.stderr
+        assert "could not be made" in answer.stderr
+        assert checkout.calls() == ["mmdebstrap failed"]
 
 
 def quickstart_in(checkout: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -21,8 +21,9 @@ PASSWORD = "correct horse"
 class Cli:
     """Runs backupfs on one repository."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, timeout_s: float = 60) -> None:
         self.repository = folder / "repository"
+        self.timeout_s = timeout_s
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("BACKUPFS_")},
             "BACKUPFS_REPOSITORY": str(self.repository),
@@ -48,7 +49,7 @@ class Cli:
             input=stdin,
             capture_output=True,
             env={**self.environment, **environment},
-            timeout=60,
+            timeout=self.timeout_s,
             check=False,
         )
 
