@@ -63,6 +63,29 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
+def users_of(mount: Mount) -> Iterator[str]:
+    """Yield what uses a mount, as far as this user may see it: loop devices, and processes but for this one."""
+    inside = (mount.mountpoint, mount.mountpoint.rstrip("/") + "/")
+    for backing in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+        with contextlib.suppress(OSError):
+            if backing.read_text("utf-8", "surrogateescape").startswith(inside[1]):
+                yield f"/dev/{backing.parts[3]}"
+    for process in sorted(Path("/proc").glob("[0-9]*")):
+        if process.name == str(os.getpid()):
+            continue
+        with contextlib.suppress(OSError):
+            links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
+            if any(_is_in(link, inside) for link in links):
+                yield f"process {process.name} ({(process / 'comm').read_text('utf-8', 'replace').strip()})"
+
+
+def _is_in(link: Path, inside: tuple[str, str]) -> bool:
+    with contextlib.suppress(OSError):
+        target = os.readlink(link)
+        return target == inside[0] or target.startswith(inside[1])
+    return False
+
+
 def note_server(mount: Mount) -> None:
     """Note this process as the server of a mount; where that cannot be written, `umount` will just not wait."""
     with contextlib.suppress(OSError):

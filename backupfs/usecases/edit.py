@@ -4,6 +4,9 @@ Only what was written is read and stored; all else is taken from the image by ch
 have to pass their checker first.
 """
 
+import contextlib
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +15,7 @@ from pathlib import Path
 from backupfs.disks.checkers import check_volume
 from backupfs.disks.hints import Claim, Hints, read_hints
 from backupfs.disks.source import RawDisk
-from backupfs.errors import MountError, SourceError, UsageError, shown
+from backupfs.errors import MountError, SourceError, UnknownSnapshot, UsageError, shown
 from backupfs.fuse import mounted
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.listing import SnapshotList
@@ -23,6 +26,7 @@ from backupfs.usecases.events import Remark, Report
 from backupfs.usecases.image import ImageOptions, image
 from backupfs.usecases.scratch import ScratchMount
 from backupfs.usecases.storing import BackupResult
+from backupfs.usecases.umount import umount
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +38,72 @@ class EditOptions:
     dry_run: bool = False
 
 
-def scratch_at(mountpoint: Path, listed: SnapshotList) -> tuple[ScratchMount, Snapshot]:
-    """Return the scratch copy that is mounted somewhere, and what it is a copy of. Raises: MountError."""
+@contextlib.contextmanager
+def scratch_at(mountpoint: Path, listed: SnapshotList) -> Iterator[tuple[ScratchMount, Snapshot]]:
+    """Have the scratch copy that is mounted somewhere for oneself, and what it is a copy of.
+
+    Raises: MountError, also while anything else uses it: what that writes would be in the child in parts;
+    UnknownSnapshot.
+    """
+    name = shown(str(mountpoint))
+    copied = _copied_at(mountpoint)
+    try:
+        snapshot = listed.find(copied)
+    except UnknownSnapshot as error:
+        raise UnknownSnapshot(
+            f"the image that was copied to {name} was forgotten: `backupfs image {name}/disks/*.raw` keeps what is "
+            "there as an image of its own"
+        ) from error
+    lock = -1
+    try:
+        lock = os.open(mountpoint / "changes" / f"{snapshot.disks[0].name}.map", os.O_RDONLY | os.O_CLOEXEC)
+        # The kernel's own lock, of which the server is not asked.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mount = mounted.find_mount(mountpoint)
+        users = list(mounted.users_of(mount)) if mount is not None else []
+        if users:
+            more = f" and {len(users) - 3} more" if len(users) > 3 else ""
+            raise MountError(
+                f"{name} is in use by {shown(', '.join(users[:3]))}{more}: no child is made until all that is mounted "
+                "from it is unmounted, its loop devices are detached and its files are closed"
+            )
+        yield ScratchMount(mountpoint, Path()), snapshot
+    except BlockingIOError:
+        raise MountError(f"another process makes the child of {name} just now") from None
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def discard_edit(mountpoint: Path) -> None:
+    """Unmount a scratch copy, and forget what was written to it. Raises: MountError, also for any other mount."""
+    with contextlib.suppress(_ServerGone):
+        _copied_at(mountpoint)
+    umount(mountpoint)
+
+
+class _ServerGone(MountError):
+    """A mount whose server has ended."""
+
+
+def _copied_at(mountpoint: Path) -> str:
+    """Return the id of the image that the scratch copy at a mountpoint is of. Raises: MountError."""
     name = shown(str(mountpoint))
     if mounted.find_mount(mountpoint) is None:
         raise MountError(f"no backupfs is mounted at {name}")
-    scratch = ScratchMount(mountpoint, Path())
     try:
         [first, *_] = sorted((mountpoint / "changes").iterdir())
         words = first.read_text("ascii").split("\n", 1)[0].split()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOTCONN:
+            raise _ServerGone(
+                f"the server of the mount at {name} has ended, and what was written is lost: `backupfs edit --discard "
+                f"{name}` removes the mount"
+            ) from error
         words = []
     if len(words) != 2 or words[0] != "since":
         raise MountError(f"what is mounted at {name} is no copy to edit: `backupfs edit SNAP DIR` makes one")
-    return scratch, listed.find(words[1])
+    return words[1]
 
 
 def commit_edit(

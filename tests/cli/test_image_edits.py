@@ -1,5 +1,6 @@
 """Images that are changed: children by put, rm and edit, parents as they were, and what an abandoned edit leaves."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -209,3 +210,53 @@ def test_what_is_encrypted_is_changed_within_and_stays_encrypted(cli: Cli, tmp_p
     assert cli.run("dump", "other:latest:/files/changed_crypt/etc/hosts").stdout == b"10.0.0.1 web\n"
     (tmp_path / "volume").write_bytes(cli.run("dump", "other:latest:/volumes/changed_crypt.raw").stdout)
     subprocess.run(["e2fsck", "-fn", tmp_path / "volume"], check=True, capture_output=True)
+
+
+@pytest.mark.fuse
+def test_a_copy_that_is_in_use_makes_no_child(cli: Cli, disk: Path, tmp_path: Path) -> None:
+    """What is written meanwhile would be in it in parts; and a child was made before it was said that none could be."""
+    place = tmp_path / "edit"
+    place.mkdir()
+    cli("edit", "web:latest", place)
+    with subprocess.Popen(
+        ["sh", "-c", f"exec 7>>'{place}/disks/vda.raw'; printf x >&7; echo; read end"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as user:
+        assert user.stdin is not None
+        assert user.stdout is not None
+        user.stdout.readline()
+        with open(place / "disks/vda.raw", "r+b") as file:
+            file.write(b"written")
+        assert f"is in use by process {user.pid} (sh)" in cli("edit", "--commit", place, code=1)
+        user.stdin.close()
+    assert len(cli.json("snapshots")) == 1
+    with open(place / "changes/vda.map") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process makes the child" in cli("edit", "--commit", place, code=1)
+    cli("edit", "--commit", place)
+    assert len(cli.json("snapshots")) == 2
+
+
+@pytest.mark.fuse
+def test_an_edit_that_cannot_be_committed_says_what_remains(cli: Cli, disk: Path, tmp_path: Path) -> None:
+    place = tmp_path / "edit"
+    place.mkdir()
+    [parent] = cli.json("snapshots")
+    [started] = cli.json("edit", "web:latest", place)
+    with open(place / "disks/vda.raw", "r+b") as file:
+        file.write(b"written")
+    cli("forget", parent["id"])
+    assert f"`backupfs image {place}/disks/*.raw` keeps" in cli("edit", "--commit", place, code=1)
+    cli("image", place / "disks/vda.raw", "--name", "web")
+    assert cli.run("dump", "web:latest:/disks/vda.raw").stdout[:7] == b"written"
+    os.kill(started["pid"], signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while "what was written is lost" not in cli("edit", "--commit", place, code=1):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    cli("edit", "--discard", place)
+    # Other mounts are not to be discarded by mistake.
+    cli("mount", place)
+    assert "is no copy to edit" in cli("edit", "--discard", place, code=1)
+    cli("umount", place)

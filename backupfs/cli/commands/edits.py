@@ -7,7 +7,7 @@ import click
 
 from backupfs.cli.commands.contents import split_snapshot_path
 from backupfs.cli.settings import PATH, Settings, with_settings
-from backupfs.errors import SourceError, UsageError, shown
+from backupfs.errors import MountError, SourceError, UsageError, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -178,14 +178,15 @@ def edit_command(
 
     place = Path(os.fsdecode(os.path.abspath(words[-1])))
     if discard:
-        from backupfs.usecases.umount import umount
+        from backupfs.usecases.edit import discard_edit
 
-        umount(place)
+        discard_edit(place)
         return 0
     repository = settings.open_repository("backupfs.usecases.edit")
     from backupfs.cli.summaries import tell_image
     from backupfs.snapshots.listing import load_all
     from backupfs.usecases.edit import EditOptions, commit_edit, scratch_at
+    from backupfs.usecases.events import Remark
     from backupfs.usecases.mount import default_log_file
     from backupfs.usecases.scratch import scratch_in_background, scratch_mount
     from backupfs.usecases.umount import umount
@@ -193,10 +194,14 @@ def edit_command(
     listed = load_all(repository)
     options = EditOptions(tag, not unchecked)
     report = Reporter(settings)
+    still_mounted = ""
     if commit:
-        scratch, snapshot = scratch_at(place, listed)
-        result = commit_edit(repository, snapshot, scratch, options, report)
-        umount(place)
+        with scratch_at(place, listed) as (scratch, snapshot):
+            result = commit_edit(repository, snapshot, scratch, options, report)
+        try:
+            umount(place)
+        except MountError as error:
+            still_mounted = f"the child is made, but {error}"
     elif run:
         snapshot = listed.find(os.fsdecode(words[0]))
         with scratch_mount(repository, snapshot, is_edit=True) as scratch:
@@ -217,6 +222,8 @@ def edit_command(
         return 0
     report.clear()
     tell_image(settings, result)
+    if still_mounted:
+        report(Remark(still_mounted))
     return 0
 
 
