@@ -131,38 +131,66 @@ class _Ext(Editor):
 
 
 class _Fat(Editor):
-    """By mtools."""
+    """By mtools, which takes names for patterns, makes them fit, or asks what to do where nobody answers."""
 
     def __init__(self, volume: Path) -> None:
         super().__init__(volume)
         _require("mcopy", "mtools")
 
     def remove(self, path: bytes, kind: int) -> None:
-        self._do("mrd" if stat.S_ISDIR(kind) else "mdel", b"::" + path)
+        self._do("mrd" if stat.S_ISDIR(kind) else "mdel", _literal(path))
 
     def put(self, path: bytes, local: bytes) -> None:
         mode = os.lstat(local).st_mode
-        if stat.S_ISDIR(mode):
-            self._do("mmd", b"::" + path)
-            return
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             raise SourceError(f"{shown(local)} is no file and no folder: FAT has nothing else")
-        self._do("mcopy", "-m", local, b"::" + path)
+        above, _, name = path.rpartition(b"/")
+        _require_fat_name(name)
+        if self._run("mdir", "-b", _literal(path)).returncode == 0:
+            raise SourceError(f"{shown(path)} is there with other capitals, which is the same name to FAT")
+        # A name that is new is taken as it is; should it be a pattern of another one, it is not found by itself below.
+        new = _literal(above) + b"/" + name
+        if stat.S_ISDIR(mode):
+            self._do("mmd", new)
+            self._do("mdir", "-b", _literal(path))
+            return
+        self._do("mcopy", "-m", local, new)
         with tempfile.TemporaryDirectory(prefix="backupfs-put-") as folder:
             plain = os.path.join(folder, "file")
-            self._do("mcopy", "-n", b"::" + path, plain)
+            self._do("mcopy", "-n", _literal(path), plain)
             if not filecmp.cmp(os.fsencode(plain), local, shallow=False):
                 raise SourceError(f"{shown(path)} is not what was put there: is the file system full?")
 
     def _do(self, program: str, *words: str | bytes) -> None:
-        done = subprocess.run(
+        done = self._run(program, *words)
+        if done.returncode:
+            said = shown(done.stderr.strip()[-300:]) or "it does not say why; names like con and com1 are of devices"
+            raise SourceError(f"{program} could not change the file system: {said}")
+
+    def _run(self, program: str, *words: str | bytes) -> "subprocess.CompletedProcess[bytes]":
+        return subprocess.run(
             [program, "-i", str(self._volume), *words], stdin=subprocess.DEVNULL, capture_output=True,
             env={**_ENVIRONMENT, "MTOOLS_SKIP_CHECK": "1"}, check=False,
         )  # fmt: skip
-        if done.returncode:
-            raise SourceError(f"{program} could not change the file system: {shown(done.stderr.strip()[-300:])}")
 
 
+def _literal(path: bytes) -> bytes:
+    """Return a path as mtools finds it, by its letters and not as a pattern."""
+    return b"::" + path.replace(b"\\", b"\\\\").replace(b"[", b"\\[")
+
+
+def _require_fat_name(name: bytes) -> None:
+    """Raises: SourceError for a name that FAT does not have, or that mtools would make another one of."""
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        text = ""
+    fits = text and all(" " <= one <= "\uffff" and one not in '"*/:<>?\\|\x7f' for one in text)
+    if not fits or text[-1] in " ." or len(text) > _MOST_FAT_NAME:
+        raise SourceError(f"{shown(name)} is no name that FAT can have")
+
+
+_MOST_FAT_NAME = 255
 _ENVIRONMENT = {**os.environ, "LC_ALL": "C.UTF-8", "DEBUGFS_PAGER": "cat", "TZ": "UTC"}
 _EDITORS: dict[str, type[Editor]] = {_EXT: _Ext, _FAT: _Fat}
 

@@ -105,6 +105,45 @@ def test_what_cannot_be_done_is_an_error(tmp_path: Path) -> None:
     assert asked(volume, "cat /there") == b"x"
 
 
+@pytest.mark.parametrize("name", ["a:b", "q?", "s*", "end.", "end ", "\udcff", "\n", "a\\b", "😀", "com1", "x" * 256])
+def test_a_name_that_fat_does_not_have_is_refused_in_words(name: str, tmp_path: Path) -> None:
+    """Some were stored as other names, for others an error said nothing."""
+    editor = open_editor(volume_of(tmp_path, "mkfs.fat", "-F", "32"), SIZE)
+    local = tmp_path / "local"
+    local.write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"no name that FAT can have|names like con and com1"):
+        editor.put(b"/" + os.fsencode(name), os.fsencode(local))
+
+
+def test_a_name_is_no_pattern_to_fat(tmp_path: Path) -> None:
+    """To remove `[q]` removed `q`."""
+    volume = volume_of(tmp_path, "mkfs.fat", "-F", "32")
+    editor = open_editor(volume, SIZE)
+    local, folder = tmp_path / "local", tmp_path / "folder"
+    local.write_bytes(b"x")
+    folder.mkdir()
+
+    def names() -> list[bytes]:
+        command = ["mdir", "-b", "-/", "-i", volume, "::/"]
+        return sorted(subprocess.run(command, capture_output=True, check=False).stdout.split())
+
+    editor.put(b"/[q]", os.fsencode(local))
+    editor.put(b"/q", os.fsencode(local))
+    editor.put(b"/[d]", os.fsencode(folder))
+    editor.put(b"/[d]/[x", os.fsencode(local))
+    assert names() == [b"::/[d]/", b"::/[d]/[x", b"::/[q]", b"::/q"]
+    editor.remove(b"/[q]", stat.S_IFREG)
+    assert names() == [b"::/[d]/", b"::/[d]/[x", b"::/q"]
+    with pytest.raises(SourceError, match="is there with other capitals"):
+        editor.put(b"/Q", os.fsencode(local))
+    editor.put(b"/r", os.fsencode(folder))
+    with pytest.raises(SourceError, match="could not"):
+        editor.put(b"/[r]", os.fsencode(local))
+    editor.remove(b"/[d]/[x", stat.S_IFREG)
+    editor.remove(b"/[d]", stat.S_IFDIR)
+    assert b"::/[d]/" not in names()
+
+
 def test_fat_is_changed_too(tmp_path: Path) -> None:
     volume = volume_of(tmp_path, "mkfs.fat", "-F", "32")
     editor = open_editor(volume, SIZE)
