@@ -143,7 +143,8 @@ class Machine:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL if self._is_watched else None,
                 stdout=log if self._is_watched else None, stderr=log if self._is_watched else None,
-                preexec_fn=_end_with_parent,
+                # What is typed at a terminal is for who watches it, who ends it then.
+                preexec_fn=_end_with_parent, start_new_session=self._is_watched,
             )  # fmt: skip
         self._monitor: _Monitor | None = None
         self._agent: socket.socket | None = None
@@ -153,6 +154,9 @@ class Machine:
             except OSError as error:
                 self.end()
                 raise SourceError(f"qemu does not start: {self._last_words() or error}") from error
+            except BaseException:
+                self.end()
+                raise
 
     def _hardware(self, options: MachineOptions) -> list[str]:
         words = [

@@ -14,7 +14,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from backupfs import __version__, forked, interrupts
@@ -63,11 +63,18 @@ class VerifyOptions:
     marker: str = ""  # text on the console that says that the machine is up; empty: a login prompt
     timeout_s: float = BOOT_S
     machine: MachineOptions = field(default_factory=MachineOptions)
-    is_recorded: bool = True
 
 
-def verify(repository: Repository, snapshot: Snapshot, options: VerifyOptions, report: Report) -> Verification:
-    """Run all levels up to the one wanted and store the record. What is wrong is in the result, never raised.
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What came of a verification, before it is recorded."""
+
+    made: Verification
+    left: dict[bytes, bytes]  # files for the record
+
+
+def verify(repository: Repository, snapshot: Snapshot, options: VerifyOptions, report: Report) -> Verified:
+    """Run all levels up to the one wanted. What is wrong is in the result, never raised.
 
     It forks: call it before any thread and event loop; indexes must be loaded.
     Raises: UsageError for a level that there is not; SourceError where a level cannot be tried here; StoreError.
@@ -84,15 +91,15 @@ def verify(repository: Repository, snapshot: Snapshot, options: VerifyOptions, r
         snapshot.snapshot_id, time_ns, os.uname().nodename, options.level, time.monotonic_ns() - started,
         f"backupfs {__version__}", tuple(run.outcomes),
     )  # fmt: skip
-    if not options.is_recorded:
-        return made
-    run.left[b"report.txt"] = _report_of(made).encode()
-    tree = store_directory(repository, run.left, time_ns)
-    made = Verification(
-        made.snapshot_id, time_ns, made.host, made.level, made.duration_ns, made.program, made.outcomes, tree
-    )
-    put_note(repository, notes.Note(snapshot.snapshot_id, VERIFY, time_ns, made.host, encode_verification(made)))
-    return made
+    return Verified(made, {**run.left, b"report.txt": _report_of(made).encode()})
+
+
+def record(repository: Repository, verified: Verified) -> None:
+    """Store the record of a verification. Raises: StoreError."""
+    made = verified.made
+    tree = store_directory(repository, verified.left, made.time_ns)
+    made = replace(made, tree=tree)
+    put_note(repository, notes.Note(made.snapshot_id, VERIFY, made.time_ns, made.host, encode_verification(made)))
 
 
 class _Run:
@@ -188,7 +195,12 @@ class _Run:
         try:
             with scratch_mount(self._repository, self._snapshot) as scratch:
                 disks = [MachineDisk(disk.name, scratch.disk(disk.name)) for disk in self._snapshot.disks]
-                machine = Machine(disks, self._options.machine, folder)
+                try:
+                    machine = Machine(disks, self._options.machine, folder)
+                except OSError as error:
+                    words = f"it cannot be read: {error.strerror}; {scratch.last_words()}"
+                    self._add(BOOT, name, Result.FAILED, words)
+                    return
                 try:
                     watched = watch(machine, self._options.marker, self._options.timeout_s, self._report)
                 finally:

@@ -130,6 +130,41 @@ def test_damage_of_the_repository_fails_from_the_level_that_sees_it(cli: Cli, di
     *_, summary = cli.json("verify", "web:latest", "--level", "0", code=1)
     assert outcomes(summary) == [(0, None, "failed")]
     assert "is missing" in summary["outcomes"][0]["words"]
+    # Nor can it be booted: that is what came of the level, and no reason to say nothing of the others.
+    *_, summary = cli.json("verify", "web:latest", "--level", "3", code=1)
+    assert [one["result"] for one in summary["outcomes"]] == ["failed"] * 4
+    assert "it cannot be read" in summary["outcomes"][3]["words"]
+    assert len(cli.json("snapshots")[0]["verifications"]) == 3
+
+
+@pytest.mark.fuse
+def test_what_was_found_is_told_where_it_cannot_be_recorded(cli: Cli, disk: Path) -> None:
+    """It may have taken hours."""
+    cli("image", disk, "--name", "web")
+    # Nothing more can be stored.
+    (cli.repository / ".tmp").rmdir()
+    (cli.repository / ".tmp").write_bytes(b"")
+    said = cli("verify", "web:latest", code=1)
+    assert "level 2  passed" in said
+    assert "backupfs: failed: cannot" in said
+
+
+@pytest.mark.fuse
+def test_an_interrupt_from_the_terminal_is_no_fault_of_the_machine(cli: Cli, disk: Path) -> None:
+    """It goes to all processes, qemu too: that it ended was told as if it could not be started."""
+    cli("image", disk, "--name", "web")
+    with subprocess.Popen(
+        [sys.executable, "-m", "backupfs", "verify", "web:latest", "--level", "3", "--accelerator", "tcg"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=cli.environment, start_new_session=True,
+    ) as command:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while subprocess.run(["pgrep", "-P", str(command.pid), "qemu"], stdout=subprocess.DEVNULL).returncode:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(command.pid, signal.SIGINT)
+        _, said = command.communicate()
+    assert command.returncode == 130, said
+    assert b"qemu" not in said
 
 
 @pytest.mark.fuse

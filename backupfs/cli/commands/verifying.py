@@ -74,14 +74,18 @@ def verify_command(
     from backupfs.cli.summaries import tell_verification
     from backupfs.snapshots.listing import load_all
     from backupfs.snapshots.verification import Result
-    from backupfs.usecases.verify import VerifyOptions, verify
+    from backupfs.usecases.verify import VerifyOptions, record, verify
 
     snapshot = load_all(repository).find(snap)
     report = Reporter(settings)
-    options = VerifyOptions(level, marker, timeout, machine, not no_record)
-    made = verify(repository, snapshot, options, report)
+    options = VerifyOptions(level, marker, timeout, machine)
+    verified = verify(repository, snapshot, options, report)
+    made = verified.made
     report.clear()
+    # Before the record is stored: it may have taken hours, and the repository may be full.
     tell_verification(settings, made)
+    if not no_record:
+        record(repository, verified)
     return 1 if made.result == Result.FAILED else 0
 
 
