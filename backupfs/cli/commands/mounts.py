@@ -46,8 +46,9 @@ def mount_command(
 
     \b
     DIR/latest/…             the newest snapshot of files
-    DIR/snapshots/TIME/…     every snapshot by its time
+    DIR/snapshots/TIME/…     every one by its time
     DIR/hosts/HOST/TIME/…    by host, with `latest`
+    DIR/images/NAME/TIME/…   images: disks, volumes, files, .verify; with `latest`
     DIR/tags/TAG/TIME/…      by tag
     DIR/ids/ID/…             by id
 
