@@ -42,7 +42,9 @@ def check_mountpoint(mountpoint: Path, options: SessionOptions) -> None:
     name = shown(str(mountpoint))
     try:
         if mounted.find_mount(mountpoint) is not None:
-            raise MountError(f"a backupfs is mounted at {name} already: `backupfs umount {name}` ends it")
+            raise MountError(
+                f"a backupfs is mounted at {name} already: `backupfs umount {name}` ends it, and a copy to edit is lost"
+            )
         status = os.stat(mountpoint)
         if not stat.S_ISDIR(status.st_mode):
             raise MountError(f"{name} is no directory, so nothing can be mounted there")

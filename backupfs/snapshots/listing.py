@@ -174,8 +174,12 @@ class SnapshotList:
                 if snapshot.kind == FILES and (host is None or snapshot.host == host)
             ] or [snapshot for snapshot in self.snapshots if snapshot.kind == IMAGE and snapshot.image == host]
             if not fitting:
-                of_host = f" of the host {shown(host)}" if host is not None else ""
-                raise UnknownSnapshot(f"the repository has no file snapshot{of_host} yet")
+                if host is None:
+                    raise UnknownSnapshot("the repository has no file snapshot yet; of images give IMAGE:latest")
+                raise UnknownSnapshot(
+                    f"the repository has no file snapshot of a host {shown(host)}, and no image {shown(host)}; "
+                    "`backupfs snapshots` lists what there is"
+                )
             return fitting[-1]
         wanted = name.lower()
         fitting = [snapshot for snapshot in self.snapshots if snapshot.snapshot_id.hex().startswith(wanted)]

@@ -39,7 +39,11 @@ def put_in_image(
             raise PathNotFound(f"{shown(volume)} has no {shown(parents[0])}: --parents makes what is missing")
     is_directory = os.path.isdir(local) and not os.path.islink(local)
     if found is not None and found.is_directory != is_directory:
-        raise UsageError(f"{shown(path)} is {'a' if found.is_directory else 'no'} folder, other than {shown(local)}")
+        kinds = ("a folder", "none") if found.is_directory else ("no folder", "one")
+        raise UsageError(
+            f"{shown(path)} is {kinds[0]} in the image and {shown(local)} is {kinds[1]}: name another PATH, or remove "
+            "that one first"
+        )
 
     def change(editor: Editor) -> None:
         if found is not None:

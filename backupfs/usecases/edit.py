@@ -153,6 +153,16 @@ class _EditedDisk(RawDisk):
         super().__init__(disk.name, disk.source, fd)
         self.form = disk.form
 
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer; what cannot be read is the repository's, and not the disk's that it came from."""
+        try:
+            super().read_into(buffer, offset)
+        except SourceError as error:
+            raise SourceError(
+                f"the disk {shown(self.name)} cannot be read from the repository around byte {offset:,}: "
+                "`backupfs check --read-data` names what is damaged"
+            ) from error
+
     def data_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield everything: the mount cannot tell of holes, and what was not written is not asked for."""
         yield start, end

@@ -260,3 +260,21 @@ def test_an_edit_that_cannot_be_committed_says_what_remains(cli: Cli, disk: Path
     cli("mount", place)
     assert "is no copy to edit" in cli("edit", "--discard", place, code=1)
     cli("umount", place)
+
+
+@pytest.mark.fuse
+@pytest.mark.expected_log
+def test_damage_of_the_repository_is_not_told_as_of_the_disk(cli: Cli, disk: Path, tmp_path: Path) -> None:
+    """The disk may be on another machine, and long gone."""
+    for pack in (cli.repository / "packs/data").rglob("*"):
+        if pack.is_file():
+            pack.unlink()
+    place = tmp_path / "edit"
+    place.mkdir()
+    cli("edit", "web:latest", place)
+    with open(place / "disks/vda.raw", "r+b") as file:
+        file.write(bytes(8192))
+    said = cli("edit", "--unchecked", "--commit", place, code=1)
+    assert "the disk vda cannot be read from the repository" in said
+    assert str(disk) not in said
+    cli("edit", "--discard", place)
