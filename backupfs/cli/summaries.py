@@ -91,8 +91,9 @@ def tell_snapshots(
     if settings.verbose:
         for snapshot in snapshots:
             statistics = snapshot.statistics
+            since = f" compared with {short(SnapshotId(snapshot.parent))}," if snapshot.parent else ""
             click.echo(
-                f"{short(snapshot.snapshot_id)}: by {shown(snapshot.user)} with {shown(snapshot.program)},"
+                f"{short(snapshot.snapshot_id)}: by {shown(snapshot.user)} with {shown(snapshot.program)},{since}"
                 f" {statistics.files_new:,} new, {statistics.files_changed:,} changed,"
                 f" {statistics.files_skipped:,} skipped, {size_text(statistics.stored_added)} stored,"
                 f" {duration_text(statistics.duration_ns)}"

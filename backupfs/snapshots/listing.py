@@ -161,6 +161,10 @@ class SnapshotList:
         """Return what is known of a snapshot's soundness, oldest first."""
         return sorted(self._verifications.get(snapshot_id, ()), key=lambda made: made.time_ns)
 
+    def images(self, name: str | None) -> list[Snapshot]:
+        """Return the images of a name, oldest first."""
+        return [snapshot for snapshot in self.snapshots if snapshot.kind == IMAGE and snapshot.image == name]
+
     def find(self, name: str) -> Snapshot:
         """Return the snapshot that a user's name means: an id, its prefix, `latest`, `HOST:latest` or `IMAGE:latest`.
 
@@ -172,7 +176,7 @@ class SnapshotList:
                 snapshot
                 for snapshot in self.snapshots
                 if snapshot.kind == FILES and (host is None or snapshot.host == host)
-            ] or [snapshot for snapshot in self.snapshots if snapshot.kind == IMAGE and snapshot.image == host]
+            ] or self.images(host)
             if not fitting:
                 if host is None:
                     raise UnknownSnapshot("the repository has no file snapshot yet; of images give IMAGE:latest")

@@ -9,6 +9,7 @@ from backupfs.disks.hints import Hints
 from backupfs.disks.layout import read_layout
 from backupfs.disks.source import DiskSource, attached_disks, is_name
 from backupfs.errors import UsageError, shown
+from backupfs.ids import short
 from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
 from backupfs.snapshots.snapshot import FREE_LEFT_OUT, IMAGE, Disk, Snapshot
@@ -61,6 +62,8 @@ def image(repository: Repository, disks: list[DiskSource], options: ImageOptions
     captured = tuple(Disk(source.name, number, source.path, source.form) for number, source in enumerate(disks))
     # Trusted hints take the parent as it is, zeros in place of free space too.
     trusts = any(hints.is_trusted for hints in options.hints.values())
+    if trusts and parent is not None:
+        _tell_later(run, parent, report)
     traits = parent.traits & FREE_LEFT_OUT if parent is not None and trusts else 0
     traits |= FREE_LEFT_OUT if root.has_left_out else 0
     return run.commit(
@@ -118,6 +121,19 @@ def _tell_others(disks: list[DiskSource], report: Report) -> None:
             report(Remark(f"the disk {shown(name)} ({size / 2**30:,.1f} GiB) is attached and not in the image"))
 
 
+def _tell_later(run: StoringRun, parent: Snapshot, report: Report) -> None:
+    """Say of the child of an image that is not the last one what it does not have."""
+    last = run.listed.images(parent.image)[-1]
+    if last.snapshot_id != parent.snapshot_id:
+        later, earlier = short(last.snapshot_id), short(parent.snapshot_id)
+        report(
+            Remark(
+                f"{later} is a later image of {shown(parent.image)} than {earlier}: what was changed there is not in "
+                "this child"
+            )
+        )
+
+
 def _parent_of(run: StoringRun, name: str, options: ImageOptions) -> Snapshot | None:
     """Return the image to compare with: what maps of changes count from, else the last one of this name."""
     named = image_of_hints(options.hints, run.listed)
@@ -125,5 +141,5 @@ def _parent_of(run: StoringRun, name: str, options: ImageOptions) -> Snapshot | 
         raise UsageError("--force compares with no image, and a map counts from one: give one of them only")
     if options.force:
         return None
-    own = [snapshot for snapshot in run.listed.snapshots if snapshot.kind == IMAGE and snapshot.image == name]
+    own = run.listed.images(name)
     return named or (own[-1] if own else None)

@@ -152,8 +152,9 @@ class _Run:
                 f"{found.tree_chunks:,} pages with {found.entries:,} entries are right, their packs are there",
             )  # fmt: skip
         else:
+            packs = "pack" if found.packs_read == 1 else "packs"
             self._add(
-                level, "", Result.PASSED, f"{found.packs_read:,} packs, {found.bytes_read:,} bytes, read and hashed"
+                level, "", Result.PASSED, f"{found.packs_read:,} {packs}, {found.bytes_read:,} bytes, read and hashed"
             )
 
     # Level 2.

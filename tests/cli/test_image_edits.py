@@ -151,6 +151,18 @@ def test_what_is_written_anywhere_is_in_the_child(cli: Cli, disk: Path, tmp_path
 
 
 @pytest.mark.fuse
+def test_who_changes_an_earlier_image_is_told_of_later_ones(cli: Cli, disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").write_bytes(b"new")
+    [first] = cli.json("snapshots")
+    assert "a later image" not in cli("put", "web:latest:/files/vda1/one", tmp_path / "new")
+    second = cli.json("snapshots")[-1]
+    said = cli("put", f"{first['id']}:/files/vda1/two", tmp_path / "new")
+    later = f"{second['short_id']} is a later image of web than {first['short_id']}"
+    assert f"{later}: what was changed there is not in this child" in said
+    assert f" compared with {first['short_id']}," in cli("snapshots", "--verbose")
+
+
+@pytest.mark.fuse
 def test_a_file_system_that_is_broken_by_an_edit_makes_no_child(cli: Cli, disk: Path) -> None:
     wipe = "dd if=/dev/zero of=$BACKUPFS_EDIT/volumes/vda1.raw bs=1k seek=1 count=1 conv=notrunc status=none"
     assert "is not sound, so no child was made" in cli("edit", "web:latest", "--run", wipe, code=1)
