@@ -138,6 +138,8 @@ class Machine:
         self._log = folder / "qemu.log"
         self._picture = folder / "screen"
         self._is_watched = not console
+        # Paths of sockets are short, and folders may lie deep: they are named from within.
+        self._folder_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         command = [*self._hardware(options), *_drives(disks, options.bus), *(console or self._ports())]
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
@@ -145,12 +147,13 @@ class Machine:
                 stdout=log if self._is_watched else None, stderr=log if self._is_watched else None,
                 # What is typed at a terminal is for who watches it, who ends it then.
                 preexec_fn=_end_with_parent, start_new_session=self._is_watched,
+                cwd=folder if self._is_watched else None,
             )  # fmt: skip
         self._monitor: _Monitor | None = None
         self._agent: socket.socket | None = None
         if self._is_watched:
             try:
-                self._monitor = _Monitor(folder / "qmp", self._process)
+                self._monitor = _Monitor(self._socket_path("qmp"), self._process)
             except OSError as error:
                 self.end()
                 raise SourceError(f"qemu does not start: {self._last_words() or error}") from error
@@ -180,10 +183,13 @@ class Machine:
     def _ports(self) -> list[str]:
         return [
             "-display", "none", "-chardev", f"file,id=console,path={self._serial}", "-serial", "chardev:console",
-            "-qmp", f"unix:{self._folder}/qmp,server=on,wait=off", "-device", "virtio-serial",
-            "-chardev", f"socket,id=agent,path={self._folder}/agent,server=on,wait=off",
+            "-qmp", "unix:qmp,server=on,wait=off", "-device", "virtio-serial",
+            "-chardev", "socket,id=agent,path=agent,server=on,wait=off",
             "-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
         ]  # fmt: skip
+
+    def _socket_path(self, name: str) -> str:
+        return f"/proc/self/fd/{self._folder_fd}/{name}"
 
     @property
     def has_ended(self) -> bool:
@@ -227,7 +233,7 @@ class Machine:
         try:
             if self._agent is None:
                 self._agent = socket.socket(socket.AF_UNIX)
-                self._agent.connect(str(self._folder / "agent"))
+                self._agent.connect(self._socket_path("agent"))
                 self._agent.setblocking(False)
             self._agent.send(b'{"execute":"guest-ping"}\n')
             return b'"return"' in self._agent.recv(4096)
@@ -247,18 +253,21 @@ class Machine:
         for one in (self._monitor, self._agent):
             if one is not None:
                 one.close()
+        if self._folder_fd >= 0:
+            os.close(self._folder_fd)
+            self._folder_fd = -1
 
 
 class _Monitor:
     """qemu's own line of commands."""
 
-    def __init__(self, path: Path, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, path: str, process: "subprocess.Popen[bytes]") -> None:
         """Raises: OSError."""
         deadline = time.monotonic() + _QMP_S
         while True:
             self._socket = socket.socket(socket.AF_UNIX)
             try:
-                self._socket.connect(str(path))
+                self._socket.connect(path)
                 break
             except OSError:
                 self._socket.close()

@@ -1,9 +1,6 @@
 """Start a throw-away virtual machine from an image, for a person to look into; the image never changes."""
 
-import shutil
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from backupfs.disks.machine import Machine, MachineDisk, MachineOptions, require_qemu
 from backupfs.errors import SourceError
@@ -27,17 +24,13 @@ def boot(
     """
     require_image(snapshot)
     require_qemu()
-    folder = Path(tempfile.mkdtemp(prefix="backupfs-machine-"))
-    try:
-        with scratch_mount(repository, snapshot) as scratch:
-            disks = [MachineDisk(disk.name, scratch.disk(disk.name)) for disk in snapshot.disks]
-            machine = Machine(disks, options, folder, console)
-            report(Remark(f"booting by {machine.firmware} with {machine.accelerator}; what it writes is thrown away"))
-            try:
-                code = machine.wait()
-            finally:
-                machine.end()
-        if code:
-            raise SourceError(f"qemu ended with {code}: what it said stands above")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with scratch_mount(repository, snapshot) as scratch:
+        disks = [MachineDisk(disk.name, scratch.disk(disk.name)) for disk in snapshot.disks]
+        machine = Machine(disks, options, scratch.beside("machine"), console)
+        report(Remark(f"booting by {machine.firmware} with {machine.accelerator}; what it writes is thrown away"))
+        try:
+            code = machine.wait()
+        finally:
+            machine.end()
+    if code:
+        raise SourceError(f"qemu ended with {code}: what it said stands above")

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from backupfs.view.scratch import ScratchDisks
 
 _OPTIONS = SessionOptions(is_writable=True)
 _PR_SET_PDEATHSIG = 1
+_REMOVING_TRIES, _REMOVING_PAUSE_S = 50, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,12 @@ class ScratchMount:
     def changes(self, name: str) -> Path:
         """Return the map of what was written to a disk."""
         return self.mountpoint / "changes" / f"{name}.map"
+
+    def beside(self, name: str) -> Path:
+        """Make an empty folder next to the mount, which goes when that goes. Not for one made for `umount` to end."""
+        folder = self.log_file.parent / name
+        folder.mkdir()
+        return folder
 
     def last_words(self) -> str:
         """Return what the server logged last."""
@@ -127,7 +135,7 @@ def scratch_mount(repository: Repository, snapshot: Snapshot, is_edit: bool = Fa
                 )
         finally:
             if os.getppid() != leader:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
 
     try:
         found.mountpoint.mkdir()
@@ -139,6 +147,15 @@ def scratch_mount(repository: Repository, snapshot: Snapshot, is_edit: bool = Fa
             _end(found.mountpoint, pid)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder although a machine that is ending may still make files in it."""
+    for _ in range(_REMOVING_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(_REMOVING_PAUSE_S)
 
 
 def _end(mountpoint: Path, pid: int) -> None:

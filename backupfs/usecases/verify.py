@@ -192,22 +192,18 @@ class _Run:
 
     def _boot(self) -> None:
         name = self._snapshot.disks[0].name
-        folder = Path(tempfile.mkdtemp(prefix="backupfs-machine-"))
-        try:
-            with scratch_mount(self._repository, self._snapshot) as scratch:
-                disks = [MachineDisk(disk.name, scratch.disk(disk.name)) for disk in self._snapshot.disks]
-                try:
-                    machine = Machine(disks, self._options.machine, folder)
-                except OSError as error:
-                    words = f"it cannot be read: {error.strerror}; {scratch.last_words()}"
-                    self._add(BOOT, name, Result.FAILED, words)
-                    return
-                try:
-                    watched = watch(machine, self._options.marker, self._options.timeout_s, self._report)
-                finally:
-                    machine.end()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with scratch_mount(self._repository, self._snapshot) as scratch:
+            disks = [MachineDisk(disk.name, scratch.disk(disk.name)) for disk in self._snapshot.disks]
+            try:
+                machine = Machine(disks, self._options.machine, scratch.beside("machine"))
+            except OSError as error:
+                words = f"it cannot be read: {error.strerror}; {scratch.last_words()}"
+                self._add(BOOT, name, Result.FAILED, words)
+                return
+            try:
+                watched = watch(machine, self._options.marker, self._options.timeout_s, self._report)
+            finally:
+                machine.end()
         self._add(BOOT, name, watched.result, f"{watched.words} ({machine.firmware}, {machine.accelerator})")
         self.left[b"console.log"] = watched.console[-_MOST_CONSOLE:]
         if watched.screen:

@@ -269,14 +269,14 @@ def test_nothing_is_left_when_the_command_is_killed(cli: Cli, disk: Path, tmp_pa
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 50
-        while not list(temporary.glob("backupfs-machine-*/serial")):
+        while not list(temporary.glob("backupfs-scratch-*/machine/serial")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    while list(temporary.glob("backupfs-scratch-*")):
+    while list(temporary.iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert str(temporary) not in Path("/proc/self/mountinfo").read_text()
