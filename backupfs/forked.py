@@ -212,11 +212,19 @@ def call(function: Callable[[Callable[[object], None]], Result], take: Callable[
         process.kill()
 
 
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the one that forked it ends, however that ends.
+
+    It stays through an exec, so that it can be set for another program.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def _prepare_child(leader: int) -> None:
     # Ctrl-C goes to the whole group; the leader decides what follows from it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != leader:
         os._exit(1)
 

@@ -5,11 +5,9 @@ Source: qemu-system-x86_64(1); the QMP reference of QEMU 7.2.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -19,10 +17,10 @@ from pathlib import Path
 
 from backupfs.disks.partitions import partitions_of
 from backupfs.errors import SourceError
+from backupfs.forked import end_with_parent
 
 _PROGRAM = "qemu-system-x86_64"
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-_PR_SET_PDEATHSIG = 1
 _QMP_S = 20.0
 _PROBE_S = 5.0
 _PROBE_WORD = b"K"
@@ -90,7 +88,7 @@ def kvm_works() -> bool:
          "-chardev", f"file,id=c,path=/dev/fd/{write}", "-serial", "chardev:c",
          "-drive", f"file=/dev/fd/{sector},format=raw,if=ide,readonly=off"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(write, sector),
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
     )  # fmt: skip
     os.close(write)
     os.set_blocking(read, False)
@@ -146,7 +144,7 @@ class Machine:
                 command, stdin=subprocess.DEVNULL if self._is_watched else None,
                 stdout=log if self._is_watched else None, stderr=log if self._is_watched else None,
                 # What is typed at a terminal is for who watches it, who ends it then.
-                preexec_fn=_end_with_parent, start_new_session=self._is_watched,
+                preexec_fn=end_with_parent, start_new_session=self._is_watched,
                 cwd=folder if self._is_watched else None,
             )  # fmt: skip
         self._monitor: _Monitor | None = None
@@ -335,7 +333,3 @@ def _firmware_files() -> tuple[str, str]:
         if os.path.exists(code) and os.path.exists(variables):
             return code, variables
     raise SourceError("the disk is booted by UEFI, which takes its firmware: install the package ovmf")
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

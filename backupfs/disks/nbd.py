@@ -4,11 +4,9 @@ Each process has a connection of its own. Source: the NBD protocol of the Networ
 as far as reading takes it; qemu-nbd(8), qemu-img(1).
 """
 
-import ctypes
 import json
 import os
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -16,6 +14,7 @@ import tempfile
 import time
 
 from backupfs.errors import SourceError, shown
+from backupfs.forked import end_with_parent
 
 _WAIT_S = 30.0
 _INIT, _OPTION = 0x4E42444D41474943, 0x49484156454F5054
@@ -24,7 +23,6 @@ _EXPORT_NAME = 1
 _REQUEST, _REPLY = 0x25609513, 0x67446698
 _READ = 0
 _MOST_READ = 4 << 20
-_PR_SET_PDEATHSIG = 1
 _CHECK_DAMAGED = 2
 
 
@@ -47,7 +45,7 @@ class NbdServer:
             ["qemu-nbd", "--read-only", "--persistent", "--shared=64", f"--socket={self._socket_path}",
              f"--format={form}", path],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )  # fmt: skip
         self._connection: socket.socket | None = None
         self._pid = 0
@@ -185,7 +183,3 @@ def _receive(connection: socket.socket, length: int) -> bytes:
             raise ConnectionError("qemu-nbd ended")
         data += part
     return data
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

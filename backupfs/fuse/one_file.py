@@ -4,7 +4,6 @@ A process of its own answers the kernel. It ends with whoever wanted the file, a
 """
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
@@ -17,9 +16,8 @@ from typing import NamedTuple
 import trio
 
 from backupfs.errors import BackupfsError, MountError
-from backupfs.forked import Line, fork
+from backupfs.forked import Line, end_with_parent, fork
 
-_PR_SET_PDEATHSIG = 1
 _PATIENCE_S = 30.0
 _BLOCK = 4096
 
@@ -61,7 +59,7 @@ def presented(read: Read, size: int) -> Iterator[str]:
 
 def _serve(line: Line, read: Read, size: int, path: str) -> None:
     # Asked to end, and not killed on the spot: it has a mount to take away.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     trio.run(_answer, line, read, size, path)
 
 

@@ -1,7 +1,6 @@
 """A scratch copy of an image as a mount that can be written: for checking, booting and editing what is in it."""
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ import trio
 
 from backupfs import interrupts, memory, workers
 from backupfs.errors import BackupfsError, MountError, PathNotFound
+from backupfs.forked import end_with_parent
 from backupfs.fuse import session
 from backupfs.fuse.background import serve_in_background
 from backupfs.fuse.session import SessionOptions, check_mountpoint
@@ -28,7 +28,6 @@ from backupfs.view.loading import Loader
 from backupfs.view.scratch import ScratchDisks
 
 _OPTIONS = SessionOptions(is_writable=True)
-_PR_SET_PDEATHSIG = 1
 _REMOVING_TRIES, _REMOVING_PAUSE_S = 50, 0.1
 
 
@@ -121,7 +120,7 @@ def scratch_mount(repository: Repository, snapshot: Snapshot, is_edit: bool = Fa
     leader = os.getpid()
 
     def serve(on_ready: Callable[[], None]) -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)
         try:
             if os.getppid() == leader:
                 interrupts.run(

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from backupfs.codec.sectors import BLOCK as CIPHER_BLOCK
 from backupfs.codec.sectors import decrypt, encrypt
-from backupfs.ids import short
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.volumes import Place, places_of
 from backupfs.view.content import FileReader
@@ -230,10 +229,6 @@ class ScratchDisks:
         if position < size:
             lines.append(f"{position} {size - position} same")
         return "\n".join(lines).encode() + b"\n"
-
-    def describe(self) -> str:
-        """Return what this is a copy of, for the log."""
-        return f"image {self._snapshot.image}, snapshot {short(self._snapshot.snapshot_id)}"
 
     def close(self) -> None:
         """Forget all that was written."""

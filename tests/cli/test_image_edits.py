@@ -178,6 +178,7 @@ def test_an_abandoned_edit_leaves_nothing(cli: Cli, disk: Path, tmp_path: Path) 
     before = cli.objects()
     temporary = tmp_path / "temporary"
     temporary.mkdir()
+    cli.environment["TMPDIR"] = str(temporary)
     for end in ("discard", "umount", "kill"):
         [started] = cli.json("edit", "web:latest", place)
         with open(place / "disks/vda.raw", "r+b") as file:
