@@ -53,6 +53,7 @@ from tests.builders import (
     reopened,
     snapshot_of,
 )
+from tests.descriptors import open_files
 from tests.faults import CountingStore, Fault, FaultyStore
 
 ROOT = os.geteuid() == 0
@@ -338,11 +339,11 @@ def test_no_bound_changes_what_comes_back(
     monkeypatch.setattr(module, name, value)
     tree = TOGETHER | {"a": File(BIG), "b": {"c": {"d": {"a": Hardlink("a")}, "e": File(b"1")}, "f": Hardlink("a")}}
     repository, snapshot, source = saved(tmp_path, tree)
-    open_before = len(os.listdir("/proc/self/fd"))
+    open_before = open_files()
     result, events = run_restore(repository, snapshot, source, tmp_path / "target", verify=True)
     assert snapshot_of(tmp_path / "target") == snapshot_of(source)
     assert (events, result.errors) == ([], 0)
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert open_files() - open_before == set()
 
 
 def side_by_side(monkeypatch: pytest.MonkeyPatch, writers: int) -> None:
@@ -369,11 +370,11 @@ def test_several_processes_write_into_the_same_directories(tmp_path: Path, monke
     }
     repository, snapshot, source = saved(tmp_path, TOGETHER | tree)
     side_by_side(monkeypatch, 4)
-    open_before = len(os.listdir("/proc/self/fd"))
+    open_before = open_files()
     result, events = run_restore(repository, snapshot, source, tmp_path / "target", verify=True)
     assert snapshot_of(tmp_path / "target") == snapshot_of(source)
     assert (events, result.errors) == ([], 0)
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert open_files() - open_before == set()
 
 
 def test_each_file_that_several_processes_cannot_write_is_told_once(
@@ -1172,10 +1173,10 @@ def test_an_interrupted_run_leaves_whole_files_and_no_temporaries(seed: int, tmp
 
     fresh = reopened(repository)
     fresh.data._store = Stopping(repository.store)
-    open_before = len(os.listdir("/proc/self/fd"))
+    open_before = open_files()
     trio.run(cancelled)
     assert temporaries(tmp_path / "target") == []
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert open_files() - open_before == set()
     wanted = snapshot_of(source)
     for path, entry in snapshot_of(tmp_path / "target").items() if (tmp_path / "target").exists() else ():
         assert entry.kind == "directory" or entry == wanted[path]
