@@ -60,6 +60,8 @@ class Piece(NamedTuple):
         Raises: DamagedObject if it has less.
         """
         if self.cipher is None:
+            if self.offset == 0 and self.length == len(source):
+                return source
             part = source[self.offset : self.offset + self.length]
             if len(part) != self.length:
                 raise DamagedObject("a file's content is damaged: a chunk is shorter than its segment")

@@ -21,7 +21,7 @@ from backupfs.snapshots.content import (
     pieces,
 )
 from backupfs.snapshots.volumes import Volume, extents_of
-from backupfs.view.loading import Loader
+from backupfs.view.loading import Loader, NotCached
 
 # A large file is looked at in windows of this many bytes: some 16 chunks, found again without decoding a list page.
 WINDOW_SIZE = 16 << 20
@@ -136,7 +136,7 @@ class FileReader:
                 piece = window.pieces[position]
                 inner = start - window.starts[position]
                 count = min(piece.length - inner, end - start)
-                found.append(piece.cut(inner, count))
+                found.append(piece if count == piece.length else piece.cut(inner, count))
                 start += count
                 position += 1
         return found
@@ -162,13 +162,15 @@ class FileReader:
         distance = self._loader.far_ahead
         if start <= state.ahead_until - distance // 2 and state.ahead_until <= start + 2 * distance:
             return
-        end = min(start + distance, size)
-        state.ahead_until = end
-        number = start // WINDOW_SIZE
-        if start < end and (number in state.windows):
-            end = min(end, (number + 1) * WINDOW_SIZE)
+        end = state.ahead_until = min(start + distance, size)
+        try:
             ahead = self._pieces(state, content, size, start, end)
-            self._loader.prefetch([ChunkId(piece.source) for piece in ahead if piece.kind == CHUNK])
+        except NotCached:  # the list page of the next window, which its first read fetches
+            window_end = start - start % WINDOW_SIZE + WINDOW_SIZE
+            if start // WINDOW_SIZE not in state.windows:
+                return
+            ahead = self._pieces(state, content, size, start, min(end, window_end))
+        self._loader.prefetch([ChunkId(piece.source) for piece in ahead if piece.kind == CHUNK])
 
 
 def stored_blocks(content: Content, size: int, loader: Loader, volumes: Sequence[Volume]) -> int:

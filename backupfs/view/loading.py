@@ -199,13 +199,16 @@ class Loader:
 
     def prefetch(self, chunk_ids: Sequence[ChunkId]) -> None:
         """See to it, in the background, that chunks of data are decoded."""
-        for chunk_id in chunk_ids:
-            if self._nursery is None or self._ahead >= self._most_ahead:
+        if self._nursery is None or self._ahead >= self._most_ahead:
+            return
+        for _, location in self._data.locations(chunk_ids):
+            if self._ahead >= self._most_ahead:
                 return
-            if self._data.resident(chunk_id) is None:
-                location = self._data.location(chunk_id)
-                if location is not None and self._covering(location.pack.pack_id, location.block_offset) is None:
-                    self._start(location.pack, location.block_offset, location.block_stored)
+            if (
+                not self._data.is_decoded(location)
+                and self._covering(location.pack.pack_id, location.block_offset) is None
+            ):
+                self._start(location.pack, location.block_offset, location.block_stored)
 
     def _start(self, pack: PackRef, offset: int, length: int) -> None:
         assert self._nursery is not None
