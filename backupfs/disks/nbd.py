@@ -1,7 +1,7 @@
 """Reading disks in formats of virtual machines: qemu-nbd serves the file on a socket, and this is its client.
 
 Each process has a connection of its own. Source: the NBD protocol of the NetworkBlockDevice project, doc/proto.md,
-as far as reading takes it; qemu-nbd(8), qemu-img(1).
+as far as reading takes it; qemu-nbd(8), qemu-img(1), sd_listen_fds(3).
 """
 
 import json
@@ -22,6 +22,7 @@ _FIXED_NEW_STYLE, _NO_ZEROES = 1, 2
 _EXPORT_NAME = 1
 _REQUEST, _REPLY = 0x25609513, 0x67446698
 _READ = 0
+_FIRST_PASSED_FD = 3  # by sd_listen_fds(3)
 _MOST_READ = 4 << 20
 _CHECK_DAMAGED = 2
 
@@ -39,14 +40,19 @@ class NbdServer:
                     f"the disk {shown(path)} is in the format {form}, which takes {program} to read: "
                     "install the package qemu-utils"
                 )
-        self._folder = tempfile.mkdtemp(prefix="backupfs-")
-        self._socket_path = os.path.join(self._folder, "nbd")
-        self._process = subprocess.Popen(
-            ["qemu-nbd", "--read-only", "--persistent", "--shared=64", f"--socket={self._socket_path}",
-             f"--format={form}", path],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-            preexec_fn=end_with_parent,
-        )  # fmt: skip
+        listener, self._socket_fd = _nameless_listener()
+        with listener:
+
+            def pass_listener() -> None:
+                end_with_parent()
+                os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+                os.dup2(listener.fileno(), _FIRST_PASSED_FD)
+
+            self._process = subprocess.Popen(
+                ["qemu-nbd", "--read-only", "--persistent", "--shared=64", f"--format={form}", path],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+                close_fds=False, preexec_fn=pass_listener,
+            )  # fmt: skip
         self._connection: socket.socket | None = None
         self._pid = 0
         self.size = 0
@@ -68,7 +74,7 @@ class NbdServer:
         connection = socket.socket(socket.AF_UNIX)
         while True:
             try:
-                connection.connect(self._socket_path)
+                connection.connect(f"/proc/self/fd/{self._socket_fd}")
                 break
             except OSError:
                 ended = self._pid == 0 and self._process.poll() is not None
@@ -78,7 +84,11 @@ class NbdServer:
                     raise SourceError(f"the disk {shown(self._path)} cannot be opened: {why}") from None
                 time.sleep(0.01)
         try:
-            return self._greet(connection)
+            # It connects as soon as there is a listener, which is before the server can say what is wrong.
+            connection.settimeout(_WAIT_S)
+            greeted = self._greet(connection)
+            connection.settimeout(None)
+            return greeted
         except OSError as error:
             connection.close()
             raise SourceError(f"the disk {shown(self._path)} cannot be opened: {self._last_words() or error}") from None
@@ -172,7 +182,31 @@ class NbdServer:
             self._connection.close()
         self._process.kill()
         self._process.communicate()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._socket_fd)
+
+
+def _nameless_listener() -> tuple[socket.socket, int]:
+    """Return a listening socket, and a descriptor to connect to it by, which only this process and its children have.
+
+    It has a name for a moment only, so that nothing stays behind, whatever happens, and nobody else finds it.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    folder = tempfile.mkdtemp(prefix="backupfs-")
+    try:
+        folder_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        # The folder's own name may be longer than a socket's can be.
+        name = f"/proc/self/fd/{folder_fd}/nbd"
+        try:
+            listener.bind(name)
+            listener.listen()
+            return listener, os.open(name, os.O_PATH | os.O_CLOEXEC)
+        finally:
+            os.close(folder_fd)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _receive(connection: socket.socket, length: int) -> bytes:

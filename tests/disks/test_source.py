@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from backupfs.disks.source import DiskSource, ServedDisk, open_disk
 from backupfs.errors import SourceError
 from tests.builders import new_repository
+from tests.descriptors import open_files
 from tests.processes import children_of_this_process, runs
 from tests.usecases.test_image import MIB, bytes_of, disk_in, make_image
 
@@ -113,6 +115,22 @@ def test_the_server_ends_with_whoever_started_it(tmp_path: Path) -> None:
     while runs(pid):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_the_server_needs_no_file_while_it_runs_wherever_temporary_files_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A name of more than 107 bytes is none that a socket can have.
+    folder = tmp_path / ("n" * 150)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    path = converted(disk_in(tmp_path / "raw"), tmp_path / "disk.qcow2", "qcow2", [])
+    source = open_disk(os.fsencode(path))
+    assert list(folder.iterdir()) == []
+    assert whole(source) == (tmp_path / "raw").read_bytes()
+    before = open_files()
+    source.close()
+    assert len(before) - len(open_files()) >= 2
 
 
 def test_a_raw_disk_that_looks_like_a_format_inside_is_raw(tmp_path: Path) -> None:
