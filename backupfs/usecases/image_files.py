@@ -4,7 +4,7 @@ import os
 import pickle
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from backupfs.disks.ranges import Ranges, overlapping
 from backupfs.disks.table import VolumeReader
@@ -16,6 +16,7 @@ from backupfs.snapshots.tree import TreeBuilder
 from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.events import FileSkipped, Remark
+from backupfs.usecases.image_unread import unread_line
 from backupfs.usecases.image_walk import (
     MESSAGES,
     Closed,
@@ -51,6 +52,14 @@ class VolumeTree:
     tree: ChunkId
     row: bytes
     xattrs: "tuple[tuple[bytes, bytes], ...] | bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What was found in a volume when it was looked through."""
+
+    tree: VolumeTree | None  # None: nothing that can be read
+    unread: tuple[bytes, ...] = ()  # lines: what could not be read, and why
     in_free: str = ""  # what lies where nothing should be in use
 
 
@@ -69,10 +78,11 @@ class VolumeFiles:
         self._trees: dict[int, ChunkId] = {}
         self._contents: dict[int, Content] = {}
         self._top: VolumeTree | None = None
+        self._unread: list[bytes] = []
         self._in_free = ""
 
-    def store(self) -> VolumeTree | None:
-        """Walk the volume and return its tree; None if there is nothing that can be read."""
+    def store(self) -> Looked:
+        """Walk the volume and store its tree."""
         place = self._place
 
         def run(line: Line) -> None:
@@ -89,7 +99,7 @@ class VolumeFiles:
             self._top = None
         finally:
             process.kill()
-        return replace(self._top, in_free=self._in_free) if self._top is not None else None
+        return Looked(self._top, tuple(self._unread), self._in_free)
 
     def _take_all(self, messages: Iterator[object]) -> None:
         is_known = False
@@ -181,5 +191,7 @@ class VolumeFiles:
         return builder.finish()
 
     def _skip(self, path: bytes, text: str) -> None:
+        path = os.fsencode(self._place.name) + b":" + path
         self._context.counts.files_skipped += 1
-        self._context.scanner.send(FileSkipped(os.fsencode(self._place.name) + b":" + path, text))
+        self._context.scanner.send(FileSkipped(path, text))
+        self._unread.append(unread_line(path, text))

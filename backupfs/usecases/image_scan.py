@@ -34,9 +34,10 @@ from backupfs.snapshots.walk import find_path, tree_of, walk
 from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.events import Remark
-from backupfs.usecases.image_files import Place, VolumeFiles, VolumeTree
+from backupfs.usecases.image_files import Looked, Place, VolumeFiles, VolumeTree
 from backupfs.usecases.image_free import free_of_disk
 from backupfs.usecases.image_hints import DiskBefore, DiskHints, look, volume_before
+from backupfs.usecases.image_unread import UNREAD, unread_before, unread_content
 from backupfs.usecases.image_volumes import recorded
 from backupfs.usecases.scanner import Root, Scanner
 from backupfs.usecases.stored_disk import StoredDisk
@@ -160,7 +161,7 @@ class DiskStorer:
     def store_all(self, taken_ns: int) -> DiskRoot:
         """Store all disks and the tree that shows them; return `/`."""
         layout = self._layout
-        looked: dict[int, VolumeTree] = {}
+        looked: dict[int, Looked] = {}
         free = self._proven_free(looked)
         # What is not compared with anything is walked while the disks are read.
         others = [number for number in layout.undivided if number not in self._free]
@@ -185,32 +186,34 @@ class DiskStorer:
             if laid.is_shown:
                 content = volume.content or [[laid.size, EXTENT, number, 0]]
                 shown[b"volumes"][laid.name.encode() + b".raw"] = (content, laid.size)
-        trees = self._known_trees(volumes, others) | looked
-        left = [number for number in others if self._again or number not in trees]
+        known = self._known_trees(volumes, others)
+        left = [number for number in others if self._again or number not in known]
         walks |= self._give_walks(number for number in left if number not in walks)
         for number, task in walks.items():
-            tree = self._context.scanner.result_of(task)
-            if tree is not None:
-                trees[number] = tree
-        named = {volumes[number].name.encode(): tree for number, tree in trees.items()}
-        return self._root(shown, named, volumes, has_left_out, taken_ns)
+            found: Looked = self._context.scanner.result_of(task)
+            # What cannot be read again stands as it was.
+            looked[number] = found if found.tree is not None or number not in known else known[number]
+        for number in known.keys() - looked.keys():
+            looked[number] = known[number]
+            self._tell_known(volumes[number].name, known[number])
+        by_name = {volumes[number].name.encode(): looked[number] for number in looked}
+        return self._root(shown, by_name, volumes, has_left_out, taken_ns)
 
-    def _proven_free(self, trees: dict[int, VolumeTree]) -> dict[int, Ranges]:
+    def _proven_free(self, looked: dict[int, Looked]) -> dict[int, Ranges]:
         """Look through the volumes of which something is to be left out; return of which it may be.
 
-        trees: gets theirs.
+        looked: gets what was found in them.
         """
         proven: dict[int, Ranges] = {}
         send = self._context.scanner.send
         for number, task in self._give_walks(self._free).items():
-            tree = self._context.scanner.result_of(task)
+            found = looked[number] = self._context.scanner.result_of(task)
             name, free = shown(self._layout.table.name(number)), self._free[number]
-            if tree is None:
+            if found.tree is None:
                 send(Remark(f"{name} is stored whole, its free space too: its files could not be looked through"))
                 continue
-            trees[number] = tree
-            if tree.in_free:
-                send(Remark(f"{name} is stored whole: {tree.in_free} lies where it says that nothing is in use"))
+            if found.in_free:
+                send(Remark(f"{name} is stored whole: {found.in_free} lies where it says that nothing is in use"))
                 continue
             proven[number] = free
             size = sum(end - start for start, end in free)
@@ -234,21 +237,31 @@ class DiskStorer:
         """Give away the walks through volumes; return the number of each task."""
         return {number: self._context.scanner.give(WalkTask(number)) for number in numbers}
 
-    def _known_trees(self, volumes: list[Volume], numbers: list[int]) -> dict[int, VolumeTree]:
-        """Return the trees of those of some volumes that are the same in the parent, bit for bit."""
+    def _known_trees(self, volumes: list[Volume], numbers: list[int]) -> dict[int, Looked]:
+        """Return what the parent has of those of some volumes that are the same there, bit for bit."""
         parent = self._parent
         if parent is None:
             return {}
         same = {number for number, volume in enumerate(volumes) if parent.volumes[number : number + 1] == (volume,)}
-        found: dict[int, VolumeTree] = {}
+        found: dict[int, Looked] = {}
         for number in numbers:
             if self._layout.table.below(number) <= same:
                 with contextlib.suppress(PathNotFound, DamagedObject, StoreError):
                     node = find_path(parent, b"/files/" + volumes[number].name.encode(), self._load)
                     tree = VolumeTree(tree_of(node), node.row, self._context.save_xattrs(node.xattrs))
                     self._count(node)
-                    found[number] = tree
+                    found[number] = Looked(tree, unread_before(parent, volumes[number].name, self._load))
         return found
+
+    def _tell_known(self, name: str, known: Looked) -> None:
+        """Say of a volume that is not looked through again what could not be read in it."""
+        if known.unread:
+            self._context.counts.files_skipped += len(known.unread)
+            count = len(known.unread)
+            self._context.scanner.send(Remark(
+                f"{shown(name)} is as it was, and {count:,} of it could not be read then: files/.unread in the image "
+                "lists what and why"
+            ))  # fmt: skip
 
     def _count(self, top: Node) -> None:
         """Count what a tree of the parent holds, as its walk would have."""
@@ -256,11 +269,11 @@ class DiskStorer:
         self._context.counts.files += directories.count(False)
         self._context.counts.directories += directories.count(True) + 1
 
-    def do(self, task: "RangeTask | WalkTask") -> "Cuts | VolumeTree | None":
+    def do(self, task: "RangeTask | WalkTask") -> "Cuts | Looked":
         """Do what was given away."""
         return self.store_range(task) if isinstance(task, RangeTask) else self._store_files(task.number)
 
-    def _store_files(self, number: int) -> VolumeTree | None:
+    def _store_files(self, number: int) -> Looked:
         table = self._layout.table
         reader, free = self._layout.reader(number), self._free.get(number, [])
         place = Place(table.name(number), number, table.size(number), reader, free)
@@ -269,7 +282,7 @@ class DiskStorer:
     def _root(
         self,
         shown: dict[bytes, dict[bytes, tuple[Content, int]]],
-        trees: dict[bytes, VolumeTree],
+        looked: dict[bytes, Looked],
         volumes: list[Volume],
         has_left_out: bool,
         taken_ns: int,
@@ -285,7 +298,16 @@ class DiskStorer:
                 self._context.add_plain(builder, name, _row(stat.S_IFREG | 0o400, size, inode, taken_ns), content)
             folders[folder_name] = builder.finish()
         builder = self._context.builder()
-        for name, tree in sorted(trees.items()):
+        unread = [line for _, found in sorted(looked.items()) for line in found.unread]
+        if unread:
+            content, size = unread_content(unread, self._context.save_tree)
+            row = _row(stat.S_IFREG | 0o400, size, inode + 1, taken_ns)
+            self._context.add_plain(builder, UNREAD, row, content)
+            self._context.counts.files += 1
+        for name, found in sorted(looked.items()):
+            tree = found.tree
+            if tree is None:
+                continue
             _, uid, gid, *_ = STAT_ROW.unpack(tree.row)
             builder.add(name, tree.row, tree.tree, 0, tree.xattrs, 0, (uid, b""), (gid, b""))
         folders[b"files"] = builder.finish()

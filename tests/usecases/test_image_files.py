@@ -347,6 +347,36 @@ def test_files_of_a_volume_that_did_not_change_are_not_looked_at_again(
     assert counted[0] > (1, 1)
 
 
+@pytest.mark.parametrize("count", [1, 500])
+def test_what_could_not_be_read_is_listed_as_long_as_the_volume_stays_the_same(
+    count: int, imaged: Image, tmp_path: Path
+) -> None:
+    entries = [file(b"huge %04d \n" % number, 1 << 63) for number in range(count)]
+    repository, snapshot, events = imaged(Made({1: [file(b"good", 50), *entries]}, {b"good": [(50, 0)]}))
+    reason = f"it says that it has {1 << 63} bytes"
+    lines = b"".join(b"disk:/huge %04d \\x0a: %s\n" % (number, reason.encode()) for number in range(count))
+    assert len(problems_of(events)) == count
+    assert snapshot.statistics.files_skipped == count
+    # Beside the volume's folder, as a file that is there for readers of every kind.
+    assert bytes_of(repository, snapshot, "/files/.unread") == lines
+    assert sorted(restored(repository, snapshot, "/files", tmp_path / "out")) == [
+        b"", b".unread", b"disk", b"disk/good",
+    ]  # fmt: skip
+    assert (tmp_path / "out/.unread").read_bytes() == lines
+
+    # The second image does not look through it again, and the third takes it from the second.
+    for _ in range(2):
+        events = []
+        second = run_image(repository, tmp_path / "disk.raw", report=events.append).snapshot
+        assert second is not None
+        assert problems_of(events) == {}
+        [remark] = [event.text for event in events if isinstance(event, Remark)]
+        assert f"disk is as it was, and {count:,} of it could not be read then" in remark
+        assert bytes_of(repository, second, "/files/.unread") == lines
+        assert second.statistics.files_skipped == count
+        assert second.statistics.files == snapshot.statistics.files
+
+
 @pytest.mark.expected_log("a look at")
 @pytest.mark.parametrize("how", ["changed", "forced"])
 def test_files_of_a_volume_that_changed_are(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
