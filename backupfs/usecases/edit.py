@@ -15,13 +15,13 @@ from pathlib import Path
 from backupfs.disks.checkers import check_volume
 from backupfs.disks.hints import Claim, Hints, read_hints
 from backupfs.disks.source import RawDisk
-from backupfs.errors import MountError, SourceError, UnknownSnapshot, UsageError, shown
+from backupfs.errors import MountError, PathNotFound, SourceError, UnknownSnapshot, UsageError, shown
 from backupfs.fuse import mounted
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.listing import SnapshotList
 from backupfs.snapshots.snapshot import Disk, Snapshot
 from backupfs.snapshots.volumes import bases_of, keys_of, places_of
-from backupfs.snapshots.walk import shown_volumes
+from backupfs.snapshots.walk import find_path, shown_volumes
 from backupfs.usecases.events import Remark, Report
 from backupfs.usecases.image import ImageOptions, image
 from backupfs.usecases.scratch import ScratchMount
@@ -197,5 +197,19 @@ def _check(
             raise SourceError(
                 f"what was changed in {shown(volume.name)} is not sound, so no child was made: {checked.words}"
             )
+        if not checked.form and _has_files(repository, snapshot, volume.name):
+            raise SourceError(
+                f"what was changed in {shown(volume.name)} is no file system any more, so no child was made; if that "
+                "is meant: --unchecked"
+            )
         if checked.sound is None:
             report(Remark(f"{shown(volume.name)} was changed and not checked: {checked.words}"))
+
+
+def _has_files(repository: Repository, snapshot: Snapshot, name: str) -> bool:
+    """Tell whether a file system was found in a volume."""
+    try:
+        find_path(snapshot, b"/files/" + name.encode(), repository.trees.load)
+    except PathNotFound:
+        return False
+    return True

@@ -32,7 +32,9 @@ def disk(tmp_path: Path) -> Path:
     with open(path, "wb") as file:
         file.truncate(64 * MIB)
     subprocess.run(["sfdisk", "-q", path], input=b"label: dos\nsize=40M\n", check=True)
-    subprocess.run(["mkfs.ext4", "-q", "-E", f"offset={MIB}", "-d", tmp_path / "content", path, "40M"], check=True)
+    # Blocks of 1 KiB, so that there are copies of the superblock; Ubuntu's mkfs would take 4 KiB and make none.
+    options = ["-b", "1024", "-E", f"offset={MIB}", "-d", tmp_path / "content"]
+    subprocess.run(["mkfs.ext4", "-q", *options, path, "40M"], check=True)
     return path
 
 
