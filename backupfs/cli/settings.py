@@ -115,6 +115,8 @@ class Settings:
             opening = pool.submit(repository.open_repository, store, password, self.folders(), found, ahead)
             import_module(module)
             gc.freeze()  # what is loaded stays: no need to look through it ever again
+            # Little here is in cycles, and to look for them after each 700 new objects took a twentieth of a backup.
+            gc.set_threshold(50_000, 20, 20)
             return opening.result()
 
 
