@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ settings.register_profile("backupfs", deadline=None, database=None, max_examples
 settings.load_profile("backupfs")
 
 _homes = itertools.count()
+
+
+# A shell that runs tests in the background has them ignore interrupts, and so would every program that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
