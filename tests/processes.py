@@ -1,5 +1,6 @@
 """What tests ask of processes."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,17 @@ from pathlib import Path
 def children_of_this_process() -> list[str]:
     """Return the ids of the processes that this one forked and has not waited for."""
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def runs_below(pid: int, program: str) -> bool:
+    """Tell whether a process has started a program whose name begins so, and that runs."""
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        # Any of them may end just now.
+        with contextlib.suppress(OSError):
+            for child in children.read_text().split():
+                if Path(f"/proc/{child}/comm").read_text().startswith(program):
+                    return True
+    return False
 
 
 def runs(pid: str) -> bool:
