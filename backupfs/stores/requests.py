@@ -4,6 +4,13 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+# One call is one request, or two or three where a server sends on to another region.
+_MOST_OF_A_CALL = 8
+
+
+class TooManyRequests(Exception):
+    """One call became more and more requests: boto3 follows redirections, also in circles."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestCounts:
@@ -37,10 +44,18 @@ class Requests:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._call = threading.local()
         self._put = self._get = self._list = self._delete = self._sent = self._received = 0
 
+    def begin_call(self) -> None:
+        """Say that what this thread sends from here on belongs to another call."""
+        self._call.count = 0
+
     def count(self, request: Any, **_: object) -> None:
-        """Take a request that is about to be sent, as boto3 tells of it."""
+        """Take a request that is about to be sent, as boto3 tells of it. Raises: TooManyRequests."""
+        self._call.count = getattr(self._call, "count", 0) + 1
+        if self._call.count > _MOST_OF_A_CALL:
+            raise TooManyRequests
         with self._lock:
             if request.method == "DELETE":
                 self._delete += 1

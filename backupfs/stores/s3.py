@@ -31,7 +31,7 @@ from backupfs.errors import (
     shown,
 )
 from backupfs.stores.pace import Pace, PacedBody
-from backupfs.stores.requests import RequestCounts, Requests
+from backupfs.stores.requests import RequestCounts, Requests, TooManyRequests
 from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Store, is_key, range_length, validate_key
 
 DEFAULT_CONNECTIONS = 16
@@ -53,6 +53,12 @@ _NOT_ABLE = frozenset({"NotImplemented", "501"})
 _ARCHIVED = frozenset({"InvalidObjectState"})
 _FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507", "EntityTooLarge"})
 _NO_CLASS = frozenset({"InvalidStorageClass"})
+_NO_REGION = frozenset(
+    {
+        "InvalidLocationConstraint", "IllegalLocationConstraintException", "PermanentRedirect",
+        "AuthorizationHeaderMalformed",
+    }
+)  # fmt: skip
 _CLOCK = frozenset({"RequestTimeTooSkewed"})
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
 _REFUSED = frozenset(
@@ -357,8 +363,10 @@ class S3Store(Store):
         hint: what else it may mean that the server is not able to do it now.
         """
         from botocore import exceptions as boto
+        from urllib3.exceptions import HTTPError
 
         about = f"cannot {what} in {shown(self.url)}"
+        self._requests.begin_call()
         try:
             # boto3's pool makes more connections than it keeps, when more are wanted.
             with self._turns:
@@ -372,12 +380,20 @@ class S3Store(Store):
             ) from error
         except (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.UnauthorizedSSOTokenError) as error:
             raise AccessDenied(f"{about}: {_text(error)}; log in again") from error
+        except TooManyRequests as error:
+            raise StoreError(
+                f"{about}: the server at {shown(self._endpoint())} sends on to another place without end: see "
+                "--endpoint-url (https or http?) and --region"
+            ) from error
         except boto.SSLError as error:
+            # A connection that is cut or garbled shows as an error of TLS, too, and the next may not be.
+            if not _is_distrust(error):
+                raise StoreUnavailable(f"{about}: {_text(error)}") from error
             raise StoreError(
                 f"{about}: the connection is not to be trusted ({_text(error)}); for a certificate of your own "
                 "give --ca-bundle FILE"
             ) from error
-        except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError) as error:
+        except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, HTTPError) as error:
             raise StoreUnavailable(f"{about}: {_text(error)}") from error
         except boto.BotoCoreError as error:
             raise StoreError(f"{about}: {_text(error)}") from error
@@ -423,8 +439,16 @@ class S3Store(Store):
             return AccessDenied(f"{about}: the credentials have expired: get new ones ({said})")
         if code in _GARBLED or status == 429 or code in ("SlowDown", "Throttling"):
             return StoreUnavailable(f"{about}: {said}")
+        if code in _NOT_ABLE or status == 501:
+            see = ", see --encryption" if self._options.encryption else ""
+            return StoreError(f"{about}: the server cannot do that{see} ({said})")
+        if code in _NO_REGION:
+            return StoreError(f"{about}: the server has another region, see --region ({said})")
         if status >= 500:
             return StoreUnavailable(f"{about}: {said}{hint}")
+        if code == "400":
+            # The answer to a look has no body.
+            return StoreError(f"{about}: the server does not say why; see --region, or get new credentials ({said})")
         if code in _REFUSED or status in (401, 403):
             return AccessDenied(f"{about}: the server refuses it to these credentials: {said}")
         return StoreError(f"{about}: {said}")
@@ -466,7 +490,7 @@ def _make_client(options: S3Options, requests: Requests) -> Any:
             "s3",
             region_name=options.region or core.get_config_variable("region") or "us-east-1",
             endpoint_url=endpoint or None,
-            verify=options.ca_bundle or None,
+            verify=_trusted(options.ca_bundle) or None,
             config=config,
         )
     except boto.ProfileNotFound as error:
@@ -477,6 +501,37 @@ def _make_client(options: S3Options, requests: Requests) -> Any:
         raise UsageError(f"object storage cannot be used: {_text(error)}") from error
     client.meta.events.register("before-send.s3", requests.count)
     return client
+
+
+def _trusted(ca_bundle: str) -> str:
+    """Return the file of certificates to trust. Raises: UsageError if it holds none."""
+    import ssl
+
+    if ca_bundle:
+        try:
+            folder = os.path.isdir(ca_bundle)
+            ssl.create_default_context(capath=ca_bundle if folder else None, cafile=None if folder else ca_bundle)
+        except OSError as error:
+            reason = "it holds no certificates" if isinstance(error, ssl.SSLError) else error.strerror
+            raise UsageError(f"--ca-bundle {shown(ca_bundle)}: {reason}") from error
+    return ca_bundle
+
+
+def _is_distrust(error: BaseException) -> bool:
+    """Tell whether an error of TLS says that the other end is not who it should be."""
+    import ssl
+
+    seen: list[BaseException] = []
+    waiting: list[object] = [error]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, BaseException) and one not in seen:
+            if isinstance(one, ssl.SSLCertVerificationError):
+                return True
+            seen.append(one)
+            # urllib3 wraps what it catches, sometimes as an argument only.
+            waiting += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
+    return False
 
 
 def _code(error: Any) -> str:

@@ -79,11 +79,13 @@ def thaw(repository: Repository, snapshot: Snapshot, path: bytes, options: ThawO
         report(Progress("thaw", len(states), 0, len(keys)))
     cold = [at for at, state in enumerate(states) if state is not None and state.is_archived and not state.is_thawing]
     under_way = [state for state in states if state is not None and state.is_thawing]
+    classes = Counter(state.storage_class for state in states if state is not None and state.is_archived)
+    if options.tier == "expedited" and "DEEP_ARCHIVE" in classes:
+        raise UsageError("--tier expedited: DEEP_ARCHIVE has no such tier; choose standard or bulk")
     if not options.dry_run:
         for _ in each(store, lambda at: store.thaw(keys[at], options.days, options.tier), cold):
             done += 1
             report(Progress("thaw", done, 0, len(cold)))
-    classes = Counter(state.storage_class for state in states if state is not None and state.is_archived)
     hours = HOURS[options.tier]
     return ThawResult(
         packs=len(packs),

@@ -5,7 +5,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -27,6 +29,7 @@ from backupfs.stores.s3 import S3Options, S3Store
 from backupfs.stores.store import ArchiveState, Store
 from tests.buckets import BUCKET, bucket_of, options_of
 from tests.fault_proxy import FaultProxy
+from tests.faulty_line import FaultyLine
 from tests.servers import Server
 
 DATA = os.urandom(100_000)
@@ -242,6 +245,79 @@ def test_a_certificate_that_nobody_signed_is_refused_with_the_remedy(swift_tls: 
     with pytest.raises(StoreError, match=r"not to be trusted.*--ca-bundle FILE") as caught:
         S3Store(BUCKET, "x", options).get("config")
     assert not isinstance(caught.value, StoreUnavailable)
+
+
+@pytest.mark.parametrize("fault", ["cut", "flip"])
+@pytest.mark.parametrize(("way", "at"), [("down", 20), ("down", 700), ("up", 300), ("up", 50_000), ("down", 50_000)])
+def test_a_line_that_is_cut_or_garbled_below_tls_is_tried_again(
+    fault: Literal["cut", "flip"], way: Literal["up", "down"], at: int, swift_tls: Server, swift: Server
+) -> None:
+    assert swift_tls.ca_bundle is not None
+    behind = bucket_of(swift, f"line-{fault}-{way}-{at}")
+    behind.create()
+    behind.put("packs/data/old", DATA)
+    line = FaultyLine(int(swift_tls.endpoint_url.rpartition(":")[2]), fault, way, at)
+    try:
+        options = replace(options_of(swift_tls), endpoint_url=f"https://127.0.0.1:{line.port}")
+        store = RetryingStore(S3Store(BUCKET, f"line-{fault}-{way}-{at}", options))
+        store.put("packs/data/new", DATA)
+        assert store.get("packs/data/old") == DATA
+        assert line.met >= 1
+        assert behind.get("packs/data/new") == DATA
+        store.close()
+    finally:
+        line.close()
+        behind.close()
+
+
+@pytest.mark.parametrize("content", [None, b"no certificate"])
+def test_a_file_of_certificates_that_cannot_be_used_is_named(
+    content: bytes | None, swift_tls: Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    says = "it holds no certificates" if content else "No such file"
+    with pytest.raises(UsageError, match=rf"--ca-bundle .*ca\.pem: {says}"):
+        S3Store(BUCKET, "x", replace(options_of(swift_tls), ca_bundle=str(path))).get("config")
+
+
+def test_a_server_that_sends_on_in_circles_is_left_at_once(swift: Server) -> None:
+    asked: list[str] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.command)
+            self.send_response(301)
+            self.send_header("Location", "https://elsewhere.example/")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815 (a name of the library's)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = replace(options_of(swift), endpoint_url=f"http://127.0.0.1:{server.server_address[1]}")
+        store = S3Store(BUCKET, "x", options)
+        for call in (lambda: list(store.list("")), lambda: store.get("config"), store.now):
+            with pytest.raises(StoreError, match=r"--endpoint-url .*--region") as caught:
+                call()
+            assert not isinstance(caught.value, StoreUnavailable)
+        store.close()
+        server.shutdown()
+    assert len(asked) < 40
+
+
+def test_what_a_server_cannot_do_is_said_at_once_with_the_option(swift: Server) -> None:
+    store = S3Store(BUCKET, "x", replace(options_of(swift), encryption="AES256"))
+    with pytest.raises(StoreError, match=r"the server cannot do that, see --encryption \(501") as caught:
+        store.put("packs/data/ab", b"1")
+    assert not isinstance(caught.value, StoreUnavailable)
+    store = S3Store("other-region", "x", replace(options_of(swift), region="eu-west-9"))
+    with pytest.raises(StoreError, match="see --region"):
+        store.create()
 
 
 def test_classes_and_encryption_go_with_the_objects_they_are_for(

@@ -99,6 +99,8 @@ def test_deep_archives_take_longer(tier: str, hours: float, tmp_path: Path) -> N
     inner, snapshot, _ = stored(tmp_path)
     repository = opened(ArchivingStore(inner, "DEEP_ARCHIVE"))
     assert run(repository, snapshot, "/", tier=tier, dry_run=True).hours == hours
+    with pytest.raises(UsageError, match="DEEP_ARCHIVE has no such tier"):
+        run(repository, snapshot, "/", tier="expedited", dry_run=True)
 
 
 def test_a_pack_that_is_missing_is_counted(tmp_path: Path) -> None:
