@@ -81,6 +81,11 @@ def note_sequences(state: Path | None, repository_id: bytes, highest: dict[bytes
     return back
 
 
+def seen_sequence(state: Path | None, repository_id: bytes, host: bytes) -> int:
+    """Return the highest sequence that was ever seen of a host; 0 if none."""
+    return _read_numbers(state / f"seen-{repository_id.hex()}").get(host, 0) if state is not None else 0
+
+
 def damaged_packs(state: Path | None, repository_id: bytes) -> dict[bytes, int]:
     """Return the packs that checks of this machine found damaged: id → sequence of the host's last snapshot by then."""
     return _read_numbers(state / f"damaged-{repository_id.hex()}") if state is not None else {}

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from backupfs.codec.sealing import Kind, hash_object, seal_record, unseal_record
@@ -38,6 +38,7 @@ class SnapshotList:
     store: Store | None = None  # to look into; None: what is kept on this machine is as good as the store's
     snapshots: list[Snapshot] = field(default_factory=list)  # without the forgotten ones
     damaged: dict[str, str] = field(default_factory=dict)  # key → what is wrong
+    _stored_ns: dict[str, int] = field(default_factory=dict)  # key of each snapshot → when the store got it
     _loaded: dict[SnapshotId, Snapshot] = field(default_factory=dict)
     _notes: dict[str, notes.Note | None] = field(default_factory=dict)
     _damaged_notes: dict[str, str] = field(default_factory=dict)
@@ -51,8 +52,10 @@ class SnapshotList:
         store = self.repository.store
         damaged: dict[str, str] = {}
         prefixes = (layout.SNAPSHOTS, layout.NOTES)
-        keys, note_keys = each(store, lambda prefix: [info.key for info in store.list(prefix)], prefixes)
-        identities = map(layout.id_in_key, keys)
+        objects, note_objects = each(store, lambda prefix: list(store.list(prefix)), prefixes)
+        note_keys = [info.key for info in note_objects]
+        self._stored_ns = {info.key: info.modified_ns for info in objects}
+        identities = map(layout.id_in_key, self._stored_ns)
         listed = [SnapshotId(identity) for identity in identities if identity is not None]
         fresh = [snapshot_id for snapshot_id in listed if snapshot_id not in self._loaded]
         loaded = dict(zip(fresh, each(store, lambda snapshot_id: self._load(snapshot_id, damaged), fresh), strict=True))
@@ -168,7 +171,7 @@ class SnapshotList:
     def find(self, name: str) -> Snapshot:
         """Return the snapshot that a user's name means: an id, its prefix, `latest`, `HOST:latest` or `IMAGE:latest`.
 
-        Raises: UnknownSnapshot.
+        Raises: UnknownSnapshot; DamagedObject if a snapshot that may be later than the latest cannot be read.
         """
         if name == "latest" or name.endswith(":latest"):
             host = None if name == "latest" else name.removesuffix(":latest")
@@ -184,6 +187,7 @@ class SnapshotList:
                     f"the repository has no file snapshot of a host {shown(host)}, and no image {shown(host)}; "
                     "`backupfs snapshots` lists what there is"
                 )
+            self._require_latest(fitting[-1], name)
             return fitting[-1]
         wanted = name.lower()
         fitting = [snapshot for snapshot in self.snapshots if snapshot.snapshot_id.hex().startswith(wanted)]
@@ -193,6 +197,16 @@ class SnapshotList:
             several = ", ".join(short(snapshot.snapshot_id) for snapshot in fitting[:5])
             raise UnknownSnapshot(f"{shown(name)} fits several snapshots ({several} …): give more digits")
         raise UnknownSnapshot(f"there is no snapshot {shown(name)}; `backupfs snapshots` lists what there is")
+
+    def _require_latest(self, snapshot: Snapshot, name: str) -> None:
+        """Do not pass off an earlier snapshot as the latest when that cannot be read."""
+        stored_ns = self._stored_ns.get(layout.key_of(Kind.SNAPSHOT, snapshot.snapshot_id), 0)
+        later = [key for key in self.damaged if key in self._stored_ns and self._stored_ns[key] >= stored_ns]
+        if later:
+            raise DamagedObject(
+                f"{shown(name)} may be a snapshot that cannot be read: {self.damaged[later[0]]}; the last one that can "
+                f"is {short(snapshot.snapshot_id)} of {snapshot.time_name}: name it to use it"
+            )
 
     def selected(self, hosts: Iterable[str], tags: Iterable[str], paths: Iterable[bytes]) -> list[Snapshot]:
         """Return the snapshots of any of the hosts that have all the tags and all the paths; none given: all."""
@@ -209,6 +223,19 @@ class SnapshotList:
         for snapshot in self._loaded.values():
             highest[snapshot.host_id] = max(highest.get(snapshot.host_id, 0), snapshot.sequence)
         return highest
+
+    def lost(self) -> dict[str, SnapshotId]:
+        """Return the keys of snapshots that are not in the store, though one that is names them as the one before."""
+        named = {snapshot.previous: snapshot.snapshot_id for snapshot in self.snapshots if snapshot.previous}
+        keys = {layout.key_of(Kind.SNAPSHOT, SnapshotId(previous)): by for previous, by in named.items()}
+        return {key: by for key, by in keys.items() if key not in self._stored_ns}
+
+    def gaps(self) -> Iterator[tuple[Snapshot, Snapshot]]:
+        """Yield each two snapshots that follow on each other though numbers between theirs were given."""
+        for snapshot in self.snapshots:
+            before = self._loaded.get(SnapshotId(snapshot.previous))
+            if before is not None and snapshot.sequence > before.sequence + 1:
+                yield before, snapshot
 
     def last_of_host(self, host_id: bytes) -> Snapshot | None:
         """Return the host's snapshot of the highest sequence, forgotten or not."""

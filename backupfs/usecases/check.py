@@ -268,11 +268,17 @@ class _Check:
         self._last_sequence = highest.get(local.host_id(repository.local.state), 0)
         back = local.note_sequences(repository.local.state, identity, highest)
         for host_id, sequence in back.items():
+            self._findings.damage(
+                layout.SNAPSHOTS, f"snapshot {sequence} of the host with the id {short(host_id)} was here and is gone"
+            )
+        for key, named_by in listed.lost().items():
+            self._findings.damage(key, f"it is gone, and the snapshot {short(named_by)} names it as the one before")
+        for before, snapshot in listed.gaps():
             self._findings.add(
                 Severity.WARNING,
                 layout.SNAPSHOTS,
-                f"snapshot {sequence} of the host with the id {short(host_id)} was here and is gone: "
-                "it was forgotten and pruned, or it is lost",
+                f"{snapshot.sequence - before.sequence - 1:,} that were made between {short(before.snapshot_id)} and "
+                f"{short(snapshot.snapshot_id)} are gone",
             )
 
     def _load_what_can_be_read(self) -> None:

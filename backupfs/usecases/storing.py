@@ -285,11 +285,14 @@ class StoringRun:
             return result
         host_id = local.host_id(self._repository.local.state)
         last = self.listed.last_of_host(host_id)
+        # A number that was given once is not given again: the gap tells that a snapshot is lost.
+        state, repository_id = self._repository.local.state, self._repository.config.repository_id
+        given = max(last.sequence if last is not None else 0, local.seen_sequence(state, repository_id, host_id))
         snapshot = Snapshot(
             kind=kind,
             host_id=host_id,
             host=self.host,
-            sequence=last.sequence + 1 if last is not None else 1,
+            sequence=given + 1,
             previous=last.snapshot_id if last is not None else b"",
             time_ns=self.taken_ns,
             store_time_ns=self._store_time_ns,

@@ -1,12 +1,13 @@
 """Which snapshots there are, and which one a name means."""
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from backupfs.codec.sealing import hash_object
-from backupfs.errors import UnknownSnapshot
-from backupfs.ids import ChunkId
+from backupfs.errors import DamagedObject, UnknownSnapshot
+from backupfs.ids import ChunkId, short
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.listing import has_doubtful_time, load_snapshots, put_snapshot
@@ -128,3 +129,21 @@ def test_a_clock_that_is_a_day_off_is_told() -> None:
     assert not has_doubtful_time(EXAMPLE)
     assert has_doubtful_time(replace(EXAMPLE, time_ns=3 * DAY_NS))
     assert has_doubtful_time(replace(EXAMPLE, time_ns=-DAY_NS))
+
+
+@pytest.mark.expected_log
+def test_an_earlier_snapshot_is_not_passed_off_as_the_latest(repository: Repository) -> None:
+    stored = [put_snapshot(repository, replace(EXAMPLE, sequence=n, time_ns=n)) for n in (1, 2, 3)]
+    store = repository.store
+    keys = [f"snapshots/{snapshot.snapshot_id.hex()}" for snapshot in stored]
+    contents = [store.get(key) for key in keys]
+    # The oldest is no matter.
+    for key, content, cut in zip(keys, contents, (1, 0, 0), strict=True):
+        store.put(key, content[: len(content) - cut])
+        time.sleep(0.01)
+    assert load_snapshots(repository).find("latest") == stored[2]
+    store.put(keys[2], contents[2][:-1])
+    for name in ("latest", "alpha:latest"):
+        with pytest.raises(DamagedObject, match=f"{keys[2]}.*the last one that can is {short(stored[1].snapshot_id)}"):
+            load_snapshots(repository).find(name)
+    assert load_snapshots(repository).find(short(stored[1].snapshot_id)) == stored[1]

@@ -207,16 +207,33 @@ def test_packs_of_an_interrupted_run_are_information(stored: MemoryStore) -> Non
         assert result.unnamed_bytes > 100
 
 
-def test_a_snapshot_that_was_seen_and_is_gone_is_a_warning(tmp_path: Path) -> None:
+def test_a_snapshot_that_was_seen_and_is_gone_is_damage_and_later_ones_do_not_hide_it(tmp_path: Path) -> None:
     repository = new_repository(folders=folders_in(tmp_path))
     source = build(TREE, tmp_path / "source")
-    back_up(repository, source)
-    last = back_up(repository, source)
+    first, second, last = (back_up(repository, source) for _ in range(3))
     repository.store.delete(f"snapshots/{last.snapshot_id.hex()}")
     result = run_check(repository)
-    assert not result.damaged
-    assert [(finding.severity, finding.key) for finding in result.findings] == [(Severity.WARNING, "snapshots/")]
-    assert "snapshot 2 of the host" in result.findings[0].what
+    assert [(finding.key, "snapshot 3 of the host" in finding.what) for finding in result.findings] == [
+        ("snapshots/", True)
+    ]
+    assert result.damaged
+    # Its number is not given again.
+    fourth = back_up(reopened(repository), source)
+    assert (fourth.sequence, fourth.previous) == (4, second.snapshot_id)
+    result = run_check(reopened(repository))
+    assert [finding.severity for finding in result.findings] == [Severity.WARNING]
+    assert (
+        f"1 that were made between {short(second.snapshot_id)} and {short(fourth.snapshot_id)}"
+        in result.findings[0].what
+    )
+    repository.store.delete(f"snapshots/{second.snapshot_id.hex()}")
+    result = run_check(reopened(repository))
+    assert [finding.key for finding in result.findings] == [f"snapshots/{second.snapshot_id.hex()}"]
+    assert f"the snapshot {short(fourth.snapshot_id)} names it" in result.findings[0].what
+    # With all of them gone.
+    for snapshot in (first, fourth):
+        repository.store.delete(f"snapshots/{snapshot.snapshot_id.hex()}")
+    assert run_check(reopened(repository)).damaged
 
 
 # Writers that wrote nonsense: everything authenticates, and still something is wrong.
