@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import click
 
-from backupfs.errors import UsageError
+from backupfs.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from backupfs.repository.local import LocalFolders
@@ -25,6 +25,16 @@ PATH = click.Path(readable=False, path_type=bytes)
 Command = TypeVar("Command", bound=Callable[..., object])
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
+
+
+def as_text(_context: click.Context, _parameter: click.Parameter, value: Result) -> Result:
+    """Refuse names that are no text, before anything is done: they are stored. Raises: click.BadParameter."""
+    for name in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise click.BadParameter(f"{shown(name)} is no UTF-8") from None
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -307,6 +307,21 @@ def test_json_names_that_are_no_text_come_as_base64_too(cli: Cli, tmp_path: Path
     assert entry["path_base64"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["backup", "/nosuch", "--tag"], ["backup", "/nosuch", "--host"], ["image", "/nosuch", "--name"],
+        ["init", "--slot-name"], ["key", "add", "--name"],
+    ],
+)  # fmt: skip
+def test_a_name_that_is_no_text_is_refused_before_anything_is_done(cli: Cli, words: list[str]) -> None:
+    before = cli.objects()
+    said = cli(*words, b"\xff\x1b", code=1)
+    assert "\\xff\\x1b is no UTF-8" in said
+    assert "Traceback" not in said
+    assert cli.objects() == before
+
+
 def test_help_and_version_load_nothing_heavy() -> None:
     script = (
         "import sys\n"

@@ -4,7 +4,7 @@ import os
 
 import click
 
-from backupfs.cli.settings import PATH, Settings, run_case, with_settings
+from backupfs.cli.settings import PATH, Settings, as_text, run_case, with_settings
 from backupfs.errors import UsageError
 
 
@@ -34,8 +34,8 @@ from backupfs.errors import UsageError
     help="Read paths from FILE, by line (# begins a comment) or NUL-separated; - is standard input.",
 )
 @click.option("--stdin", "stdin_name", metavar="NAME", help="Back up standard input as the file NAME.")
-@click.option("--tag", multiple=True, metavar="TAG", help="Tag the snapshot.")
-@click.option("--host", default="", metavar="NAME", help="Another host name than this machine's.")
+@click.option("--tag", callback=as_text, multiple=True, metavar="TAG", help="Tag the snapshot.")
+@click.option("--host", callback=as_text, default="", metavar="NAME", help="Another host name than this machine's.")
 @click.option("--time", "when", metavar="TIME", help="Another time than now: 2026-11-22T08:13:11, with Z or +01:00.")
 @click.option(
     "--parent",
@@ -130,8 +130,8 @@ def _read_into(descriptor: int, buffer: memoryview) -> int:
 
 @click.command("snapshots")
 @click.argument("names", nargs=-1, metavar="[SNAP]...")
-@click.option("--host", multiple=True, metavar="NAME", help="Only this host's.")
-@click.option("--tag", multiple=True, metavar="TAG", help="Only those with this tag.")
+@click.option("--host", callback=as_text, multiple=True, metavar="NAME", help="Only this host's.")
+@click.option("--tag", callback=as_text, multiple=True, metavar="TAG", help="Only those with this tag.")
 @click.option("--path", multiple=True, metavar="PATH", type=PATH, help="Only those of this path.")
 @with_settings
 def snapshots_command(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from backupfs.cli.commands.contents import split_snapshot_path
-from backupfs.cli.settings import PATH, Settings, with_settings
+from backupfs.cli.settings import PATH, Settings, as_text, with_settings
 from backupfs.errors import MountError, SourceError, UsageError, shown
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.argument("what", metavar="SNAP:PATH", type=PATH)
 @click.argument("local", metavar="LOCAL", type=PATH)
 @click.option("-p", "--parents", is_flag=True, help="Make the folders above PATH that the snapshot does not have.")
-@click.option("--tag", multiple=True, metavar="TAG", help="Tag the child, beside the tags of the snapshot.")
+@click.option(
+    "--tag", callback=as_text, multiple=True, metavar="TAG", help="Tag the child, beside the tags of the snapshot."
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Read and count, store nothing.")
 @with_settings
 def put_command(
@@ -73,7 +75,9 @@ def put_command(
 @click.argument("what", metavar="SNAP:PATH", type=PATH)
 @click.argument("more", metavar="[PATH]...", nargs=-1, type=PATH)
 @click.option("-R", "--recursive", is_flag=True, help="Remove folders, with all that is in them.")
-@click.option("--tag", multiple=True, metavar="TAG", help="Tag the child, beside the tags of the snapshot.")
+@click.option(
+    "--tag", callback=as_text, multiple=True, metavar="TAG", help="Tag the child, beside the tags of the snapshot."
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Count, store nothing.")
 @with_settings
 def rm_command(
@@ -146,7 +150,9 @@ def _opened(settings: Settings, name: str) -> "tuple[Repository, SnapshotList, S
     "--run", metavar="COMMAND", help="Without DIR: run COMMAND in a copy, and make the child if it ends with 0."
 )
 @click.option("--unchecked", is_flag=True, help="Make the child even of a file system that its checker finds broken.")
-@click.option("--tag", multiple=True, metavar="TAG", help="Tag the child, beside the tags of the image.")
+@click.option(
+    "--tag", callback=as_text, multiple=True, metavar="TAG", help="Tag the child, beside the tags of the image."
+)
 @with_settings
 def edit_command(
     settings: Settings,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from backupfs.cli.settings import PATH, Settings, with_settings
+from backupfs.cli.settings import PATH, Settings, as_text, with_settings
 from backupfs.errors import SourceError, UsageError, shown
 
 
@@ -49,9 +49,15 @@ def with_luks(command: Callable[..., object]) -> Callable[..., object]:
 
 @click.command("image")
 @click.argument("disks", nargs=-1, type=PATH, metavar="[NAME=]DISK...")
-@click.option("--name", default="", metavar="NAME", help="What the image is called, and found by (default: the host).")
-@click.option("--tag", multiple=True, metavar="TAG", help="Tag the snapshot.")
-@click.option("--host", default="", metavar="NAME", help="Another host name than this machine's.")
+@click.option(
+    "--name",
+    callback=as_text,
+    default="",
+    metavar="NAME",
+    help="What the image is called, and found by (default: the host).",
+)
+@click.option("--tag", callback=as_text, multiple=True, metavar="TAG", help="Tag the snapshot.")
+@click.option("--host", callback=as_text, default="", metavar="NAME", help="Another host name than this machine's.")
 @click.option("--time", "when", metavar="TIME", help="Another time than now: 2026-11-22T08:13:11, with Z or +01:00.")
 @click.option("--force", is_flag=True, help="Compare with no other image; look through all file systems again.")
 @click.option(

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from backupfs.cli.settings import Settings, run_case, with_settings
+from backupfs.cli.settings import Settings, as_text, run_case, with_settings
 from backupfs.errors import shown
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def list_command(settings: Settings) -> int:
 
 
 @key_command.command("add")
-@click.option("--name", default="", help="A name to know the slot by.")
+@click.option("--name", callback=as_text, default="", help="A name to know the slot by.")
 @_NEW_PASSWORD
 @with_settings
 def add_command(settings: Settings, name: str, new_password_file: str | None) -> int:

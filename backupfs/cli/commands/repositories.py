@@ -2,11 +2,11 @@
 
 import click
 
-from backupfs.cli.settings import Settings, run_case, with_settings
+from backupfs.cli.settings import Settings, as_text, run_case, with_settings
 
 
 @click.command("init")
-@click.option("--slot-name", default="first", show_default=True, help="Name of the first key slot.")
+@click.option("--slot-name", callback=as_text, default="first", show_default=True, help="Name of the first key slot.")
 @with_settings
 def init_command(settings: Settings, slot_name: str) -> int:
     """Make a new, empty repository.
