@@ -178,7 +178,7 @@ def test_file_systems_without_an_editor_are_named(program: str, name: str, tmp_p
 
 
 def test_a_file_system_that_is_not_sound_is_not_changed(tmp_path: Path) -> None:
-    volume = volume_of(tmp_path, "mkfs.ext4", "-q")
+    volume = volume_of(tmp_path, "mkfs.ext4", "-q", "-b", "1024")
     # The root directory's block is wiped.
     block = int(asked(volume, "blocks /").split()[0])
     with open(volume, "r+b") as file:
