@@ -8,6 +8,7 @@ used again, the pair is not) and the mountpoint. RUNTIME is /run for root, else 
 import contextlib
 import os
 import re
+import signal
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ class Server:
         """Tell whether it still runs; one that has ended but was not waited for does not."""
         found = _status_of(self.pid)
         return found is not None and found == self.started
+
+    def terminate(self) -> None:
+        """Ask it to end, if it still runs and this user may."""
+        if self.is_alive():
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGTERM)
 
 
 def mounts() -> Iterator[Mount]:

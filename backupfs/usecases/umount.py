@@ -12,6 +12,9 @@ from backupfs.fuse import mounted
 
 # A server ends when the reads that are under way have ended.
 WAIT_S = 60.0
+# One that goes on is held by another namespace of mounts (a container, a service with mounts of its own), which has a
+# copy of the mount: nobody has ended that.
+_HELD_S = 4.0
 _POLL_S = 0.02
 _TIMEOUT_S = 60.0
 
@@ -35,8 +38,12 @@ def umount(mountpoint: Path, lazy: bool = False, wait_s: float = WAIT_S) -> None
         _unmount_as_user(mount.mountpoint, name, lazy)
     if server is None or lazy:
         return
-    end = time.monotonic() + wait_s
+    begun = time.monotonic()
+    end, is_told = begun + wait_s, False
     while server.is_alive():
+        if not is_told and time.monotonic() > begun + _HELD_S:
+            is_told = True
+            server.terminate()
         if time.monotonic() > end:
             raise MountError(f"{name} is unmounted, but its server (process {server.pid}) has not ended yet")
         time.sleep(_POLL_S)

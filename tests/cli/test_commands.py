@@ -485,6 +485,27 @@ def test_a_repository_that_lost_its_config_is_not_told_to_be_made(cli: Cli, sour
 
 
 @pytest.mark.fuse
+def test_a_mount_that_another_namespace_has_a_copy_of_is_ended_too(cli: Cli, source: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a namespace of mounts")
+    cli("backup", source)
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    cli("mount", mountpoint)
+    script = f"grep -q {mountpoint} /proc/self/mountinfo && echo holds; exec sleep 100"
+    holder = subprocess.Popen(
+        ["unshare", "-m", "--propagation", "private", "sh", "-c", script], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds\n"
+        assert "unmounted" in cli("umount", mountpoint)
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+@pytest.mark.fuse
 def test_a_mount_without_a_cache_has_its_log_elsewhere(cli: Cli, source: Path, tmp_path: Path) -> None:
     cli("backup", source)
     mountpoint = tmp_path / "mnt"
