@@ -3,6 +3,7 @@
 import logging
 import os
 import stat
+import struct
 import tarfile
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,11 @@ _KINDS = {
     stat.S_IFBLK: tarfile.BLKTYPE,
     stat.S_IFREG: tarfile.REGTYPE,
 }
+_ACLS = {b"system.posix_acl_access": "SCHILY.acl.access", b"system.posix_acl_default": "SCHILY.acl.default"}
+# As the kernel keeps them: a version, then (tag, rights, id) each. Source: linux/posix_acl_xattr.h.
+_ACL_TAGS = {1: "user", 2: "user", 4: "group", 8: "group", 16: "mask", 32: "other"}
+_ACL_NUMBERED = (2, 8)
+_ACL_RIGHTS = ((4, "r"), (2, "w"), (1, "x"))
 
 
 def dump(repository: Repository, snapshot: Snapshot, path: bytes, output: BinaryIO) -> None:
@@ -131,6 +137,9 @@ def _member(node: Node, name: str) -> tarfile.TarInfo:
             member.pax_headers[f"SCHILY.xattr.{key.decode()}"] = _text(value)
         except UnicodeDecodeError:
             log.warning("%s: a tar cannot hold its attribute %s", shown(os.fsencode(name)), shown(key))
+        # `tar --acls` knows them as text only, and takes away those that it does not find.
+        if key in _ACLS:
+            member.pax_headers[_ACLS[key]] = _acl_text(value)
     member.type = _KINDS[node.mode & 0o170000]
     if member.type == tarfile.REGTYPE:
         member.size = node.size
@@ -139,6 +148,16 @@ def _member(node: Node, name: str) -> tarfile.TarInfo:
     elif member.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
         member.devmajor, member.devminor = node.device
     return member
+
+
+def _acl_text(value: bytes) -> str:
+    """Return an ACL as acl(5) has it in its short form, with numbers."""
+    entries = []
+    for tag, rights, number in struct.iter_unpack("<HHI", value[4 : 4 + (len(value) - 4) // 8 * 8]):
+        whose = number if tag in _ACL_NUMBERED else ""
+        letters = "".join(letter if rights & bit else "-" for bit, letter in _ACL_RIGHTS)
+        entries.append(f"{_ACL_TAGS.get(tag, 'other')}:{whose}:{letters}")
+    return ",".join(entries)
 
 
 def _text(name: bytes) -> str:

@@ -225,6 +225,28 @@ def test_dump_gives_a_folder_as_a_tar(cli: Cli, source: Path, tmp_path: Path) ->
     subprocess.run(["diff", "-r", "--no-dereference", source, out], check=True)
 
 
+@pytest.mark.parametrize("options", [["--acls"], ["--acls", "--xattrs", "--xattrs-include=*"], ["--xattrs-include=*"]])
+def test_a_tar_has_acls_as_tar_wants_them(cli: Cli, tmp_path: Path, options: list[str]) -> None:
+    source = tmp_path / "source"
+    (source / "folder").mkdir(parents=True)
+    (source / "file").touch()
+    subprocess.run(["setfacl", "-m", "u:1:r,g:70000:rx,m::rwx", source / "file"], check=True)
+    subprocess.run(["setfacl", "-m", "u:2:wx", "-m", "d:u:3:rwx,d:g::-", source / "folder"], check=True)
+    cli("backup", source)
+    out = tmp_path / "out"
+    out.mkdir()
+    subprocess.run(
+        ["tar", "-C", out, *options, "-xpf", "-"], input=cli.run("dump", f"latest:{source}").stdout, check=True
+    )
+    asked = [
+        subprocess.run(["getfacl", "-n", "file", "folder"], cwd=folder, check=True, capture_output=True).stdout
+        for folder in (source, out)
+    ]
+    assert asked[0] == asked[1]
+    assert b"group:70000:r-x" in asked[0]
+    assert b"default:user:3:rwx" in asked[0]
+
+
 def test_restore_puts_the_content_back(cli: Cli, source: Path, tmp_path: Path) -> None:
     cli("backup", source)
     cli("restore", f"latest:{source}", tmp_path / "out", "--verify")
