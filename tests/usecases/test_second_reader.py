@@ -60,8 +60,7 @@ EXT4: Tree = {
     **EVERYWHERE,
     b"not \xff utf-8 \n": File(b"name"),
     b"n" * 255: File(b"long name"),
-    # Not beyond 2038: mkfs 1.47.2 writes another time then, of which TSK reads the first half only.
-    b"later": File(b"2037", mtime_ns=2_140_000_000 * 10**9),
+    b"later": File(b"2090", mtime_ns=3_800_000_000 * 10**9),
     b"first": File(b"1970", mtime_ns=0),
     b"sparse": Sparse(40 * MIB, {0: b"start", 17 * MIB + 4096: b"island" * 999, 40 * MIB - 4: b"end."}),
     b"hole": Sparse(5 * MIB),
