@@ -108,7 +108,7 @@ def make_ext4(path: Path) -> None:
         *(f"setb {block}" for block in taken), f"write {large} pieces", *(f"freeb {block}" for block in taken),
     ]  # fmt: skip
     # mkfs keeps 32 bits of a time.
-    commands.append("set_inode_field later mtime_extra 1")
+    commands += ["set_inode_field later mtime @3800000000", "set_inode_field later mtime_extra 1"]
     run("debugfs", "-w", "-f", "-", path, stdin="\n".join(commands).encode())
     run("e2fsck", "-fn", path)
     assert len(run("debugfs", "-R", "dump_extents -l pieces", path).splitlines()) > 1000
