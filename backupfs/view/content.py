@@ -165,11 +165,12 @@ class FileReader:
         end = state.ahead_until = min(start + distance, size)
         try:
             ahead = self._pieces(state, content, size, start, end)
-        except NotCached:  # the list page of the next window, which its first read fetches
-            window_end = start - start % WINDOW_SIZE + WINDOW_SIZE
-            if start // WINDOW_SIZE not in state.windows:
+        except (NotCached, DamagedObject):
+            # Of the next window, whose first read fetches its list page, and tells if that is damaged.
+            number = start // WINDOW_SIZE
+            if number not in state.windows:
                 return
-            ahead = self._pieces(state, content, size, start, min(end, window_end))
+            ahead = self._pieces(state, content, size, start, min(end, (number + 1) * WINDOW_SIZE))
         self._loader.prefetch([ChunkId(piece.source) for piece in ahead if piece.kind == CHUNK])
 
 
