@@ -7,7 +7,8 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
-from backupfs.stores.s3 import S3Options, S3Store
+from backupfs.stores.s3 import S3Store
+from backupfs.stores.s3_client import S3Options
 from tests.servers import Server
 
 BUCKET = "backups"

@@ -81,7 +81,7 @@ class Settings:
         from backupfs.codec.sealing import Kind
         from backupfs.repository import layout
         from backupfs.stores.opening import open_store
-        from backupfs.stores.s3 import DEFAULT_CONNECTIONS, S3Options
+        from backupfs.stores.s3_client import DEFAULT_CONNECTIONS, S3Options
 
         # Only data may be in a class that is slow or dear to read: everything else is read all the time.
         classes = ((layout.prefix_of(Kind.DATA_PACK), self.storage_class),) if self.storage_class else ()

@@ -7,7 +7,8 @@ from urllib.parse import unquote_to_bytes
 from backupfs.errors import UsageError, shown
 from backupfs.stores.directory import DirectoryStore
 from backupfs.stores.retrying import RetryingStore
-from backupfs.stores.s3 import ADDRESSING, S3Options, S3Store
+from backupfs.stores.s3 import S3Store
+from backupfs.stores.s3_client import ADDRESSING, S3Options
 from backupfs.stores.store import Store, is_key
 
 # A word and a colon before any slash, as rsync and ssh tell a host from a path.

@@ -13,9 +13,7 @@ import hashlib
 import os
 import re
 import threading
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from backupfs.errors import (
@@ -27,65 +25,18 @@ from backupfs.errors import (
     StoreFull,
     StoreMissing,
     StoreUnavailable,
-    UsageError,
     shown,
 )
+from backupfs.stores import s3_answers as answers
 from backupfs.stores.pace import Pace, PacedBody
 from backupfs.stores.requests import RequestCounts, Requests, TooManyRequests
+from backupfs.stores.s3_client import S3Options, make_client
 from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Store, is_key, range_length, validate_key
 
-DEFAULT_CONNECTIONS = 16
-ADDRESSING = ("auto", "path", "virtual")
-
-# A connection that does not come about, and one on which nothing moves.
-_CONNECT_S = 10
-_READ_S = 60
 # What servers take of a difference between clocks.
 _MOST_SKEW_S = 15 * 60
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _KEY_START = re.compile(rf"[A-Za-z0-9._/-]{{0,{MAX_KEY_LENGTH}}}")
-
-# What servers answer, by what follows from it. Codes are those of S3 and of the servers that speak it.
-_NO_BUCKET = frozenset({"NoSuchBucket"})
-_NO_OBJECT = frozenset({"NoSuchKey", "404", "NotFound"})
-_EXISTS = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
-_NOT_ABLE = frozenset({"NotImplemented", "501"})
-_ARCHIVED = frozenset({"InvalidObjectState"})
-_FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507", "EntityTooLarge"})
-_NO_CLASS = frozenset({"InvalidStorageClass"})
-_NO_REGION = frozenset(
-    {
-        "InvalidLocationConstraint", "IllegalLocationConstraintException", "PermanentRedirect",
-        "AuthorizationHeaderMalformed",
-    }
-)  # fmt: skip
-_CLOCK = frozenset({"RequestTimeTooSkewed"})
-_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
-_REFUSED = frozenset(
-    {
-        "AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidAccessKeyId", "SignatureDoesNotMatch",
-        "InvalidToken", "InvalidSecurity", "Forbidden", "403", "401", "Unauthorized", "MethodNotAllowed",
-    }
-)  # fmt: skip
-_ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
-# A body that was garbled on its way: the next may not be.
-_GARBLED = frozenset({"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout"})
-
-
-@dataclass(frozen=True, slots=True)
-class S3Options:
-    """What a user can say about object storage; the rest is found by boto3's own chain."""
-
-    endpoint_url: str = ""  # empty: that of the profile or the environment, else AWS
-    region: str = ""
-    profile: str = ""
-    addressing: str = "auto"  # where the bucket's name stands: in the path, or in the host's name
-    ca_bundle: str = ""  # a file of certificates to trust; empty: the system's
-    connections: int = DEFAULT_CONNECTIONS
-    classes: tuple[tuple[str, str], ...] = ()  # (start of the key, storage class) for objects not of the usual class
-    encryption: str = ""  # by the server: AES256, aws:kms or aws:kms:KEY
-    limit_upload: int = 0  # bytes a second; 0: no limit
-    limit_download: int = 0
 
 
 class S3Store(Store):
@@ -164,7 +115,7 @@ class S3Store(Store):
                     ContentMD5=_base64(digest.digest()), **arguments,
                 )  # fmt: skip
             except client.exceptions.ClientError as error:
-                if "IfNoneMatch" not in arguments or _code(error) not in _NOT_ABLE:
+                if "IfNoneMatch" not in arguments or answers.code_of(error) not in answers.NOT_ABLE:
                     raise
                 self._has_conditional_put = False
                 answer = None
@@ -190,7 +141,7 @@ class S3Store(Store):
             try:
                 answer = client.get_object(Bucket=self._bucket, Key=self._prefix + key, **arguments)
             except client.exceptions.ClientError as error:
-                if _status(error) != 416:
+                if answers.status_of(error) != 416:
                     raise
                 answer = None
             if answer is not None:
@@ -260,7 +211,7 @@ class S3Store(Store):
         """Return the time that the server gives with its answers, to the second."""
         with self._translated(f"look at the bucket {shown(self._bucket)}"):
             answer = self._client().head_bucket(Bucket=self._bucket)
-        date = _date(answer["ResponseMetadata"]["HTTPHeaders"])
+        date = answers.date_of(answer["ResponseMetadata"]["HTTPHeaders"])
         if date is None:
             raise StoreError(f"{shown(self.url)} does not tell the time with its answers")
         return date * 10**9
@@ -278,7 +229,7 @@ class S3Store(Store):
             answer = self._client().head_object(Bucket=self._bucket, Key=self._prefix + key)
         storage_class = answer.get("StorageClass", "")
         restore = answer.get("Restore", "")
-        is_cold = storage_class in _ARCHIVE_CLASSES or "ArchiveStatus" in answer
+        is_cold = storage_class in answers.ARCHIVE_CLASSES or "ArchiveStatus" in answer
         is_thawing = 'ongoing-request="true"' in restore
         return ArchiveState(storage_class, is_cold and (is_thawing or not restore), is_thawing)
 
@@ -291,7 +242,7 @@ class S3Store(Store):
             try:
                 client.restore_object(Bucket=self._bucket, Key=self._prefix + key, RestoreRequest=request)
             except client.exceptions.ClientError as error:
-                if _code(error) != "RestoreAlreadyInProgress":
+                if answers.code_of(error) != "RestoreAlreadyInProgress":
                     raise
 
     def stop(self) -> None:
@@ -349,7 +300,7 @@ class S3Store(Store):
             return self._made
         with self._lock:
             if self._made is None:
-                self._made = _make_client(self._options, self._requests)
+                self._made = make_client(self._options, self._requests)
             elif self._pid != os.getpid():
                 # Connections of the process that forked this one are not to be touched; closing lets go of them here.
                 self._made.close()
@@ -379,7 +330,7 @@ class S3Store(Store):
                 "profile of ~/.aws/credentials with --profile"
             ) from error
         except (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.UnauthorizedSSOTokenError) as error:
-            raise AccessDenied(f"{about}: {_text(error)}; log in again") from error
+            raise AccessDenied(f"{about}: {answers.text_of(error)}; log in again") from error
         except TooManyRequests as error:
             raise StoreError(
                 f"{about}: the server at {shown(self._endpoint())} sends on to another place without end: see "
@@ -387,43 +338,43 @@ class S3Store(Store):
             ) from error
         except boto.SSLError as error:
             # A connection that is cut or garbled shows as an error of TLS, too, and the next may not be.
-            if not _is_distrust(error):
-                raise StoreUnavailable(f"{about}: {_text(error)}") from error
+            if not answers.is_distrust(error):
+                raise StoreUnavailable(f"{about}: {answers.text_of(error)}") from error
             raise StoreError(
-                f"{about}: the connection is not to be trusted ({_text(error)}); for a certificate of your own "
-                "give --ca-bundle FILE"
+                f"{about}: the connection is not to be trusted ({answers.text_of(error)}); for a certificate of your "
+                "own give --ca-bundle FILE"
             ) from error
         except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, HTTPError) as error:
-            raise StoreUnavailable(f"{about}: {_text(error)}") from error
+            raise StoreUnavailable(f"{about}: {answers.text_of(error)}") from error
         except boto.BotoCoreError as error:
-            raise StoreError(f"{about}: {_text(error)}") from error
+            raise StoreError(f"{about}: {answers.text_of(error)}") from error
 
     def _meaning(self, error: Any, about: str, key: str, hint: str) -> StoreError:
-        code, status = _code(error), _status(error)
-        said = _said(error)
-        if code in _NO_BUCKET or (status == 404 and not key):
+        code, status = answers.code_of(error), answers.status_of(error)
+        said = answers.said_by(error)
+        if code in answers.NO_BUCKET or (status == 404 and not key):
             return StoreMissing(
                 f"there is no bucket {shown(self._bucket)} at {shown(self._endpoint())}: "
                 "check the name, or make it with `backupfs init`"
             )
-        if code in _NO_OBJECT or status == 404:
+        if code in answers.NO_OBJECT or status == 404:
             if code not in ("NoSuchKey",):
                 # The answer to a look has no body: it may be the bucket that is missing.
                 with self._translated(f"look at the bucket {shown(self._bucket)}"):
                     self._client().head_bucket(Bucket=self._bucket)
             return ObjectMissing(f"object {key} is not in {shown(self.url)}")
-        if code in _EXISTS or status == 412:
+        if code in answers.EXISTS or status == 412:
             return ObjectExists(f"object {key} is in {shown(self.url)} already")
-        if code in _ARCHIVED:
+        if code in answers.ARCHIVED:
             storage_class = shown(str(error.response.get("Error", {}).get("StorageClass") or "an archive class"))
             return ObjectArchived(
                 f"{about}: it is in {storage_class}: `backupfs thaw SNAP:PATH` makes it readable again"
             )
-        if code in _FULL or status == 507:
+        if code in answers.FULL or status == 507:
             return StoreFull(f"{about}: there is no room left: {said}")
-        ahead_s = _clock_ahead_s(error)
+        ahead_s = answers.clock_ahead_s(error)
         # The answer to a look has no body, so it does not say why.
-        if code in _CLOCK or (status == 403 and abs(ahead_s) > _MOST_SKEW_S):
+        if code in answers.CLOCK or (status == 403 and abs(ahead_s) > _MOST_SKEW_S):
             way = (
                 f"{abs(ahead_s) / 60:.0f} minutes {'ahead of' if ahead_s > 0 else 'behind'} that"
                 if ahead_s
@@ -433,139 +384,28 @@ class S3Store(Store):
                 f"{about}: the clock of this machine is {way} of the server, which refuses it: set the clock, as with "
                 f"`timedatectl set-ntp true` ({said})"
             )
-        if code in _NO_CLASS:
+        if code in answers.NO_CLASS:
             return StoreError(f"{about}: the server has no such class of storage, see --storage-class ({said})")
-        if code in _EXPIRED:
+        if code in answers.EXPIRED:
             return AccessDenied(f"{about}: the credentials have expired: get new ones ({said})")
-        if code in _GARBLED or status == 429 or code in ("SlowDown", "Throttling"):
+        if code in answers.GARBLED or status == 429 or code in ("SlowDown", "Throttling"):
             return StoreUnavailable(f"{about}: {said}")
-        if code in _NOT_ABLE or status == 501:
+        if code in answers.NOT_ABLE or status == 501:
             see = ", see --encryption" if self._options.encryption else ""
             return StoreError(f"{about}: the server cannot do that{see} ({said})")
-        if code in _NO_REGION:
+        if code in answers.NO_REGION:
             return StoreError(f"{about}: the server has another region, see --region ({said})")
         if status >= 500:
             return StoreUnavailable(f"{about}: {said}{hint}")
         if code == "400":
             # The answer to a look has no body.
             return StoreError(f"{about}: the server does not say why; see --region, or get new credentials ({said})")
-        if code in _REFUSED or status in (401, 403):
+        if code in answers.REFUSED or status in (401, 403):
             return AccessDenied(f"{about}: the server refuses it to these credentials: {said}")
         return StoreError(f"{about}: {said}")
 
     def _endpoint(self) -> str:
         return str(self._client().meta.endpoint_url)
-
-
-def _make_client(options: S3Options, requests: Requests) -> Any:
-    """Return a boto3 client. Raises: UsageError."""
-    import boto3
-    import botocore.session
-    from botocore import exceptions as boto
-    from botocore.config import Config
-
-    try:
-        core = botocore.session.Session(profile=options.profile or None)
-        endpoint = (
-            options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-            or core.get_scoped_config().get("endpoint_url") or ""
-        )  # fmt: skip
-        addressing = options.addressing
-        if addressing == "auto" and endpoint and ".amazonaws.com" not in endpoint:
-            # Few servers but Amazon's have a host name for each bucket.
-            addressing = "path"
-        config = Config(
-            s3={"addressing_style": addressing, "payload_signing_enabled": False},
-            signature_version="s3v4",
-            max_pool_connections=options.connections,
-            # Trailers of checksums are what older servers do not understand; the MD5 is sent with each put.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"mode": "standard", "total_max_attempts": 1},
-            connect_timeout=_CONNECT_S,
-            read_timeout=_READ_S,
-            tcp_keepalive=True,
-        )
-        client = boto3.Session(botocore_session=core).client(
-            "s3",
-            region_name=options.region or core.get_config_variable("region") or "us-east-1",
-            endpoint_url=endpoint or None,
-            verify=_trusted(options.ca_bundle) or None,
-            config=config,
-        )
-    except boto.ProfileNotFound as error:
-        raise UsageError(f"{_text(error)}: name one of ~/.aws/config with --profile") from error
-    except ValueError as error:
-        raise UsageError(f"object storage cannot be used, see --endpoint-url and --region: {_text(error)}") from error
-    except boto.BotoCoreError as error:
-        raise UsageError(f"object storage cannot be used: {_text(error)}") from error
-    client.meta.events.register("before-send.s3", requests.count)
-    return client
-
-
-def _trusted(ca_bundle: str) -> str:
-    """Return the file of certificates to trust. Raises: UsageError if it holds none."""
-    import ssl
-
-    if ca_bundle:
-        try:
-            folder = os.path.isdir(ca_bundle)
-            ssl.create_default_context(capath=ca_bundle if folder else None, cafile=None if folder else ca_bundle)
-        except OSError as error:
-            reason = "it holds no certificates" if isinstance(error, ssl.SSLError) else error.strerror
-            raise UsageError(f"--ca-bundle {shown(ca_bundle)}: {reason}") from error
-    return ca_bundle
-
-
-def _is_distrust(error: BaseException) -> bool:
-    """Tell whether an error of TLS says that the other end is not who it should be."""
-    import ssl
-
-    seen: list[BaseException] = []
-    waiting: list[object] = [error]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, BaseException) and one not in seen:
-            if isinstance(one, ssl.SSLCertVerificationError):
-                return True
-            seen.append(one)
-            # urllib3 wraps what it catches, sometimes as an argument only.
-            waiting += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
-    return False
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _status(error: Any) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _clock_ahead_s(error: Any) -> float:
-    """Return by how much this machine's clock is ahead of the server's, by the time of its answer; 0 if unknown."""
-    date = _date(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
-    return time.time() - date if date is not None else 0.0
-
-
-def _date(headers: Mapping[str, str]) -> int | None:
-    """Return when a server gave its answer, in seconds since 1970."""
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return int(parsedate_to_datetime(headers.get("date", "")).timestamp())
-    except (TypeError, ValueError):
-        return None
-
-
-def _said(error: Any) -> str:
-    message = str(error.response.get("Error", {}).get("Message", "")).strip().rstrip(".")
-    status, code = str(_status(error)), _code(error)
-    return shown(" ".join(dict.fromkeys((status, code or status))) + (f", {message}" if message else ""))
-
-
-def _text(error: Exception) -> str:
-    return shown(" ".join(str(error).split())).rstrip(".")
 
 
 def _base64(data: bytes) -> str:

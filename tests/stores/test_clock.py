@@ -10,7 +10,7 @@ import botocore.auth
 import pytest
 
 from backupfs.errors import AccessDenied
-from backupfs.stores import s3
+from backupfs.stores import s3_answers
 from backupfs.stores.retrying import RetryingStore
 from tests.buckets import bucket_of
 from tests.hosts import environment_of, runner
@@ -59,7 +59,7 @@ def test_a_clock_an_hour_off_is_named_at_once(
     right.put("config", b"x")
     clock = Shifted(shift_s)
     monkeypatch.setattr(botocore.auth, "get_current_datetime", clock.now)
-    monkeypatch.setattr(s3, "time", clock)
+    monkeypatch.setattr(s3_answers, "time", clock)
 
     def must_not_try_again(pause_s: float) -> None:
         raise AssertionError(f"it tries again in {pause_s} s")

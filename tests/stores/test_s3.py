@@ -22,10 +22,11 @@ from backupfs.errors import (
     StoreUnavailable,
     UsageError,
 )
-from backupfs.stores import s3
+from backupfs.stores import s3_client
 from backupfs.stores.opening import open_store
 from backupfs.stores.retrying import RetryingStore
-from backupfs.stores.s3 import S3Options, S3Store
+from backupfs.stores.s3 import S3Store
+from backupfs.stores.s3_client import S3Options
 from backupfs.stores.store import ArchiveState, Store
 from tests.buckets import BUCKET, bucket_of, options_of
 from tests.fault_proxy import FaultProxy
@@ -166,7 +167,7 @@ def test_a_put_if_absent_whose_answer_was_lost_is_ones_own(
 def test_a_stalled_connection_is_given_up_and_tried_again(
     store: RetryingStore, once: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "_READ_S", 1)
+    monkeypatch.setattr(s3_client, "_READ_S", 1)
     proxy.rule("stall", method="GET", seconds=2.5, times=1)
     assert store.get("packs/data/old") == DATA
     assert len(proxy.seen) == 2

@@ -1,0 +1,88 @@
+"""What servers of object storage answer, and what may be read out of it."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from backupfs.errors import shown
+
+# What servers answer, by what follows from it. Codes are those of S3 and of the servers that speak it.
+NO_BUCKET = frozenset({"NoSuchBucket"})
+NO_OBJECT = frozenset({"NoSuchKey", "404", "NotFound"})
+EXISTS = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
+NOT_ABLE = frozenset({"NotImplemented", "501"})
+ARCHIVED = frozenset({"InvalidObjectState"})
+FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507", "EntityTooLarge"})
+NO_CLASS = frozenset({"InvalidStorageClass"})
+NO_REGION = frozenset(
+    {
+        "InvalidLocationConstraint", "IllegalLocationConstraintException", "PermanentRedirect",
+        "AuthorizationHeaderMalformed",
+    }
+)  # fmt: skip
+CLOCK = frozenset({"RequestTimeTooSkewed"})
+EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
+REFUSED = frozenset(
+    {
+        "AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidAccessKeyId", "SignatureDoesNotMatch",
+        "InvalidToken", "InvalidSecurity", "Forbidden", "403", "401", "Unauthorized", "MethodNotAllowed",
+    }
+)  # fmt: skip
+ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+# A body that was garbled on its way: the next may not be.
+GARBLED = frozenset({"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout"})
+
+
+def code_of(error: Any) -> str:
+    """Return the code of an error of boto3's; empty if there is none."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def status_of(error: Any) -> int:
+    """Return the HTTP status of an error of boto3's; 0 if there is none."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def clock_ahead_s(error: Any) -> float:
+    """Return by how much this machine's clock is ahead of the server's, by the time of its answer; 0 if unknown."""
+    date = date_of(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
+    return time.time() - date if date is not None else 0.0
+
+
+def date_of(headers: Mapping[str, str]) -> int | None:
+    """Return when a server gave its answer, in seconds since 1970."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return int(parsedate_to_datetime(headers.get("date", "")).timestamp())
+    except (TypeError, ValueError):
+        return None
+
+
+def said_by(error: Any) -> str:
+    """Return status, code and words of an error of boto3's, for people."""
+    message = str(error.response.get("Error", {}).get("Message", "")).strip().rstrip(".")
+    status, code = str(status_of(error)), code_of(error)
+    return shown(" ".join(dict.fromkeys((status, code or status))) + (f", {message}" if message else ""))
+
+
+def text_of(error: Exception) -> str:
+    """Return the words of any error in one line."""
+    return shown(" ".join(str(error).split())).rstrip(".")
+
+
+def is_distrust(error: BaseException) -> bool:
+    """Tell whether an error of TLS says that the other end is not who it should be."""
+    import ssl
+
+    seen: list[BaseException] = []
+    waiting: list[object] = [error]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, BaseException) and one not in seen:
+            if isinstance(one, ssl.SSLCertVerificationError):
+                return True
+            seen.append(one)
+            # urllib3 wraps what it catches, sometimes as an argument only.
+            waiting += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
+    return False

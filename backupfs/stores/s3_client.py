@@ -1,0 +1,92 @@
+"""What a user says of object storage, and the boto3 client that follows from it: one attempt of everything."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from backupfs.errors import UsageError, shown
+from backupfs.stores.requests import Requests
+from backupfs.stores.s3_answers import text_of
+
+DEFAULT_CONNECTIONS = 16
+ADDRESSING = ("auto", "path", "virtual")
+
+# A connection that does not come about, and one on which nothing moves.
+_CONNECT_S = 10
+_READ_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """What a user can say about object storage; the rest is found by boto3's own chain."""
+
+    endpoint_url: str = ""  # empty: that of the profile or the environment, else AWS
+    region: str = ""
+    profile: str = ""
+    addressing: str = "auto"  # where the bucket's name stands: in the path, or in the host's name
+    ca_bundle: str = ""  # a file of certificates to trust; empty: the system's
+    connections: int = DEFAULT_CONNECTIONS
+    classes: tuple[tuple[str, str], ...] = ()  # (start of the key, storage class) for objects not of the usual class
+    encryption: str = ""  # by the server: AES256, aws:kms or aws:kms:KEY
+    limit_upload: int = 0  # bytes a second; 0: no limit
+    limit_download: int = 0
+
+
+def make_client(options: S3Options, requests: Requests) -> Any:
+    """Return a boto3 client. Raises: UsageError."""
+    import boto3
+    import botocore.session
+    from botocore import exceptions as boto
+    from botocore.config import Config
+
+    try:
+        core = botocore.session.Session(profile=options.profile or None)
+        endpoint = (
+            options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            or core.get_scoped_config().get("endpoint_url") or ""
+        )  # fmt: skip
+        addressing = options.addressing
+        if addressing == "auto" and endpoint and ".amazonaws.com" not in endpoint:
+            # Few servers but Amazon's have a host name for each bucket.
+            addressing = "path"
+        config = Config(
+            s3={"addressing_style": addressing, "payload_signing_enabled": False},
+            signature_version="s3v4",
+            max_pool_connections=options.connections,
+            # Trailers of checksums are what older servers do not understand; the MD5 is sent with each put.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            retries={"mode": "standard", "total_max_attempts": 1},
+            connect_timeout=_CONNECT_S,
+            read_timeout=_READ_S,
+            tcp_keepalive=True,
+        )
+        client = boto3.Session(botocore_session=core).client(
+            "s3",
+            region_name=options.region or core.get_config_variable("region") or "us-east-1",
+            endpoint_url=endpoint or None,
+            verify=_trusted(options.ca_bundle) or None,
+            config=config,
+        )
+    except boto.ProfileNotFound as error:
+        raise UsageError(f"{text_of(error)}: name one of ~/.aws/config with --profile") from error
+    except ValueError as error:
+        raise UsageError(f"object storage cannot be used, see --endpoint-url and --region: {text_of(error)}") from error
+    except boto.BotoCoreError as error:
+        raise UsageError(f"object storage cannot be used: {text_of(error)}") from error
+    client.meta.events.register("before-send.s3", requests.count)
+    return client
+
+
+def _trusted(ca_bundle: str) -> str:
+    """Return the file of certificates to trust. Raises: UsageError if it holds none."""
+    import ssl
+
+    if ca_bundle:
+        try:
+            folder = os.path.isdir(ca_bundle)
+            ssl.create_default_context(capath=ca_bundle if folder else None, cafile=None if folder else ca_bundle)
+        except OSError as error:
+            reason = "it holds no certificates" if isinstance(error, ssl.SSLError) else error.strerror
+            raise UsageError(f"--ca-bundle {shown(ca_bundle)}: {reason}") from error
+    return ca_bundle
