@@ -1,4 +1,4 @@
-"""File systems by fs-explorer, an optional library: ext2/3/4, btrfs, NTFS, FAT, exFAT, ISO 9660, squashfs and others.
+"""File systems by fs-explorer, an optional library: btrfs, NTFS, FAT, exFAT, ISO 9660, squashfs and others.
 
 What is used of it is no documented interface, so its version is pinned in setup.cfg.
 """
@@ -16,11 +16,10 @@ from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadabl
 
 # Drivers of file systems, by the names that users know.
 _FORMS = {
-    "ext": "ext4", "btrfs": "btrfs", "ntfs": "ntfs", "fat": "vfat", "exfat": "exfat", "iso9660": "iso9660",
+    "btrfs": "btrfs", "ntfs": "ntfs", "fat": "vfat", "exfat": "exfat", "iso9660": "iso9660",
     "squashfs": "squashfs", "udf": "udf", "hfsplus": "hfsplus",
 }  # fmt: skip
 _STEP = 1 << 20
-_EXT_RECOVER = 0x4
 # Of btrfs: types of items, (directory, sequence, length of the name) before a name, the inode of an empty directory.
 _ROOT_ITEM, _ROOT_REF = 132, 156
 _ROOT_REFERENCE = struct.Struct("<QQH")
@@ -31,7 +30,6 @@ _TYPES = {
     "BLOCK_DEVICE": stat.S_IFBLK, "FIFO": stat.S_IFIFO, "SOCKET": stat.S_IFSOCK,
 }  # fmt: skip
 _MODES = {stat.S_IFDIR: 0o755, stat.S_IFLNK: 0o777}
-_NOT_SHOWN = frozenset({b"system.data"})  # where ext4 keeps the bytes of small files
 
 
 def is_installed() -> bool:
@@ -69,7 +67,7 @@ def open_filesystem(read: Read, size: int) -> Filesystem | None:
         # Its addresses are logical, and the library does not say where they are.
         layer.lra.physical_ranges = partial(_ranges_of_btrfs, layer.lra)
         layer._entry_node = partial(_entry_of_btrfs, layer, layer._entry_node)
-    return _ExplorerFilesystem(layer, getattr(layer, "format", "") or _FORMS[name], size)
+    return _ExplorerFilesystem(layer, getattr(layer, "format", "") or _FORMS[name])
 
 
 def _volume(read: Read, size: int) -> Any:
@@ -94,18 +92,13 @@ def _volume(read: Read, size: int) -> Any:
 class _ExplorerFilesystem:
     """Adapts a tree of the library."""
 
-    def __init__(self, tree: Any, form: str, size: int) -> None:
+    def __init__(self, tree: Any, form: str) -> None:
         self._tree = tree
         self.form = form
-        recovers = getattr(tree, "incompat", 0) & _EXT_RECOVER if form.startswith("ext") else 0
-        if form == "btrfs":
-            recovers = tree.sb.log_root
-        remarks = []
-        if recovers:
-            remarks.append("it was not unmounted: files are shown as of before its journal is replayed")
-        if form.startswith("ext") and tree.blocks_count * tree.bs > size:
-            remarks.append("it is larger than the disk, which is cut short: some files cannot be whole")
-        self.remarks: tuple[str, ...] = tuple(remarks)
+        recovers = form == "btrfs" and tree.sb.log_root
+        self.remarks: tuple[str, ...] = (
+            ("it was not unmounted: files are shown as of before its journal is replayed",) if recovers else ()
+        )
 
     def top(self) -> Entry:
         return self._entry(self._tree.root())
@@ -159,11 +152,8 @@ class _ExplorerFilesystem:
             return found
         for name, value in self._tree.xattrs(entry.handle).items():
             key = os.fsencode(name)
-            if key in _NOT_SHOWN or b"." not in key:
-                continue
-            if key.startswith(b"system.posix_acl_") and self.form.startswith("ext"):
-                value = _acl_of_ext(value)
-            found.append((key, bytes(value)))
+            if b"." in key:
+                found.append((key, bytes(value)))
         return sorted(found)
 
     def extents(self, file: Entry) -> list[Extent] | None:
@@ -256,20 +246,3 @@ def _ranges_of_btrfs(logical: Any, offset: int, length: int) -> list[tuple[int |
         found += logical.dev.physical_ranges(chunk.phys + offset - chunk.logical, count)
         offset, length = offset + count, length - count
     return found
-
-
-def _acl_of_ext(stored: bytes) -> bytes:
-    """Return an ACL as getxattr(2) gives it, from the form on the disk of ext2/3/4."""
-    plain = struct.pack("<I", 2)
-    at = 4
-    while at + 4 <= len(stored):
-        tag, permissions = struct.unpack_from("<HH", stored, at)
-        at += 4
-        who = 0xFFFFFFFF
-        if tag in (0x02, 0x08):
-            if at + 4 > len(stored):
-                raise Unreadable("its ACL is cut short")
-            who = struct.unpack_from("<I", stored, at)[0]
-            at += 4
-        plain += struct.pack("<HHI", tag, permissions, who)
-    return plain

@@ -1,6 +1,6 @@
 """What a volume holds that is known and is not read here: so that a user hears of it instead of finding no files.
 
-Source: the headers of Linux (md_p.h, ext4.h, f2fs_fs.h, bcachefs_format.h) and blkid's probes for what Windows has.
+Source: the headers of Linux (md_p.h, f2fs_fs.h, bcachefs_format.h) and blkid's probes for what Windows has.
 """
 
 import struct
@@ -11,9 +11,6 @@ _START = 8192  # bytes in which all of these say what they are
 _MD_MAGIC = b"\xfc\x4e\x2b\xa9"
 _MD_PLACES = (0, 4096)  # where it lies at the end, the volume begins with its file system, and that is read
 _MD_LEVEL = 72
-_EXT_SUPERBLOCK = 1024
-_EXT_MAGIC = b"\x53\xef"
-_EXT_BIGALLOC = 0x200
 _MAGICS = (
     (3, b"-FVE-FS-", "it is encrypted with BitLocker"), (3, b"ReFS\0", "it holds ReFS"),
     (1024, b"\x10\x20\xf5\xf2", "it holds F2FS"),
@@ -34,7 +31,4 @@ def unread_form(read: Read) -> str:
     for place, magic, form in _MAGICS:
         if start[place : place + len(magic)] == magic:
             return f"{form}, which is not read"
-    magic, features = start[_EXT_SUPERBLOCK + 56 :][:2], struct.unpack_from("<I", start, _EXT_SUPERBLOCK + 100)[0]
-    if magic == _EXT_MAGIC and features & _EXT_BIGALLOC:
-        return "it holds ext4 with clusters of several blocks (bigalloc), which is not read"
     return ""

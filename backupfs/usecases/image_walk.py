@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from backupfs.disks import explorer, sandbox, xfs
+from backupfs.disks import explorer, readers, sandbox
 from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
 from backupfs.disks.ranges import Ranges, overlapping
 from backupfs.forked import Line
@@ -109,8 +109,9 @@ def load_readers(report: Report) -> None:
     if not explorer.is_installed():
         report(
             Remark(
-                "of the files in the disks only those on XFS are shown, as the library that reads others is missing: "
-                "`pip install '.[images]'` in backupfs's checkout adds it; the disks themselves are complete"
+                "of the files in the disks only those on ext2, ext3, ext4 and XFS are shown, as the library that reads "
+                "others is missing: `pip install '.[images]'` in backupfs's checkout adds it; the disks themselves are "
+                "complete"
             )
         )
 
@@ -133,7 +134,7 @@ def walk_volume(line: Line, read_all: Read, size: int, kept: list[int], free: Ra
     explorer.load()
     sandbox.confine([*kept, *line.descriptors])
     try:
-        filesystem = xfs.open_xfs(read, size) or explorer.open_filesystem(read, size)
+        filesystem = readers.open_filesystem(read, size)
     except Exception as error:
         line.send(Problem(b"/", f"its file system cannot be read: {_reason(error)}"))
         return

@@ -1,4 +1,4 @@
-"""index as users meet it: an image that was taken without the library, and a mount that shows what was found."""
+"""index as users meet it: an image that was taken without readers, and a mount that shows what was found."""
 
 import os
 import subprocess
@@ -13,11 +13,12 @@ from tests.cli.test_images import disk
 
 __all__ = ["disk"]
 
-# As on a machine without the library.
+# As on a machine without anything that reads file systems.
 BLIND = """
 import sys
-from backupfs.disks import explorer
+from backupfs.disks import explorer, readers
 explorer.is_installed = lambda: False
+readers.open_filesystem = lambda read, size: None
 from backupfs.cli.main import run
 sys.exit(run(sys.argv[1:]))
 """
@@ -36,7 +37,7 @@ def image_blindly(cli: Cli, disk: Path) -> None:
     assert b"pip install '.[images]'" in done.stderr
 
 
-def test_an_image_taken_without_the_library_is_indexed(cli: Cli, disk: Path, tmp_path: Path) -> None:
+def test_an_image_taken_without_readers_is_indexed(cli: Cli, disk: Path, tmp_path: Path) -> None:
     image_blindly(cli, disk)
     assert cli("ls", "web:latest:/files") == ""
     said = cli("index", "web:latest")

@@ -2,7 +2,6 @@
 
 import os
 import struct
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,17 +38,6 @@ def test_what_is_known_and_not_read_is_named(place: int, data: bytes, says: str,
     assert says in remark
     assert remark.endswith(", which is not read")
     assert undivided == ()
-
-
-def test_ext4_with_clusters_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "disk.raw"
-    for options, named in ((["-O", "bigalloc", "-C", "65536"], True), ([], False)):
-        path.unlink(missing_ok=True)
-        with open(path, "wb") as file:
-            file.truncate(64 * MIB)
-        subprocess.run(["mkfs.ext4", "-q", *options, path], check=True, capture_output=True)
-        remarks, undivided = remarks_of(path)
-        assert ("bigalloc" in " ".join(remarks), undivided == ()) == (named, named)
 
 
 @pytest.mark.parametrize("size", [1, 100, 1025, 4200])

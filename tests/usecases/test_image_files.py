@@ -16,7 +16,7 @@ import pytest
 import trio
 import zstandard
 
-from backupfs.disks import explorer
+from backupfs.disks import explorer, readers
 from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.snapshot import Snapshot
@@ -216,7 +216,7 @@ def imaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Image:
             assert (read(0, 5), size) == (path.read_bytes()[:5], 200_000)
             return filesystem
 
-        monkeypatch.setattr(explorer, "open_filesystem", opened)
+        monkeypatch.setattr(readers, "open_filesystem", opened)
         repository, events = new_repository(), list[Event]()
         snapshot = run_image(repository, path, report=events.append).snapshot
         assert snapshot is not None
@@ -334,7 +334,7 @@ def test_files_of_a_volume_that_did_not_change_are_not_looked_at_again(
     def opened(read: Read, size: int) -> object:
         raise AssertionError("nobody should look")
 
-    monkeypatch.setattr(explorer, "open_filesystem", opened)
+    monkeypatch.setattr(readers, "open_filesystem", opened)
     events: list[Event] = []
     second = run_image(repository, path, report=events.append).snapshot
     assert not problems_of(events)
@@ -387,7 +387,7 @@ def test_files_of_a_volume_that_changed_are(how: str, tmp_path: Path, monkeypatc
     if how == "changed":
         (source / "b").write_bytes(b"second" * 500)
         volume_of(source, path, "ext4", size=8 * MIB)
-    real = explorer.open_filesystem
+    real = readers.open_filesystem
     looks: list[str] = []
 
     class Looks(logging.Handler):
@@ -398,7 +398,7 @@ def test_files_of_a_volume_that_changed_are(how: str, tmp_path: Path, monkeypatc
         logging.getLogger("test").warning("a look at %d bytes", size)
         return real(read, size)
 
-    monkeypatch.setattr(explorer, "open_filesystem", opened)
+    monkeypatch.setattr(readers, "open_filesystem", opened)
     logging.getLogger("test").addHandler(handler := Looks())
     snapshot = run_image(repository, path, force=how == "forced").snapshot
     logging.getLogger("test").removeHandler(handler)

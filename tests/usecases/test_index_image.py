@@ -9,7 +9,7 @@ import pytest
 import trio
 
 import backupfs.usecases.index as index_module
-from backupfs.disks import explorer, layout
+from backupfs.disks import explorer, layout, readers
 from backupfs.disks.filesystem import Read
 from backupfs.errors import PathNotFound, UsageError, WrongPassword
 from backupfs.ids import ChunkId
@@ -60,9 +60,10 @@ def volume(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """As without the library, until it is undone."""
+    """As without anything that reads file systems, until it is undone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explorer, "is_installed", lambda: False)
+        patch.setattr(readers, "open_filesystem", lambda _read, _size: None)
         yield patch
 
 
@@ -170,12 +171,12 @@ def test_volumes_whose_files_are_shown_keep_them_and_the_others_are_looked_into(
             file.write(volume.read_bytes())
         file.seek(205 * MIB)
         file.write(bytes(20 * MIB))
-    real = explorer.open_filesystem
+    real = readers.open_filesystem
 
     def only_the_first(read: Read, size: int) -> object:
         return None if broken and size > 100 * MIB else real(read, size)
 
-    monkeypatch.setattr(explorer, "open_filesystem", only_the_first)
+    monkeypatch.setattr(readers, "open_filesystem", only_the_first)
     broken = True
     before = make_image(repository, path)
     broken = False
@@ -210,7 +211,7 @@ def test_a_better_reader_renews_and_one_that_fails_takes_nothing_away(
     def fail(*_arguments: object) -> object:
         raise ValueError("a fault")
 
-    monkeypatch.setattr(explorer, "open_filesystem", fail)
+    monkeypatch.setattr(readers, "open_filesystem", fail)
     events: list[Event] = []
     result = run_index(repository, force=True, report=events.append)
     assert any(isinstance(event, FileSkipped) for event in events)
