@@ -259,12 +259,17 @@ def tell_forget(settings: Settings, result: "ForgetResult", dry_run: bool) -> No
     """Print which snapshots were forgotten."""
     if settings.json:
         forgotten: list[Value] = [snapshot_value(snapshot) for snapshot in result.forgotten]
-        print_json({"event": "summary", "forgotten": forgotten, "kept": result.kept, "dry_run": dry_run})
+        broken: list[Value] = [snapshot_id.hex() for snapshot_id in result.broken]
+        print_json(
+            {"event": "summary", "forgotten": forgotten, "broken": broken, "kept": result.kept, "dry_run": dry_run}
+        )
         return
     if settings.quiet:
         return
+    verb = "would forget" if dry_run else "forgot"
+    for snapshot_id in result.broken:
+        click.echo(f"{verb} {short(snapshot_id)}, which cannot be read")
     for snapshot in result.forgotten:
-        verb = "would forget" if dry_run else "forgot"
         paths = " ".join(map(shown, snapshot.paths))
         click.echo(
             f"{verb} {short(snapshot.snapshot_id)}, {time_text(snapshot.time_ns)}, {shown(snapshot.host)}, {paths}"

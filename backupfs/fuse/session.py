@@ -37,14 +37,15 @@ class SessionOptions:
     is_writable: bool = False
 
 
-def check_mountpoint(mountpoint: Path, options: SessionOptions) -> None:
-    """Say why a mount cannot be made, before anything is made. Raises: MountError."""
+def check_mountpoint(mountpoint: Path, options: SessionOptions) -> Path:
+    """Say why a mount cannot be made, before anything is made; return the mountpoint by the name the kernel gives it.
+
+    Raises: MountError.
+    """
     name = shown(str(mountpoint))
     try:
         if mounted.find_mount(mountpoint) is not None:
-            raise MountError(
-                f"a backupfs is mounted at {name} already: `backupfs umount {name}` ends it, and a copy to edit is lost"
-            )
+            raise MountError(f"a backupfs is mounted at {name} already: `backupfs umount {name}` ends it")
         status = os.stat(mountpoint)
         if not stat.S_ISDIR(status.st_mode):
             raise MountError(f"{name} is no directory, so nothing can be mounted there")
@@ -60,6 +61,8 @@ def check_mountpoint(mountpoint: Path, options: SessionOptions) -> None:
         raise MountError("there is no /dev/fuse: load the kernel module (`modprobe fuse`), or give it to the container")
     if os.geteuid() != 0:
         _check_for_user(status, options, name)
+    # A symbolic link can be followed now; once something is mounted, that would wait for an answer of its server.
+    return Path(os.path.realpath(mountpoint))
 
 
 def _check_for_user(status: os.stat_result, options: SessionOptions, name: str) -> None:

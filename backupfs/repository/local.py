@@ -7,7 +7,7 @@ CACHE/REPOSITORY-ID/listed-*   empty; touched when packs were listed
 CACHE/REPOSITORY-ID/writing-*  empty; while a run may have put packs that no segment names, and if it failed or died
 CACHE/slot-URL     the id of the key slot that opened the repository at this URL (its hash) the last time; no secret
 STATE/host       a record [host id, hash of the machine id]
-STATE/seen-REPOSITORY-ID   a record [[host id, sequence], …]: the highest sequence this machine saw of each host
+STATE/last-REPOSITORY-ID   a record [[host id, sequence, snapshot id], …]: each host's last snapshot that was seen here
 STATE/damaged-REPOSITORY-ID   a record [[pack id, sequence], …]: packs that a check found damaged, and the sequence of
                               this host's last snapshot by then
 """
@@ -15,13 +15,13 @@ STATE/damaged-REPOSITORY-ID   a record [[pack id, sequence], …]: packs that a 
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
-from backupfs.codec.records import decode_record, encode_record
+from backupfs.codec.records import Field, decode_record, encode_record
 from backupfs.errors import DamagedObject
 from backupfs.ids import ID_SIZE, ObjectId
 
@@ -67,23 +67,33 @@ def host_id(state: Path | None) -> bytes:
     return fresh
 
 
-def note_sequences(state: Path | None, repository_id: bytes, highest: dict[bytes, int]) -> dict[bytes, int]:
-    """Remember the highest sequence per host, and return those hosts whose sequence went back: host → remembered."""
+def last_seen(state: Path | None, repository_id: bytes) -> dict[bytes, tuple[int, bytes]]:
+    """Return the last snapshot of each host that was ever seen here: id of the host → (number, id)."""
+    found: dict[bytes, tuple[int, bytes]] = {}
+    if state is not None:
+        with contextlib.suppress(OSError, DamagedObject):
+            path = _seen_path(state, repository_id)
+            for entry in decode_record(path.read_bytes(), str(path)):
+                match entry:
+                    case [bytes(host), int(number), bytes(snapshot_id)]:
+                        found[host] = number, snapshot_id
+    return found
+
+
+def note_seen(state: Path | None, repository_id: bytes, lasts: Mapping[bytes, tuple[int, bytes]]) -> None:
+    """Remember the last snapshot of each host; one that is earlier than what was seen changes nothing."""
     if state is None:
-        return {}
-    path = state / f"seen-{repository_id.hex()}"
-    seen = _read_numbers(path)
-    back = {host: sequence for host, sequence in seen.items() if highest.get(host, 0) < sequence}
-    merged = {host: max(highest.get(host, 0), seen.get(host, 0)) for host in {*highest, *seen}}
+        return
+    seen = last_seen(state, repository_id)
+    merged = {host: max(seen.get(host, (0, b"")), lasts.get(host, (0, b""))) for host in {*seen, *lasts}}
     if merged != seen:
         with contextlib.suppress(OSError):
-            _write_numbers(path, merged)
-    return back
+            rows: list[Field] = [[host, number, last] for host, (number, last) in sorted(merged.items())]
+            write_privately(_seen_path(state, repository_id), encode_record(rows))
 
 
-def seen_sequence(state: Path | None, repository_id: bytes, host: bytes) -> int:
-    """Return the highest sequence that was ever seen of a host; 0 if none."""
-    return _read_numbers(state / f"seen-{repository_id.hex()}").get(host, 0) if state is not None else 0
+def _seen_path(state: Path, repository_id: bytes) -> Path:
+    return state / f"last-{repository_id.hex()}"
 
 
 def damaged_packs(state: Path | None, repository_id: bytes) -> dict[bytes, int]:

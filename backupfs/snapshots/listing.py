@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from backupfs.codec.sealing import Kind, hash_object, seal_record, unseal_record
@@ -15,11 +15,12 @@ from backupfs.errors import (
     shown,
 )
 from backupfs.ids import SnapshotId, short
-from backupfs.repository import layout
+from backupfs.repository import layout, local
 from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.indexing import indexed
+from backupfs.snapshots.losses import Loss, find_losses, lasts_of
 from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, decode_snapshot, encode_snapshot
 from backupfs.snapshots.verification import VERIFY, Verification, decode_verification
 from backupfs.stores.store import Store
@@ -38,7 +39,9 @@ class SnapshotList:
     store: Store | None = None  # to look into; None: what is kept on this machine is as good as the store's
     snapshots: list[Snapshot] = field(default_factory=list)  # without the forgotten ones
     damaged: dict[str, str] = field(default_factory=dict)  # key → what is wrong
-    _stored_ns: dict[str, int] = field(default_factory=dict)  # key of each snapshot → when the store got it
+    is_quiet: bool = False  # whoever asked tells of damage
+    damaged_forgotten: dict[str, str] = field(default_factory=dict)  # the same, of snapshots that were forgotten
+    forgotten: set[SnapshotId] = field(default_factory=set)  # whatever is left of them
     _loaded: dict[SnapshotId, Snapshot] = field(default_factory=dict)
     _notes: dict[str, notes.Note | None] = field(default_factory=dict)
     _damaged_notes: dict[str, str] = field(default_factory=dict)
@@ -48,14 +51,15 @@ class SnapshotList:
 
     def refresh(self) -> bool:
         """Read what is new in the store; return whether anything changed. Raises: StoreError."""
-        before, notes_before = list(self.snapshots), len(self._notes)
+        before = list(self.snapshots), len(self._notes), dict(self.damaged)
         store = self.repository.store
         damaged: dict[str, str] = {}
         prefixes = (layout.SNAPSHOTS, layout.NOTES)
         objects, note_objects = each(store, lambda prefix: list(store.list(prefix)), prefixes)
         note_keys = [info.key for info in note_objects]
-        self._stored_ns = {info.key: info.modified_ns for info in objects}
-        identities = map(layout.id_in_key, self._stored_ns)
+        self._load_notes(note_keys)
+        self.forgotten = self._forgotten(note_keys)
+        identities = (layout.id_in_key(info.key) for info in objects)
         listed = [SnapshotId(identity) for identity in identities if identity is not None]
         fresh = [snapshot_id for snapshot_id in listed if snapshot_id not in self._loaded]
         loaded = dict(zip(fresh, each(store, lambda snapshot_id: self._load(snapshot_id, damaged), fresh), strict=True))
@@ -65,26 +69,32 @@ class SnapshotList:
             if snapshot is not None:
                 present[snapshot_id] = snapshot
         self._loaded = present
-        self._load_notes(note_keys)
-        forgotten = self._forgotten(note_keys)
         as_shown = present | self._with_indexes(note_keys)
         self.damaged = damaged | self._damaged_notes
         self.snapshots = sorted(
-            (snapshot for snapshot_id, snapshot in as_shown.items() if snapshot_id not in forgotten),
+            (snapshot for snapshot_id, snapshot in as_shown.items() if snapshot_id not in self.forgotten),
             key=lambda snapshot: (snapshot.time_ns, snapshot.sequence, snapshot.snapshot_id),
         )
-        return self.snapshots != before or len(self._notes) != notes_before
+        return (self.snapshots, len(self._notes), self.damaged) != before
 
     def _load(self, snapshot_id: SnapshotId, damaged: dict[str, str]) -> Snapshot | None:
         key = layout.key_of(Kind.SNAPSHOT, snapshot_id)
         try:
             return load_snapshot(self.repository, snapshot_id, self.store or self.repository.hot)
         except (RepositoryError, ObjectMissing) as error:
+            if snapshot_id in self.forgotten:
+                self.damaged_forgotten[key] = str(error)
+                return None
             # A live mount asks again and again; one line is enough.
-            if self.damaged.get(key) != str(error):
+            if self.damaged.get(key) != str(error) and not self.is_quiet:
                 log.warning("%s", error)
             damaged[key] = str(error)
             return None
+
+    @property
+    def present(self) -> Collection[Snapshot]:
+        """All that can be read, forgotten ones too."""
+        return self._loaded.values()
 
     def as_stored(self, snapshot: Snapshot) -> Snapshot:
         """Return a snapshot as its own object has it, whatever notes say."""
@@ -187,7 +197,13 @@ class SnapshotList:
                     f"the repository has no file snapshot of a host {shown(host)}, and no image {shown(host)}; "
                     "`backupfs snapshots` lists what there is"
                 )
-            self._require_latest(fitting[-1], name)
+            doubted = self.doubted()
+            doubts = [doubted[one.host_id] for one in fitting if one.host_id in doubted] if host else doubted.values()
+            for doubt in doubts:
+                raise DamagedObject(
+                    f"{shown(name)} may be another snapshot: {doubt}; the last one that can be read is "
+                    f"{short(fitting[-1].snapshot_id)} of {fitting[-1].time_name}: name it to use it"
+                )
             return fitting[-1]
         wanted = name.lower()
         fitting = [snapshot for snapshot in self.snapshots if snapshot.snapshot_id.hex().startswith(wanted)]
@@ -198,15 +214,38 @@ class SnapshotList:
             raise UnknownSnapshot(f"{shown(name)} fits several snapshots ({several} …): give more digits")
         raise UnknownSnapshot(f"there is no snapshot {shown(name)}; `backupfs snapshots` lists what there is")
 
-    def _require_latest(self, snapshot: Snapshot, name: str) -> None:
-        """Do not pass off an earlier snapshot as the latest when that cannot be read."""
-        stored_ns = self._stored_ns.get(layout.key_of(Kind.SNAPSHOT, snapshot.snapshot_id), 0)
-        later = [key for key in self.damaged if key in self._stored_ns and self._stored_ns[key] >= stored_ns]
-        if later:
-            raise DamagedObject(
-                f"{shown(name)} may be a snapshot that cannot be read: {self.damaged[later[0]]}; the last one that can "
-                f"is {short(snapshot.snapshot_id)} of {snapshot.time_name}: name it to use it"
-            )
+    def doubted(self) -> dict[bytes, str]:
+        """Return the hosts whose last snapshot may be another than it seems, by id, and why."""
+        named = {snapshot.previous for snapshot in self._loaded.values()}
+        broken = [what for snapshot_id, what in self._unreadable().items() if snapshot_id not in named]
+        found = {snapshot.host_id: broken[0] for snapshot in self._loaded.values()} if broken else {}
+        return found | {loss.host_id: str(loss) for loss in self.losses() if not loss.named_by}
+
+    def _unreadable(self) -> dict[SnapshotId, str]:
+        keys = [(key, what) for key, what in self.damaged.items() if key.startswith(layout.SNAPSHOTS)]
+        return {SnapshotId(layout.id_in_key(key) or b""): what for key, what in keys}
+
+    def losses(self) -> list[Loss]:
+        """Return which snapshots are gone, by what is there and by what this machine has seen."""
+        repository = self.repository
+        seen = local.last_seen(repository.local.state, repository.config.repository_id)
+        return find_losses(self._loaded.values(), seen, self.forgotten, self._unreadable())
+
+    def note_seen(self) -> None:
+        """Let this machine remember what is there, forgotten snapshots included."""
+        repository = self.repository
+        local.note_seen(repository.local.state, repository.config.repository_id, lasts_of(self._loaded.values()))
+
+    def find_broken(self, name: str) -> SnapshotId:
+        """Return the id that a user's name means among those of snapshots that are damaged or lost.
+
+        Raises: UnknownSnapshot.
+        """
+        broken = [*self._unreadable(), *(SnapshotId(loss.snapshot_id) for loss in self.losses() if loss.snapshot_id)]
+        fitting = [snapshot_id for snapshot_id in broken if snapshot_id.hex().startswith(name.lower())]
+        if len(fitting) != 1 or len(name) < 2:
+            raise UnknownSnapshot(f"there is no snapshot {shown(name)}; `backupfs snapshots` lists what there is")
+        return fitting[0]
 
     def selected(self, hosts: Iterable[str], tags: Iterable[str], paths: Iterable[bytes]) -> list[Snapshot]:
         """Return the snapshots of any of the hosts that have all the tags and all the paths; none given: all."""
@@ -216,26 +255,6 @@ class SnapshotList:
             for snapshot in self.snapshots
             if (not hosts or snapshot.host in hosts) and tags <= set(snapshot.tags) and paths <= set(snapshot.paths)
         ]
-
-    def highest_sequences(self) -> dict[bytes, int]:
-        """Return the highest sequence per host id, forgotten snapshots included."""
-        highest: dict[bytes, int] = {}
-        for snapshot in self._loaded.values():
-            highest[snapshot.host_id] = max(highest.get(snapshot.host_id, 0), snapshot.sequence)
-        return highest
-
-    def lost(self) -> dict[str, SnapshotId]:
-        """Return the keys of snapshots that are not in the store, though one that is names them as the one before."""
-        named = {snapshot.previous: snapshot.snapshot_id for snapshot in self.snapshots if snapshot.previous}
-        keys = {layout.key_of(Kind.SNAPSHOT, SnapshotId(previous)): by for previous, by in named.items()}
-        return {key: by for key, by in keys.items() if key not in self._stored_ns}
-
-    def gaps(self) -> Iterator[tuple[Snapshot, Snapshot]]:
-        """Yield each two snapshots that follow on each other though numbers between theirs were given."""
-        for snapshot in self.snapshots:
-            before = self._loaded.get(SnapshotId(snapshot.previous))
-            if before is not None and snapshot.sequence > before.sequence + 1:
-                yield before, snapshot
 
     def last_of_host(self, host_id: bytes) -> Snapshot | None:
         """Return the host's snapshot of the highest sequence, forgotten or not."""

@@ -241,17 +241,23 @@ class _Check:
 
     def _load_snapshots(self) -> None:
         repository = self._repository
-        listed = SnapshotList(repository, repository.store)
+        listed = SnapshotList(repository, repository.store, is_quiet=True)
         try:
             listed.refresh()
         except StoreError:
             self._load_what_can_be_read()
             return
         for key, what in listed.damaged.items():
-            self._findings.damage(key, what)
             identity = layout.id_in_key(key)
             if identity is not None and key.startswith(layout.SNAPSHOTS):
+                self._findings.damage(
+                    key, f"{what}; `backupfs forget {short(identity)}` if no copy of it can be put back"
+                )
                 self._findings.hit(key, short(identity))
+            else:
+                self._findings.damage(key, what)
+        for key, what in listed.damaged_forgotten.items():
+            self._findings.add(Severity.WARNING, key, f"{what}; the snapshot is forgotten, and stays so")
         self._snapshots = [
             snapshot for snapshot in listed.snapshots if not self._only or snapshot.snapshot_id in self._only
         ]
@@ -263,23 +269,13 @@ class _Check:
         ]
         stored = map(listed.as_stored, self._snapshots)
         self._behind = [own for own, shown in zip(stored, self._snapshots, strict=True) if own != shown]
-        identity = repository.config.repository_id
-        highest = listed.highest_sequences()
-        self._last_sequence = highest.get(local.host_id(repository.local.state), 0)
-        back = local.note_sequences(repository.local.state, identity, highest)
-        for host_id, sequence in back.items():
-            self._findings.damage(
-                layout.SNAPSHOTS, f"snapshot {sequence} of the host with the id {short(host_id)} was here and is gone"
-            )
-        for key, named_by in listed.lost().items():
-            self._findings.damage(key, f"it is gone, and the snapshot {short(named_by)} names it as the one before")
-        for before, snapshot in listed.gaps():
-            self._findings.add(
-                Severity.WARNING,
-                layout.SNAPSHOTS,
-                f"{snapshot.sequence - before.sequence - 1:,} that were made between {short(before.snapshot_id)} and "
-                f"{short(snapshot.snapshot_id)} are gone",
-            )
+        last = listed.last_of_host(local.host_id(repository.local.state))
+        self._last_sequence = last.sequence if last is not None else 0
+        for loss in listed.losses():
+            key = layout.key_of(Kind.SNAPSHOT, SnapshotId(loss.snapshot_id)) if loss.snapshot_id else layout.SNAPSHOTS
+            known = f"; `backupfs forget {short(loss.snapshot_id)}` once that is known" if loss.snapshot_id else ""
+            self._findings.damage(key, f"{loss}{known}")
+        listed.note_seen()
 
     def _load_what_can_be_read(self) -> None:
         """Load snapshots one by one; without all notes nobody knows which are forgotten, so all are checked."""

@@ -71,9 +71,9 @@ async def serve_mount(
     repository.data.keep_at_most(DATA_CACHE_SIZE)
     if options.cache_data and repository.cache is not None:
         repository.data.keep_on_disk(KeptFiles(repository.cache / "blocks", options.cache_data))
-    check_mountpoint(mountpoint, options.session)
+    mountpoint = check_mountpoint(mountpoint, options.session)
     listed = await workers.request(_load_trees, repository)
-    for problem in listed.damaged.values():
+    for problem in {*listed.damaged.values(), *listed.doubted().values()}:
         report(Remark(problem))
     if listed.damaged and not listed.snapshots:
         raise MountError(f"none of the snapshots can be read: {next(iter(listed.damaged.values()))}")

@@ -100,7 +100,7 @@ def scratch_in_background(repository: Repository, snapshot: Snapshot, mountpoint
     Call it before any thread and event loop; indexes must be loaded. Raises: MountError.
     """
     require_image(snapshot)
-    check_mountpoint(mountpoint, _OPTIONS)
+    mountpoint = check_mountpoint(mountpoint, _OPTIONS)
 
     def serve(on_ready: Callable[[], None]) -> None:
         interrupts.run(serve_scratch, repository, snapshot, mountpoint, True, on_ready, stop=repository.store.stop)

@@ -13,7 +13,6 @@ from backupfs import __version__, interrupts, workers
 from backupfs.codec import compression
 from backupfs.codec.sealing import Kind
 from backupfs.errors import BackupfsError
-from backupfs.ids import short
 from backupfs.localfs import reading
 from backupfs.repository import layout, local
 from backupfs.repository.index import Index
@@ -22,6 +21,7 @@ from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
 from backupfs.repository.writer import DEFAULT_SIZES, FilledBlock, NewChunks, PackWriter, WriteSizes, WriteTotals
 from backupfs.snapshots.listing import SnapshotList, load_all, put_snapshot
+from backupfs.snapshots.losses import lasts_of
 from backupfs.snapshots.snapshot import HAS_XATTRS, Snapshot, Statistics
 from backupfs.stores.requests import RequestCounts
 from backupfs.usecases.archive_counts import Counts
@@ -284,16 +284,23 @@ class StoringRun:
         if self._options.dry_run:
             return result
         host_id = local.host_id(self._repository.local.state)
-        last = self.listed.last_of_host(host_id)
-        # A number that was given once is not given again: the gap tells that a snapshot is lost.
         state, repository_id = self._repository.local.state, self._repository.config.repository_id
-        given = max(last.sequence if last is not None else 0, local.seen_sequence(state, repository_id, host_id))
+        lasts = lasts_of(self.listed.present)
+        if local.last_seen(state, repository_id).get(host_id, (0, b"")) > lasts.get(host_id, (0, b"")):
+            # Another backup of this host ended meanwhile, or the last one is lost: its number is not given again.
+            self.listed.refresh()
+        for loss in self.listed.losses():
+            self._report(Remark(f"{loss}: see `backupfs check`"))
+        last, last_id = max(
+            local.last_seen(state, repository_id).get(host_id, (0, b"")),
+            lasts_of(self.listed.present).get(host_id, (0, b"")),
+        )
         snapshot = Snapshot(
             kind=kind,
             host_id=host_id,
             host=self.host,
-            sequence=given + 1,
-            previous=last.snapshot_id if last is not None else b"",
+            sequence=last + 1,
+            previous=last_id,
             time_ns=self.taken_ns,
             store_time_ns=self._store_time_ns,
             paths=tuple(sorted(set(paths))),
@@ -321,12 +328,8 @@ class StoringRun:
             **of_image,
         )
         snapshot = put_snapshot(self._repository, snapshot)
-        highest = self.listed.highest_sequences()
-        back = local.note_sequences(
-            self._repository.local.state, self._repository.config.repository_id, {**highest, host_id: snapshot.sequence}
-        )
-        for other in back:
-            self._report(Remark(f"snapshots of the host with the id {short(other)} that were here before are gone"))
+        self.listed.note_seen()
+        local.note_seen(state, repository_id, {host_id: (snapshot.sequence, snapshot.snapshot_id)})
         requests = self._repository.store.requests + counts.requests
         return replace(result, snapshot=snapshot, requests=requests)
 

@@ -119,7 +119,9 @@ class SnapshotView:
         self._names = name_snapshots(
             (snapshot for snapshot in self._listed.snapshots if snapshot.kind in (FILES, IMAGE)), self._names
         )
-        self._number(TOP, b"", arrange(self.snapshots, self._names, self._listed.verifications))
+        # Who asked for certain snapshots gets the latest of these.
+        doubted = () if self._filter.snapshots else self._listed.doubted()
+        self._number(TOP, b"", arrange(self.snapshots, self._names, self._listed.verifications, doubted))
         indexes = (self._repository.tree_index, self._repository.data_index)
         self.size = sum(pack.size for index in indexes for pack in index.packs().values())
 

@@ -11,7 +11,7 @@ images/NAME/TIME/.verify/TIME-levelN   what a verification left
 All but `ids` and `images` are of files only.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from backupfs.ids import SHORT_HEX, ChunkId, SnapshotId
@@ -82,13 +82,15 @@ def name_snapshots(snapshots: Iterable[Snapshot], names: dict[SnapshotId, bytes]
 
 
 def arrange(
-    snapshots: Iterable[Snapshot],
+    snapshots: Collection[Snapshot],
     names: dict[SnapshotId, bytes],
     verifications: Callable[[SnapshotId], Iterable[Verification]],
+    doubted: Collection[bytes] = (),
 ) -> Folder:
     """Return the top directory over the snapshots shown, which come oldest first.
 
-    verifications: gives those of a snapshot, oldest first.
+    verifications: gives those of a snapshot, oldest first. doubted: hosts, by id, whose last snapshot may be another
+    than it seems: nothing is shown as their latest.
     """
     top = Folder()
     folders = {name: top.folder(name) for name in (b"snapshots", b"hosts", b"tags", b"ids")}
@@ -112,6 +114,13 @@ def arrange(
             folders[b"tags"].folder(safe_name(tag)).add(name, far, time_ns)
         folders[b"ids"].add(_free_id(folders[b"ids"], snapshot.snapshot_id), nearby, time_ns)
         top.add(b"latest", Root(snapshot, snapshot.root, time_ns), time_ns)
+    if doubted:
+        top.children.pop(b"latest", None)
+    for snapshot in snapshots:
+        if snapshot.host_id in doubted:
+            of_image = snapshot.kind == IMAGE
+            place = top.folder(b"images") if of_image else folders[b"hosts"]
+            place.folder(safe_name(snapshot.image if of_image else snapshot.host)).children.pop(b"latest", None)
     for folder in folders.values():
         folder.time_ns = top.time_ns
     return top

@@ -528,6 +528,41 @@ def test_a_mount_that_another_namespace_has_a_copy_of_is_ended_too(cli: Cli, sou
 
 
 @pytest.mark.fuse
+def test_a_mountpoint_may_be_a_symbolic_link(cli: Cli, source: Path, tmp_path: Path) -> None:
+    cli("backup", source)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for place in ("link", "real"):
+        cli("mount", tmp_path / "link")
+        try:
+            assert "latest" in os.listdir(tmp_path / "real")
+        finally:
+            cli("umount", tmp_path / place)
+        assert os.listdir(tmp_path / "real") == []
+
+
+def test_what_is_lost_or_damaged_is_told_until_it_is_forgotten(cli: Cli, source: Path) -> None:
+    ids = [cli.json("backup", source)[-1]["snapshot"]["id"] for _ in range(3)]
+    lost, damaged = (cli.repository / "snapshots" / one for one in (ids[2], ids[0]))
+    lost.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    said = cli("snapshots", code=1)
+    assert "snapshot 3 of the host" in said
+    assert "name it to use it" in cli("ls", "latest", code=1)
+    said = cli("check", code=1)
+    assert f"`backupfs forget {ids[2][:8]}` once that is known" in said
+    assert f"`backupfs forget {ids[0][:8]}` if no copy of it can be put back" in said
+    assert "there is no snapshot ffff" in cli("forget", "ffff", ids[0][:8], code=1)
+    said = cli("forget", "--dry-run", ids[0][:8], ids[2][:8])
+    assert said.count("would forget ") == 2
+    *_, summary = cli.json("forget", ids[0][:8], ids[2][:8])
+    assert (summary["forgotten"], summary["broken"], summary["kept"]) == ([], [ids[0], ids[2]], 1)
+    assert "no damage found" in cli("check")
+    cli("snapshots")
+    assert str(source) in cli("ls", "-R", "latest")
+
+
+@pytest.mark.fuse
 def test_a_mount_without_a_cache_has_its_log_elsewhere(cli: Cli, source: Path, tmp_path: Path) -> None:
     cli("backup", source)
     mountpoint = tmp_path / "mnt"

@@ -1,19 +1,22 @@
 """Which snapshots there are, and which one a name means."""
 
-import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backupfs.codec.sealing import hash_object
 from backupfs.errors import DamagedObject, UnknownSnapshot
 from backupfs.ids import ChunkId, short
+from backupfs.repository import local
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.listing import has_doubtful_time, load_snapshots, put_snapshot
 from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, Statistics
 from backupfs.stores.memory import MemoryStore
-from tests.builders import keys_of, new_repository
+from backupfs.view.folders import arrange, name_snapshots
+from tests.builders import folders_in, keys_of, new_repository, reopened
 from tests.faults import CountingStore
 
 DAY_NS = 24 * 3600 * 10**9
@@ -41,7 +44,6 @@ def test_snapshots_are_listed_by_time_and_found_by_name(repository: Repository) 
     for name in ("", "x", "gamma:latest", "f" * 63, first.snapshot_id.hex() + "0"):
         with pytest.raises(UnknownSnapshot):
             listed.find(name)
-    assert listed.highest_sequences() == {bytes(16): 3, bytes(15) + b"b": 1}
     assert listed.last_of_host(bytes(16)) == image
     assert listed.last_of_host(bytes(15) + b"c") is None
 
@@ -68,7 +70,7 @@ def test_a_forgotten_snapshot_is_gone_and_still_counts_for_its_host(repository: 
     assert listed.refresh()
     assert listed.snapshots == [first]
     assert not listed.refresh()
-    assert listed.highest_sequences() == {bytes(16): 2}
+    assert listed.last_of_host(bytes(16)) == second
     forget_id = bytes.fromhex(keys_of(repository.store, "notes/")[0][-64:])
     undelete = notes.Note(second.snapshot_id, notes.UNDELETE, 1, "host", (forget_id,))
     notes.put_note(repository, undelete)
@@ -133,17 +135,94 @@ def test_a_clock_that_is_a_day_off_is_told() -> None:
 
 @pytest.mark.expected_log
 def test_an_earlier_snapshot_is_not_passed_off_as_the_latest(repository: Repository) -> None:
-    stored = [put_snapshot(repository, replace(EXAMPLE, sequence=n, time_ns=n)) for n in (1, 2, 3)]
+    stored = in_a_row(repository, 3)
     store = repository.store
     keys = [f"snapshots/{snapshot.snapshot_id.hex()}" for snapshot in stored]
     contents = [store.get(key) for key in keys]
-    # The oldest is no matter.
-    for key, content, cut in zip(keys, contents, (1, 0, 0), strict=True):
-        store.put(key, content[: len(content) - cut])
-        time.sleep(0.01)
-    assert load_snapshots(repository).find("latest") == stored[2]
+    # One that another follows is no matter, whenever the store got it.
+    for key, content in list(zip(keys, contents, strict=True))[1::-1]:
+        store.put(key, content[:-1])
+        assert load_snapshots(repository).find("latest") == stored[2]
+        store.put(key, content)
+    store.put(keys[0], contents[0][:-1])
     store.put(keys[2], contents[2][:-1])
     for name in ("latest", "alpha:latest"):
-        with pytest.raises(DamagedObject, match=f"{keys[2]}.*the last one that can is {short(stored[1].snapshot_id)}"):
+        with pytest.raises(DamagedObject, match=f"{keys[2]}.*can be read is {short(stored[1].snapshot_id)}"):
             load_snapshots(repository).find(name)
     assert load_snapshots(repository).find(short(stored[1].snapshot_id)) == stored[1]
+    assert load_snapshots(repository).doubted().keys() == {bytes(16)}
+    # Once it is known, the one before is the latest.
+    assert load_snapshots(repository).find_broken(keys[2][10:18]) == stored[2].snapshot_id
+    notes.put_note(repository, notes.new_note(stored[2].snapshot_id, notes.FORGET))
+    listed = load_snapshots(repository)
+    assert listed.find("latest") == stored[1]
+    assert listed.damaged.keys() == {keys[0]}
+    assert listed.damaged_forgotten.keys() == {keys[2]}
+    with pytest.raises(UnknownSnapshot):
+        listed.find_broken(keys[2][10:18])
+
+
+def in_a_row(repository: Repository, count: int, **fields: Any) -> list[Snapshot]:
+    """Return snapshots of a host, each of which names the one before."""
+    stored: list[Snapshot] = []
+    for number in range(1, count + 1):
+        previous = stored[-1].snapshot_id if stored else b""
+        made = replace(EXAMPLE, sequence=number, time_ns=number, previous=previous, **fields)
+        stored.append(put_snapshot(repository, made))
+    return stored
+
+
+def test_what_this_machine_saw_and_is_gone_is_not_hidden(tmp_path: Path) -> None:
+    repository = new_repository(folders=folders_in(tmp_path))
+    stored = in_a_row(repository, 3)
+    other = in_a_row(repository, 1, host="beta", host_id=bytes(15) + b"b")
+    load_snapshots(repository).note_seen()
+    assert load_snapshots(repository).losses() == []
+    repository.store.delete(f"snapshots/{stored[2].snapshot_id.hex()}")
+    listed = load_snapshots(repository)
+    [loss] = listed.losses()
+    assert (loss.host, loss.first, loss.last, loss.snapshot_id, loss.named_by) == (
+        "alpha", 3, 3, stored[2].snapshot_id, b"",
+    )  # fmt: skip
+    assert "snapshot 3 of the host alpha is gone" in str(loss)
+    for name in ("latest", "alpha:latest"):
+        with pytest.raises(DamagedObject, match=f"snapshot 3.*gone.*{short(stored[1].snapshot_id)}"):
+            listed.find(name)
+    assert listed.find("beta:latest") == other[0]
+    # Another machine has seen nothing of it.
+    assert load_snapshots(reopened(repository.store)).find("latest") == stored[1]
+    # To look again changes nothing, and to forget it ends it.
+    listed.note_seen()
+    assert load_snapshots(repository).losses() == [loss]
+    notes.put_note(repository, notes.new_note(listed.find_broken(stored[2].snapshot_id.hex()), notes.FORGET))
+    assert load_snapshots(repository).losses() == []
+    assert load_snapshots(repository).find("latest") == stored[1]
+
+
+def test_a_mount_shows_no_latest_where_that_is_in_doubt(tmp_path: Path) -> None:
+    repository = new_repository(folders=folders_in(tmp_path))
+    stored = in_a_row(repository, 2)
+    in_a_row(repository, 1, host="beta", host_id=bytes(15) + b"b")
+    image = in_a_row(repository, 1, kind=IMAGE, image="web", host_id=bytes(15) + b"c")
+    listed = load_snapshots(repository)
+
+    def shown() -> tuple[bool, ...]:
+        names = name_snapshots(listed.snapshots, {})
+        top = arrange(listed.snapshots, names, listed.verifications, listed.doubted())
+        folders = top.folder(b"hosts").folder(b"alpha"), top.folder(b"hosts").folder(b"beta")
+        of_image = top.folder(b"images").folder(b"web")
+        return tuple(b"latest" in folder.children for folder in (top, *folders, of_image))
+
+    listed.note_seen()
+    assert shown() == (True, True, True, True)
+    repository.store.delete(f"snapshots/{stored[1].snapshot_id.hex()}")
+    assert listed.refresh()
+    assert shown() == (False, False, True, True)
+    notes.put_note(repository, notes.new_note(stored[1].snapshot_id, notes.FORGET))
+    assert listed.refresh()
+    assert shown() == (True, True, True, True)
+    key = f"snapshots/{image[0].snapshot_id.hex()}"
+    local.note_seen(repository.local.state, repository.config.repository_id, {bytes(15) + b"c": (9, b"")})
+    listed.refresh()
+    assert shown() == (False, True, True, False)
+    assert key in keys_of(repository.store)

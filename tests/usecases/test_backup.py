@@ -522,6 +522,8 @@ def test_packs_that_no_index_names_are_taken_over_by_their_host(tmp_path: Path) 
     for key in [*keys_of(repository.store, "index/"), *keys_of(repository.store, "snapshots/")]:
         repository.store.delete(key)
     shutil.rmtree(tmp_path / "local" / "cache")
+    for path in (tmp_path / "local" / "state").glob("last-*"):
+        path.unlink()
     packs = keys_of(repository.store, "packs/")
     result = run_backup(reopened(repository), source)
     assert (result.data.chunks, keys_of(repository.store, "packs/data/")) == (

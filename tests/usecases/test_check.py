@@ -1,5 +1,6 @@
 """Check beyond plain damage (tests/test_damage.py): stores that fail, writers that wrote nonsense, parts, bounds."""
 
+import os
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,15 +19,17 @@ from backupfs.repository.pack import ROW, Block, compress_block, encode_pack
 from backupfs.repository.repository import Repository
 from backupfs.repository.segment import Segment, encode_segment, sort_rows
 from backupfs.snapshots.content import CHUNK, HOLE, LIST, SINGLE_MARK, Content
-from backupfs.snapshots.listing import load_snapshot, put_snapshot
+from backupfs.snapshots.listing import load_snapshot, load_snapshots, put_snapshot
 from backupfs.snapshots.node import STAT_ROW
-from backupfs.snapshots.notes import new_note, put_note
+from backupfs.snapshots.notes import FORGET, new_note, put_note
 from backupfs.snapshots.snapshot import FILES, Snapshot, Statistics
 from backupfs.snapshots.tree import TreeBuilder
 from backupfs.stores.memory import MemoryStore
+from backupfs.usecases.backup import backup
 from backupfs.usecases.check import CheckOptions, check
-from backupfs.usecases.events import ignore
+from backupfs.usecases.events import Event, Remark, ignore
 from backupfs.usecases.findings import MOST_FINDINGS, MOST_PATHS, Findings, Severity
+from backupfs.usecases.forget import forget
 from tests.builders import (
     NOWHERE,
     File,
@@ -39,6 +42,7 @@ from tests.builders import (
     noise,
     reopened,
     run_check,
+    small_options,
 )
 from tests.faults import AroundStore, Fault, FaultyStore
 
@@ -207,33 +211,66 @@ def test_packs_of_an_interrupted_run_are_information(stored: MemoryStore) -> Non
         assert result.unnamed_bytes > 100
 
 
-def test_a_snapshot_that_was_seen_and_is_gone_is_damage_and_later_ones_do_not_hide_it(tmp_path: Path) -> None:
+def test_a_snapshot_that_is_gone_is_damage_until_that_is_known(tmp_path: Path) -> None:
     repository = new_repository(folders=folders_in(tmp_path))
     source = build(TREE, tmp_path / "source")
-    first, second, last = (back_up(repository, source) for _ in range(3))
-    repository.store.delete(f"snapshots/{last.snapshot_id.hex()}")
-    result = run_check(repository)
-    assert [(finding.key, "snapshot 3 of the host" in finding.what) for finding in result.findings] == [
-        ("snapshots/", True)
-    ]
-    assert result.damaged
-    # Its number is not given again.
-    fourth = back_up(reopened(repository), source)
-    assert (fourth.sequence, fourth.previous) == (4, second.snapshot_id)
-    result = run_check(reopened(repository))
-    assert [finding.severity for finding in result.findings] == [Severity.WARNING]
-    assert (
-        f"1 that were made between {short(second.snapshot_id)} and {short(fourth.snapshot_id)}"
-        in result.findings[0].what
-    )
-    repository.store.delete(f"snapshots/{second.snapshot_id.hex()}")
-    result = run_check(reopened(repository))
-    assert [finding.key for finding in result.findings] == [f"snapshots/{second.snapshot_id.hex()}"]
-    assert f"the snapshot {short(fourth.snapshot_id)} names it" in result.findings[0].what
-    # With all of them gone.
-    for snapshot in (first, fourth):
-        repository.store.delete(f"snapshots/{snapshot.snapshot_id.hex()}")
-    assert run_check(reopened(repository)).damaged
+    stored = [back_up(repository, source) for _ in range(3)]
+    keys = [f"snapshots/{snapshot.snapshot_id.hex()}" for snapshot in stored]
+
+    def checked() -> list[tuple[Severity, str]]:
+        return [(finding.severity, finding.key) for finding in run_check(reopened(repository)).findings]
+
+    assert checked() == []
+    repository.store.delete(keys[2])
+    assert checked() == [(Severity.DAMAGE, keys[2])]
+    # Later ones do not hide it: its number is not given again, and the next one names it.
+    events: list[Event] = []
+    fourth = backup(reopened(repository), [source], small_options(), events.append).snapshot
+    assert fourth is not None
+    assert (fourth.sequence, fourth.previous) == (4, stored[2].snapshot_id)
+    assert ["snapshot 3 of the host" in event.text for event in events if isinstance(event, Remark)] == [True]
+    fifth = back_up(reopened(repository), source)
+    assert (fifth.sequence, fifth.previous) == (5, fourth.snapshot_id)
+    assert checked() == [(Severity.DAMAGE, keys[2])]
+    # Nor does forgetting what names it.
+    put_note(repository, new_note(fourth.snapshot_id, FORGET))
+    assert checked() == [(Severity.DAMAGE, keys[2])]
+    # Somebody says that it is known.
+    trio.run(forget, reopened(repository), [keys[2][10:20]], False)
+    assert checked() == []
+    # A forgotten one may go.
+    repository.store.delete(f"snapshots/{fourth.snapshot_id.hex()}")
+    assert checked() == []
+    # With all of them gone, the next one says so, wherever it is looked at.
+    for key in keys_of(repository.store, "snapshots/"):
+        repository.store.delete(key)
+    assert checked() == [(Severity.DAMAGE, f"snapshots/{fifth.snapshot_id.hex()}")]
+    sixth = back_up(reopened(repository), source)
+    assert sixth.sequence == 6
+    elsewhere = reopened(repository, folders=folders_in(tmp_path / "elsewhere"))
+    [finding] = run_check(elsewhere).findings
+    assert (finding.key, finding.severity) == (f"snapshots/{fifth.snapshot_id.hex()}", Severity.DAMAGE)
+    assert "snapshots 1 to 5 of the host" in finding.what
+
+
+def test_backups_of_a_host_that_run_at_once_have_numbers_of_their_own(tmp_path: Path) -> None:
+    repository = new_repository(folders=folders_in(tmp_path))
+    source = build(TREE, tmp_path / "source")
+    first = back_up(repository, source)
+    made: list[Snapshot] = []
+
+    class Meanwhile(AroundStore):
+        def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
+            if verb == "put" and not made:
+                other = replace(first, sequence=2, previous=first.snapshot_id, time_ns=first.time_ns + 1)
+                made.append(put_snapshot(repository, other))
+                load_snapshots(repository).note_seen()
+            return call()
+
+    Path(os.fsdecode(source), "more").write_bytes(noise(99, 9000))
+    last = back_up(reopened(Meanwhile(repository.store), folders_in(tmp_path)), source)
+    assert (last.sequence, last.previous) == (3, made[0].snapshot_id)
+    assert not run_check(reopened(repository)).damaged
 
 
 # Writers that wrote nonsense: everything authenticates, and still something is wrong.

@@ -1,5 +1,6 @@
 """backup, snapshots, forget: making snapshots and looking at them."""
 
+import logging
 import os
 
 import click
@@ -149,7 +150,10 @@ def snapshots_command(
         wanted = {listed.find(name).snapshot_id for name in names}
         chosen = [snapshot for snapshot in chosen if snapshot.snapshot_id in wanted]
     tell_snapshots(settings, chosen, listed.verifications)
-    return 1 if listed.damaged else 0
+    losses = listed.losses()
+    for loss in losses:
+        logging.getLogger(__name__).warning("%s: see `backupfs check`", loss)
+    return 1 if listed.damaged or losses else 0
 
 
 @click.command("forget")
