@@ -352,7 +352,9 @@ class Ext:
     def _data(self, inode: _Inode) -> Iterator[bytes]:
         if inode.flags & _IS_INLINE:
             data = inode.map + dict(self._all_attributes(inode)).get(_DATA, b"")
-            yield data[: inode.size] + bytes(max(0, min(inode.size, _MOST_VALUE) - len(data)))
+            if inode.size > max(len(data), self._block_size):
+                raise Unreadable(f"it says that it has {inode.size} bytes in its inode")
+            yield data[: inode.size].ljust(inode.size, b"\0")
             return
         at = 0
         for start, block, length in self._runs(inode):

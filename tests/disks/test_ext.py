@@ -287,6 +287,21 @@ def test_files_that_are_encrypted_or_deleted_are_named(tmp_path: Path) -> None:
     assert "not in use" in problem
 
 
+def test_bytes_in_an_inode_are_no_more_than_have_room(tmp_path: Path) -> None:
+    source = Path(os.fsdecode(build({"file": File(b"few bytes")}, tmp_path / "source")))
+    path = volume_of(source, tmp_path / "volume", "ext4", "-O", "inline_data", "-I", "256", size=16 * MIB)
+    filesystem = opened(path)
+    file = file_in(filesystem)
+    assert filesystem.extents(file) is None
+    assert b"".join(filesystem.data(file)) == b"few bytes"
+    # As one that was made longer and not written.
+    longer = file.handle._replace(size=200)
+    assert b"".join(filesystem.data(Entry(b"file", file.mode, size=200, handle=longer))) == b"few bytes" + bytes(191)
+    wrong = file.handle._replace(size=1 << 40)
+    with pytest.raises(Unreadable, match="in its inode"):
+        list(filesystem.data(Entry(b"file", file.mode, size=1 << 40, handle=wrong)))
+
+
 def test_one_garbled_block_of_a_directory_hides_no_other(tmp_path: Path) -> None:
     tree = {f"{number:0200}": File() for number in range(100)}
     source = Path(os.fsdecode(build(tree, tmp_path / "source")))
