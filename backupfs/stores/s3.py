@@ -283,6 +283,9 @@ class S3Store(Store):
 
         With some kinds of encryption it is not; what it means is found out once, by reading an object back.
         """
+        if not tag:
+            # Every server gives one to what it has stored; what lies between may say "200" to anything.
+            raise StoreUnavailable(f"cannot store object {key} in {shown(self.url)}: the answer has no ETag")
         if self._etag_is_md5 is False or not _MD5.fullmatch(tag):
             return
         if tag == digest:

@@ -330,7 +330,7 @@ def test_classes_and_encryption_go_with_the_objects_they_are_for(
     )
     store = S3Store(BUCKET, "x", options)
     client = store._client()
-    monkeypatch.setattr(client, "put_object", lambda **arguments: seen.append(arguments) or {"ETag": ""})
+    monkeypatch.setattr(client, "put_object", lambda **arguments: seen.append(arguments) or {"ETag": "x"})
     store.put("packs/data/ab", b"1")
     store.put("packs/tree/ab", b"1")
     assert [arguments.get("StorageClass") for arguments in seen] == ["STANDARD_IA", None]

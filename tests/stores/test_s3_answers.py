@@ -1,0 +1,109 @@
+"""Answers that no server of object storage should give, and what follows from them. Nothing real is asked here."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from backupfs.errors import StoreUnavailable
+from backupfs.stores.s3 import S3Store
+from backupfs.stores.s3_client import S3Options
+
+KEY = "packs/data/ab"
+TAG = 'ETag: "x"'
+
+
+class Answering:
+    """Gives an answer to each request of the loopback, byte by byte what the test says, and ends the connection."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []  # (method, path)
+        self.answer: Callable[[str, str], bytes] = lambda method, path: answer("")
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take no more connections."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = self._listener.accept()
+                with here, contextlib.suppress(OSError):
+                    self._serve(here)
+
+    def _serve(self, here: socket.socket) -> None:
+        with here.makefile("rb") as file:
+            words = file.readline().split()
+            method, path = (words[0].decode(), words[1].decode()) if len(words) > 1 else ("", "")
+            length = 0
+            while words and (line := file.readline().strip()):
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.partition(b":")[2])
+            file.read(length)
+        self.seen.append((method, path))
+        here.sendall(self.answer(method, path))
+
+
+def answer(body: str, *headers: str, status: str = "200 OK", length: str | None = "") -> bytes:
+    """Return an answer; `length` instead of the body's, None: no such line."""
+    lines = [f"HTTP/1.1 {status}", *headers, "Connection: close"]
+    if length is not None:
+        lines.append(f"Content-Length: {length or len(body)}")
+    return "\r\n".join([*lines, "", body]).encode()
+
+
+def listing(*keys: str, token: str = "", **others: str) -> str:
+    """Return a page of a listing; `others` are fields of its entries in place of what is right."""
+    fields = {"LastModified": "2026-01-02T03:04:05.000Z", "Size": "1"} | others
+    entries = "".join(
+        "<Contents>"
+        + "".join(f"<{name}>{text}</{name}>" for name, text in ({"Key": key} | fields).items() if text)
+        + "</Contents>"
+        for key in keys
+    )
+    more = f"<NextContinuationToken>{token}</NextContinuationToken>" if token else ""
+    return (
+        f"<ListBucketResult><Name>bucket</Name><IsTruncated>{'true' if token else 'false'}</IsTruncated>"
+        f"{more}{entries}</ListBucketResult>"
+    )
+
+
+@pytest.fixture
+def server() -> Iterator[Answering]:
+    server = Answering()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def store(server: Answering, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
+    """One try of everything."""
+    credentials(monkeypatch)
+    store = S3Store("bucket", "", S3Options(f"http://127.0.0.1:{server.port}"))
+    yield store
+    store.close()
+
+
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "one")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "two")
+
+
+def test_a_put_whose_answer_has_no_etag_did_not_happen(store: S3Store, server: Answering) -> None:
+    with pytest.raises(StoreUnavailable, match=f"cannot store object {KEY} .*no ETag"):
+        store.put(KEY, b"1")
+    server.answer = lambda *_: answer("", status="204 No Content")
+    with pytest.raises(StoreUnavailable, match="no ETag"):
+        store.put(KEY, b"1")
+    # One that is no MD5 is what encryption by the server gives.
+    server.answer = lambda *_: answer("", TAG)
+    store.put(KEY, b"1")
