@@ -35,6 +35,8 @@ from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Stor
 
 # What servers take of a difference between clocks.
 _MOST_SKEW_S = 15 * 60
+# Pages in a row without a key that comes after all before; real servers give one or two.
+_MOST_IDLE_PAGES = 100
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _KEY_START = re.compile(rf"[A-Za-z0-9._/-]{{0,{MAX_KEY_LENGTH}}}")
 
@@ -193,11 +195,15 @@ class S3Store(Store):
             return
         arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
         client = self._client()
+        what = f"list the objects under {shown(prefix)}" if prefix else "list the objects"
+        tokens: set[str] = set()
+        last, idle_pages = "", 0
         while True:
-            with self._translated(f"list the objects under {shown(prefix)}"):
+            with self._translated(what):
                 page = client.list_objects_v2(**arguments)
             # SeaweedFS goes folder by folder; that differs for names with '-' or '.', of which a repository has none.
-            for entry in sorted(page.get("Contents", ()), key=lambda entry: str(entry["Key"])):
+            entries = sorted(page.get("Contents", ()), key=lambda entry: str(entry["Key"]))
+            for entry in entries:
                 key = entry["Key"][len(self._prefix) :]
                 if is_key(key) and key.startswith(prefix):
                     moment = entry["LastModified"]
@@ -205,7 +211,17 @@ class S3Store(Store):
                     yield ObjectInfo(key, entry["Size"], seconds * 10**9 + moment.microsecond * 1000)
             if not page.get("IsTruncated"):
                 return
-            arguments["ContinuationToken"] = page["NextContinuationToken"]
+            token = page["NextContinuationToken"]
+            newest = max([last, *(str(entry["Key"]) for entry in entries)])
+            idle_pages = idle_pages + 1 if newest == last else 0
+            if token in tokens or idle_pages >= _MOST_IDLE_PAGES:
+                raise StoreError(
+                    f"cannot {what} in {shown(self.url)}: the listing of the server has no end, the same page comes "
+                    "again and again: its operator must look into that"
+                )
+            tokens.add(token)
+            last = newest
+            arguments["ContinuationToken"] = token
 
     def now(self) -> int:
         """Return the time that the server gives with its answers, to the second."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from backupfs.errors import StoreUnavailable
+from backupfs.errors import StoreError, StoreUnavailable
 from backupfs.stores.s3 import S3Store
 from backupfs.stores.s3_client import S3Options
 
@@ -107,3 +107,29 @@ def test_a_put_whose_answer_has_no_etag_did_not_happen(store: S3Store, server: A
     # One that is no MD5 is what encryption by the server gives.
     server.answer = lambda *_: answer("", TAG)
     store.put(KEY, b"1")
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        lambda number: listing("a", token="same"),
+        lambda number: listing("a" if number % 2 else "b", token=str(number % 2)),
+        lambda number: listing("a", "b", token=str(number)),
+        lambda number: listing(token=str(number)),
+    ],
+    ids=["the same page", "in a circle", "new tokens", "empty pages"],
+)
+def test_a_listing_without_end_is_an_error_at_once(
+    pages: Callable[[int], str], store: S3Store, server: Answering
+) -> None:
+    server.answer = lambda *_: answer(pages(len(server.seen)))
+    with pytest.raises(StoreError, match="listing of the server has no end") as caught:
+        list(store.list(""))
+    assert not isinstance(caught.value, StoreUnavailable)
+    assert len(server.seen) <= 101
+
+
+def test_pages_that_are_empty_or_twice_there_do_not_end_a_listing(store: S3Store, server: Answering) -> None:
+    pages = [listing("b", "a", "a", token="1"), listing(token="2"), listing("b", token="3"), listing("c")]
+    server.answer = lambda *_: answer(pages[len(server.seen) - 1])
+    assert [info.key for info in store.list("")] == ["a", "a", "b", "b", "c"]
