@@ -149,15 +149,16 @@ class S3Store(Store):
             if answer is not None:
                 with contextlib.closing(answer["Body"]) as stream:
                     body = self._received(stream)
+                # A body of unknown length shows only by what is in it whether it is whole.
+                announced = answer.get("ContentLength", len(body))
         if answer is None:
             # Nothing of the range is there: an error, but for what begins right at the end.
             range_length(key, self.size(key), start, length)
             return b""
         self._requests.add_received(len(body))
-        if len(body) != answer["ContentLength"]:
+        if len(body) != announced:
             raise StoreUnavailable(
-                f"cannot read object {key} in {shown(self.url)}: {len(body)} bytes came instead of "
-                f"{answer['ContentLength']}"
+                f"cannot read object {key} in {shown(self.url)}: {len(body)} bytes came instead of {announced}"
             )
         return self._asked_for(key, body, answer, start, length)
 
@@ -187,7 +188,10 @@ class S3Store(Store):
         validate_key(key)
         with self._translated(f"look at object {key}", key):
             answer = self._client().head_object(Bucket=self._bucket, Key=self._prefix + key)
-        return int(answer["ContentLength"])
+            size = int(answer["ContentLength"])
+            if size < 0:
+                raise ValueError(size)
+        return size
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield objects, a page of up to a thousand a request; times are to the second."""
@@ -201,18 +205,19 @@ class S3Store(Store):
         while True:
             with self._translated(what):
                 page = client.list_objects_v2(**arguments)
-            # SeaweedFS goes folder by folder; that differs for names with '-' or '.', of which a repository has none.
-            entries = sorted(page.get("Contents", ()), key=lambda entry: str(entry["Key"]))
-            for entry in entries:
-                key = entry["Key"][len(self._prefix) :]
-                if is_key(key) and key.startswith(prefix):
-                    moment = entry["LastModified"]
-                    seconds = calendar.timegm(moment.utctimetuple())
-                    yield ObjectInfo(key, entry["Size"], seconds * 10**9 + moment.microsecond * 1000)
-            if not page.get("IsTruncated"):
+                # Each of these is in every real answer, also where nothing is listed.
+                if "IsTruncated" not in page and "Name" not in page:
+                    raise StoreUnavailable(f"cannot {what} in {shown(self.url)}: the answer is no listing")
+                # SeaweedFS goes folder by folder; that differs for names with '-' or '.', of which a repository has
+                # none.
+                entries = sorted((self._entry(entry) for entry in page.get("Contents", ())), key=lambda info: info.key)
+                token = page["NextContinuationToken"] if page.get("IsTruncated") else None
+            for info in entries:
+                if is_key(info.key) and info.key.startswith(prefix):
+                    yield info
+            if token is None:
                 return
-            token = page["NextContinuationToken"]
-            newest = max([last, *(str(entry["Key"]) for entry in entries)])
+            newest = max(last, entries[-1].key) if entries else last
             idle_pages = idle_pages + 1 if newest == last else 0
             if token in tokens or idle_pages >= _MOST_IDLE_PAGES:
                 raise StoreError(
@@ -222,6 +227,13 @@ class S3Store(Store):
             tokens.add(token)
             last = newest
             arguments["ContinuationToken"] = token
+
+    def _entry(self, entry: Mapping[str, Any]) -> ObjectInfo:
+        moment, size = entry["LastModified"], int(entry["Size"])
+        if size < 0:
+            raise ValueError(size)
+        modified_ns = calendar.timegm(moment.utctimetuple()) * 10**9 + moment.microsecond * 1000
+        return ObjectInfo(entry["Key"][len(self._prefix) :], size, modified_ns)
 
     def now(self) -> int:
         """Return the time that the server gives with its answers, to the second."""
@@ -333,6 +345,7 @@ class S3Store(Store):
         hint: what else it may mean that the server is not able to do it now.
         """
         from botocore import exceptions as boto
+        from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
 
         about = f"cannot {what} in {shown(self.url)}"
@@ -367,6 +380,8 @@ class S3Store(Store):
             raise StoreUnavailable(f"{about}: {answers.text_of(error)}") from error
         except boto.BotoCoreError as error:
             raise StoreError(f"{about}: {answers.text_of(error)}") from error
+        except (ResponseParserError, *answers.GARBLED_ANSWER) as error:
+            raise StoreUnavailable(f"{about}: the answer is garbled or cut short ({answers.text_of(error)})") from error
 
     def _meaning(self, error: Any, about: str, key: str, hint: str) -> StoreError:
         code, status = answers.code_of(error), answers.status_of(error)

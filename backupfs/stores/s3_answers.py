@@ -32,6 +32,9 @@ ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 # A body that was garbled on its way: the next may not be.
 GARBLED = frozenset({"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout"})
 
+# What boto3 and whoever reads an answer raise where a part of it is missing, or is no number or time.
+GARBLED_ANSWER = (KeyError, ValueError, TypeError, OverflowError, RuntimeError)
+
 
 def code_of(error: Any) -> str:
     """Return the code of an error of boto3's; empty if there is none."""

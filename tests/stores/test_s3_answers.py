@@ -10,6 +10,7 @@ import pytest
 from backupfs.errors import StoreError, StoreUnavailable
 from backupfs.stores.s3 import S3Store
 from backupfs.stores.s3_client import S3Options
+from backupfs.stores.store import ObjectInfo
 
 KEY = "packs/data/ab"
 TAG = 'ETag: "x"'
@@ -133,3 +134,62 @@ def test_pages_that_are_empty_or_twice_there_do_not_end_a_listing(store: S3Store
     pages = [listing("b", "a", "a", token="1"), listing(token="2"), listing("b", token="3"), listing("c")]
     server.answer = lambda *_: answer(pages[len(server.seen) - 1])
     assert [info.key for info in store.list("")] == ["a", "a", "b", "b", "c"]
+
+
+@pytest.mark.parametrize("body", ["", "<Foo/>", "<html><body/></html>", "<ListBucketResult/>"])
+def test_an_answer_that_is_no_listing_is_not_an_empty_one(body: str, store: S3Store, server: Answering) -> None:
+    for status in ("200 OK", "204 No Content"):
+        server.answer = lambda *_, status=status: answer(body if "200" in status else "", status=status)  # type: ignore[misc]
+        with pytest.raises(StoreUnavailable, match="the answer is no listing"):
+            list(store.list(""))
+    server.answer = lambda *_: answer(listing())
+    assert list(store.list("")) == []
+
+
+def test_an_object_comes_with_and_without_a_length(store: S3Store, server: Answering) -> None:
+    server.answer = lambda *_: answer("content", length=None)
+    assert store.get(KEY) == b"content"
+    server.answer = lambda *_: answer("3\r\nabc\r\n0\r\n\r\n", "Transfer-Encoding: chunked", length=None)
+    assert store.get(KEY) == b"abc"
+    server.answer = lambda *_: answer("3\r\nabc\r\n", "Transfer-Encoding: chunked", length=None)
+    with pytest.raises(StoreUnavailable, match=KEY):
+        store.get(KEY)
+    server.answer = lambda *_: answer("abc", length="4")
+    with pytest.raises(StoreUnavailable, match=f"cannot read object {KEY}"):
+        store.get(KEY)
+
+
+@pytest.mark.parametrize("length", [None, "abc", "-1"])
+def test_a_length_that_is_none_is_asked_for_again(length: str | None, store: S3Store, server: Answering) -> None:
+    server.answer = lambda *_: answer("", length=length)
+    with pytest.raises(StoreUnavailable, match=f"cannot look at object {KEY}.*garbled"):
+        store.size(KEY)
+    if length is not None:
+        with pytest.raises(StoreUnavailable, match=f"cannot read object {KEY}"):
+            store.get(KEY)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"Key": ""}, {"LastModified": ""}, {"LastModified": "x"}, {"LastModified": "9" * 20}, {"Size": ""},
+        {"Size": "x"}, {"Size": "-1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_entry_of_a_listing_that_is_garbled_is_asked_for_again(
+    field: dict[str, str], store: S3Store, server: Answering
+) -> None:
+    server.answer = lambda *_: answer(listing("a", **field))
+    with pytest.raises(StoreUnavailable, match=r"cannot list .*garbled"):
+        list(store.list(""))
+    server.answer = lambda *_: answer(listing("a"))
+    assert list(store.list("")) == [ObjectInfo("a", 1, 1767323045 * 10**9)]
+
+
+def test_a_page_that_is_not_the_last_and_names_no_next_one_is_asked_for_again(
+    store: S3Store, server: Answering
+) -> None:
+    server.answer = lambda *_: answer(listing("a").replace("false", "true"))
+    with pytest.raises(StoreUnavailable, match=r"cannot list .*garbled"):
+        list(store.list(""))
