@@ -78,14 +78,19 @@ def is_distrust(error: BaseException) -> bool:
     """Tell whether an error of TLS says that the other end is not who it should be."""
     import ssl
 
+    from urllib3.util.ssl_match_hostname import CertificateError
+
+    return any(isinstance(one, (ssl.SSLCertVerificationError, CertificateError)) for one in causes_of(error))
+
+
+def causes_of(error: BaseException) -> list[BaseException]:
+    """Return an error and all that it came from."""
     seen: list[BaseException] = []
     waiting: list[object] = [error]
     while waiting:
         one = waiting.pop()
         if isinstance(one, BaseException) and one not in seen:
-            if isinstance(one, ssl.SSLCertVerificationError):
-                return True
             seen.append(one)
             # urllib3 wraps what it catches, sometimes as an argument only.
             waiting += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
-    return False
+    return seen

@@ -34,6 +34,8 @@ class S3Options:
 
 def make_client(options: S3Options, requests: Requests) -> Any:
     """Return a boto3 client. Raises: UsageError."""
+    import logging
+
     import boto3
     import botocore.session
     from botocore import exceptions as boto
@@ -65,7 +67,7 @@ def make_client(options: S3Options, requests: Requests) -> Any:
             "s3",
             region_name=options.region or core.get_config_variable("region") or "us-east-1",
             endpoint_url=endpoint or None,
-            verify=_trusted(options.ca_bundle) or None,
+            verify=_trusted(options.ca_bundle, core, endpoint),
             config=config,
         )
     except boto.ProfileNotFound as error:
@@ -74,19 +76,34 @@ def make_client(options: S3Options, requests: Requests) -> Any:
         raise UsageError(f"object storage cannot be used, see --endpoint-url and --region: {text_of(error)}") from error
     except boto.BotoCoreError as error:
         raise UsageError(f"object storage cannot be used: {text_of(error)}") from error
+    # It says with the whole certificate what the error says as well.
+    logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
     client.meta.events.register("before-send.s3", requests.count)
     return client
 
 
-def _trusted(ca_bundle: str) -> str:
-    """Return the file of certificates to trust. Raises: UsageError if it holds none."""
+def _trusted(option: str, core: Any, endpoint: str) -> str | bool:
+    """Return the file of certificates to trust, True for the usual ones. Raises: UsageError if it holds none."""
     import ssl
 
-    if ca_bundle:
-        try:
-            folder = os.path.isdir(ca_bundle)
-            ssl.create_default_context(capath=ca_bundle if folder else None, cafile=None if folder else ca_bundle)
-        except OSError as error:
-            reason = "it holds no certificates" if isinstance(error, ssl.SSLError) else error.strerror
-            raise UsageError(f"--ca-bundle {shown(ca_bundle)}: {reason}") from error
-    return ca_bundle
+    named = [("--ca-bundle", option)]
+    if not endpoint.startswith("http://"):
+        # The order of the AWS tools. What is empty is as if it were not there; to boto3 it may mean no check at all.
+        named += [
+            ("AWS_CA_BUNDLE", os.environ.get("AWS_CA_BUNDLE", "")),
+            ("ca_bundle of the profile,", core.get_scoped_config().get("ca_bundle", "")),
+            ("REQUESTS_CA_BUNDLE", os.environ.get("REQUESTS_CA_BUNDLE", "")),
+        ]
+    name, path = next((pair for pair in named if pair[1]), ("", ""))
+    if not path:
+        return True
+    if os.path.isdir(path):
+        raise UsageError(f"{name} {shown(path)}: it is a folder; give one file with all certificates")
+    try:
+        ssl.create_default_context(cafile=path)
+    except (OSError, ValueError) as error:
+        reason = "it holds no certificates" if isinstance(error, ssl.SSLError) else text_of(error)
+        if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
+            reason = error.strerror or reason
+        raise UsageError(f"{name} {shown(path)}: {reason}") from error
+    return path

@@ -248,6 +248,15 @@ def test_a_certificate_that_nobody_signed_is_refused_with_the_remedy(swift_tls: 
     assert not isinstance(caught.value, StoreUnavailable)
 
 
+def test_a_certificate_for_another_host_is_told_at_once_and_in_one_line(swift_tls: Server) -> None:
+    port = swift_tls.endpoint_url.rpartition(":")[2]
+    options = replace(options_of(swift_tls), endpoint_url=f"https://localhost:{port}")
+    with pytest.raises(StoreError, match=r"not to be trusted.*localhost.*127\.0\.0\.1") as caught:
+        S3Store(BUCKET, "x", options).get("config")
+    assert not isinstance(caught.value, StoreUnavailable)
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize("fault", ["cut", "flip"])
 @pytest.mark.parametrize(("way", "at"), [("down", 20), ("down", 700), ("up", 300), ("up", 50_000), ("down", 50_000)])
 def test_a_line_that_is_cut_or_garbled_below_tls_is_tried_again(
@@ -271,16 +280,42 @@ def test_a_line_that_is_cut_or_garbled_below_tls_is_tried_again(
         behind.close()
 
 
-@pytest.mark.parametrize("content", [None, b"no certificate"])
+@pytest.mark.parametrize("name", ["--ca-bundle", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "ca_bundle of the profile,"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "No such file"), (b"no certificate", "it holds no certificates"), (b"folder", "it is a folder")],
+    ids=["missing", "empty", "folder"],
+)
 def test_a_file_of_certificates_that_cannot_be_used_is_named(
-    content: bytes | None, swift_tls: Server, tmp_path: Path
+    content: bytes | None, says: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ca.pem"
-    if content is not None:
+    if content == b"folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
-    says = "it holds no certificates" if content else "No such file"
-    with pytest.raises(UsageError, match=rf"--ca-bundle .*ca\.pem: {says}"):
-        S3Store(BUCKET, "x", replace(options_of(swift_tls), ca_bundle=str(path))).get("config")
+    options = S3Options("https://127.0.0.1:1")
+    if name.startswith("--"):
+        options = replace(options, ca_bundle=str(path))
+    elif name.startswith("ca_bundle"):
+        (tmp_path / "config").write_text(f"[default]\nca_bundle = {path}\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    else:
+        monkeypatch.setenv(name, str(path))
+    with pytest.raises(UsageError, match=rf"{name} .*ca\.pem: {says}"):
+        S3Store(BUCKET, "x", options).get("config")
+    if not name.startswith("--"):
+        # Nothing is to be trusted where there is no TLS.
+        S3Store(BUCKET, "x", replace(options, endpoint_url="http://127.0.0.1:1"))._client()
+
+
+def test_an_empty_variable_of_certificates_does_not_mean_any(
+    swift_tls: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(StoreError, match="not to be trusted"):
+        S3Store(BUCKET, "x", replace(options_of(swift_tls), ca_bundle="")).get("config")
 
 
 def test_a_server_that_sends_on_in_circles_is_left_at_once(swift: Server) -> None:
