@@ -88,7 +88,7 @@ def _trusted(option: str, core: Any, endpoint: str) -> str | bool:
 
     named = [("--ca-bundle", option)]
     if not endpoint.startswith("http://"):
-        # The order of the AWS tools. What is empty is as if it were not there; to boto3 it may mean no check at all.
+        # The order of the AWS tools. What is empty is as if it were not there.
         named += [
             ("AWS_CA_BUNDLE", os.environ.get("AWS_CA_BUNDLE", "")),
             ("ca_bundle of the profile,", core.get_scoped_config().get("ca_bundle", "")),
