@@ -235,26 +235,49 @@ def open_repository(
     Raises: NotARepository; WrongPassword; UnknownVersion; DamagedObject; StoreError.
     """
     found = found or find_repository(store)
+    with threads(1) as pool:
+        listed = ListedStore(store) if store.is_far and ahead else None
+        listing = pool.submit(listed.list_ahead, ahead) if listed is not None else None
+        try:
+            opened = _open_found(store, password, found)
+        except (DamagedObject, UnknownVersion):
+            if not store.is_far:
+                raise
+            # Any of it may have been garbled on its way. If it is the same again, so is the error.
+            opened = _open_found(store, password, find_repository(store))
+        if listing is not None:
+            listing.result()
+    if store.is_far:
+        note_slot(local.cache, store.url, opened.slot_id)
+    return Repository(
+        listed or store, opened.config, opened.keyring, opened.slot_id, local, frozenset(opened.unwritable)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What a password gives."""
+
+    config: Config
+    keyring: Keyring
+    slot_id: ObjectId
+    unwritable: set[str]  # features
+
+
+def _open_found(store: Store, password: bytes, found: Found) -> _Opened:
     config, mac = read_config(found.config)
     unreadable, unwritable = unknown_features(config, found.features)
     if unreadable:
         names = ", ".join(sorted(map(shown, unreadable)))
         raise UnknownVersion(f"this repository needs features this backupfs lacks ({names}): upgrade backupfs")
-    with threads(1) as pool:
-        listed = ListedStore(store) if store.is_far and ahead else None
-        listing = pool.submit(listed.list_ahead, ahead) if listed is not None else None
-        try:
-            slot_id, keyring = _open_slots(store, password, found.slots, config, mac)
-        except (WrongPassword, DamagedObject, UnknownVersion):
-            if not found.others:
-                raise
-            slots = found.slots + _get_slots(store, found.others)
-            slot_id, keyring = _open_slots(store, password, slots, config, mac)
-        if listing is not None:
-            listing.result()
-    if store.is_far:
-        note_slot(local.cache, store.url, slot_id)
-    return Repository(listed or store, config, keyring, slot_id, local, frozenset(unwritable))
+    try:
+        slot_id, keyring = _open_slots(store, password, found.slots, config, mac)
+    except (WrongPassword, DamagedObject, UnknownVersion):
+        if not found.others:
+            raise
+        slots = found.slots + _get_slots(store, found.others)
+        slot_id, keyring = _open_slots(store, password, slots, config, mac)
+    return _Opened(config, keyring, slot_id, unwritable)
 
 
 def _open_slots(
@@ -262,9 +285,12 @@ def _open_slots(
 ) -> tuple[ObjectId, Keyring]:
     """Return the slot that the password opens, and what is in it. Raises: WrongPassword and the like."""
     if not slots:
-        raise DamagedObject(
-            f"the repository at {store.url} has no key slot left in {layout.KEYS}: restore one from a copy"
-        )
+        remedy = "put one back from a copy"
+        if store.is_far:
+            remedy = (
+                f"either the answer is garbled or cut short (try again, over https), or they are gone: then {remedy}"
+            )
+        raise DamagedObject(f"the listing of {layout.KEYS} in {store.url} names no key slot that is there: {remedy}")
     damage: list[str] = []
     newer: list[str] = []
     for slot_id, data in slots:

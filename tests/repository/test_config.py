@@ -1,7 +1,9 @@
 """The config: its MAC, its features, its future; and making and opening repositories."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +20,12 @@ from backupfs.errors import (
 )
 from backupfs.repository import layout
 from backupfs.repository.config import MAGIC, Config, check_mac, encode_config, read_config
-from backupfs.repository.repository import open_repository
+from backupfs.repository.local import LocalFolders
+from backupfs.repository.repository import find_repository, open_repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.listing import load_snapshots
 from backupfs.stores.memory import MemoryStore
+from backupfs.stores.store import ObjectInfo, Store
 from tests.builders import (
     CHEAP,
     CUT_SIZES,
@@ -34,6 +38,7 @@ from tests.builders import (
     new_repository,
     reopened,
 )
+from tests.faults import AroundStore
 
 KEYRING = new_keyring()
 CONFIG = Config(bytes(range(16)), 123, CutSizes(), ("may be ignored",))
@@ -143,6 +148,61 @@ def test_a_repository_without_key_slots_says_that_they_are_lost() -> None:
     repository.remove_slot(repository.slot_id)
     with pytest.raises(DamagedObject, match="no key slot"):
         reopened(repository.store)
+
+
+class FarStore(AroundStore):
+    """A store that is far, the first answers of which are garbled on their way."""
+
+    def __init__(self, inner: Store, verb: str, key: str, times: int, garble: Callable[[Any], Any]) -> None:
+        super().__init__(inner)
+        self._verb, self._key, self.left, self._garble = verb, key, times, garble
+
+    @property
+    def is_far(self) -> bool:
+        return True
+
+    def around(self, verb: str, key: str, call: Callable[[], Any]) -> Any:
+        answer = call()
+        if verb == self._verb and key == self._key and self.left:
+            self.left -= 1
+            return self._garble(answer)
+        return answer
+
+
+def flipped(at: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+GARBLED: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
+    "start": ("get", "config", flipped(0)),
+    "version": ("get", "config", flipped(7)),
+    "structure": ("get", "config", flipped(8)),
+    "content": ("get", "config", flipped(20)),
+    "page": ("get", "config", lambda _: b"<html>log in first</html>"),
+    "no slots": ("list", "keys/", lambda _: ()),
+    "another slot": ("list", "keys/", lambda _: (ObjectInfo("keys/" + "0" * 64, 1, 1),)),
+    "features": ("list", "features/", lambda _: (ObjectInfo("features/incompatible/x", 1, 1),)),
+}
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("what", GARBLED)
+def test_what_opens_a_repository_is_fetched_again_when_it_is_garbled(what: str, known: bool, tmp_path: Path) -> None:
+    repository = new_repository()
+    local = LocalFolders(tmp_path / "cache", None)
+    if known:
+        open_repository(FarStore(repository.store, "", "", 0, bytes), PASSWORD, local)
+    verb, key, garble = GARBLED[what]
+    store = FarStore(repository.store, verb, key, 1, garble)
+    found = find_repository(store, local)
+    assert open_repository(store, PASSWORD, local, found).config == repository.config
+    assert store.left == 0
+    # What is wrong each time is told.
+    store = FarStore(repository.store, verb, key, 99, garble)
+    with pytest.raises((DamagedObject, UnknownVersion)) as caught:
+        open_repository(store, PASSWORD, local, find_repository(store, local))
+    if key == "keys/":
+        assert "names no key slot that is there: either the answer is garbled or cut short" in str(caught.value)
 
 
 def test_the_config_of_another_repository_does_not_open_with_these_keys() -> None:
