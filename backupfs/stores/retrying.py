@@ -16,23 +16,34 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 # Seconds between tries, each with up to as much again at random: clients that failed together must not come back
-# together. In all a minute and a half at most, in which a server restarts.
+# together. In all a minute and a quarter at most, in which a server restarts.
 _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-# From this pause on the user is told.
+# Where each try takes long, as with a server that takes connections and says nothing, none begins after so long. A slow
+# transfer that breaks off is tried again all the same.
+_MOST_S = 90.0
+_LEAST_TRIES = 3
+# From this pause on the user is told, or when this much time is gone.
 _QUIET_S = 2.0
+_QUIET_FOR_S = 10.0
 
 
 class RetryingStore(PassingStore):
     """Passes everything on; what fails with StoreUnavailable is tried again, but for a full or missing store."""
 
-    def __init__(self, inner: Store, sleep: Callable[[float], object] | None = None) -> None:
+    def __init__(
+        self,
+        inner: Store,
+        sleep: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Take the store inside.
 
-        sleep: takes seconds.
+        sleep, clock: take and give seconds.
         """
         super().__init__(inner)
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
+        self._clock = clock
 
     def create(self) -> None:
         """Make the place."""
@@ -108,7 +119,7 @@ class RetryingStore(PassingStore):
         super().stop()
 
     def _try(self, call: Callable[[], Result]) -> Result:
-        started = time.monotonic()
+        started = self._clock()
         pauses = iter(_PAUSES_S)
         tries = 0
         while True:
@@ -119,13 +130,13 @@ class RetryingStore(PassingStore):
                 raise
             except StoreUnavailable as error:
                 pause_s = next(pauses, None)
-                if pause_s is None:
-                    spent_s = time.monotonic() - started
+                spent_s = self._clock() - started
+                if pause_s is None or (tries >= _LEAST_TRIES and spent_s + pause_s > _MOST_S):
                     raise StoreUnavailable(f"{error} ({tries} tries in {spent_s:.0f} s)") from error
                 if not self._stopped.is_set():
                     # What goes by in a moment is nobody's business.
-                    level = logging.INFO if pause_s < _QUIET_S else logging.WARNING
-                    _log.log(level, "%s; trying again", error)
+                    is_quiet = pause_s < _QUIET_S and spent_s < _QUIET_FOR_S
+                    _log.log(logging.INFO if is_quiet else logging.WARNING, "%s; trying again", error)
                     self._sleep(pause_s * (1 + random.random()))
                 if self._stopped.is_set():
                     raise

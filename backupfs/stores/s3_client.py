@@ -11,9 +11,10 @@ from backupfs.stores.s3_answers import text_of
 DEFAULT_CONNECTIONS = 16
 ADDRESSING = ("auto", "path", "virtual")
 
-# A connection that does not come about, and one on which nothing moves.
+# A connection that does not come about, or takes nothing of what is sent, and one on which nothing comes: a transfer
+# that moves, however slowly, is not ended. Busy servers think about a large put for some seconds.
 _CONNECT_S = 10
-_READ_S = 60
+_READ_S = 30
 
 
 @dataclass(frozen=True, slots=True)

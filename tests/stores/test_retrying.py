@@ -71,6 +71,38 @@ def test_what_fails_on_and_on_is_an_error_that_says_how_often_it_was_tried(verb:
     assert len(pauses) == 7
 
 
+@pytest.mark.expected_log("stalled; trying again")
+@pytest.mark.parametrize(("try_s", "tries", "most_s"), [(0.0, 8, 80), (30.0, 3, 100), (13.0, 6, 120), (600.0, 3, 1810)])
+def test_a_server_that_stalls_is_given_up_in_time_and_a_slow_transfer_is_tried_again(
+    try_s: float, tries: int, most_s: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    told_at: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        if any(record.levelname == "WARNING" for record in caplog.records):
+            told_at.append(now)
+        now += seconds
+
+    class Stalling(AroundStore):
+        tries = 0
+
+        def around(self, verb: str, key: str, call: Callable[[], object]) -> object:  # type: ignore[override]
+            nonlocal now
+            self.tries += 1
+            now += try_s
+            raise StoreUnavailable("stalled")
+
+    inner = Stalling(MemoryStore())
+    with pytest.raises(StoreUnavailable, match=r"stalled \(\d tries in \d+ s\)"):
+        RetryingStore(inner, sleep, lambda: now).get("a")
+    assert abs(inner.tries - tries) <= (try_s == 13.0)
+    assert now < most_s
+    # The first word comes early.
+    assert told_at[0] <= max(try_s, 10.0)
+
+
 @pytest.mark.parametrize("error", [StoreFull("full"), StoreMissing("gone"), AccessDenied("no")])
 def test_what_trying_again_does_not_mend_is_told_at_once(error: Exception) -> None:
     class Failing(AroundStore):
