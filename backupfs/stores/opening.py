@@ -8,7 +8,7 @@ from backupfs.errors import UsageError, shown
 from backupfs.stores.directory import DirectoryStore
 from backupfs.stores.retrying import RetryingStore
 from backupfs.stores.s3 import S3Store
-from backupfs.stores.s3_client import ADDRESSING, S3Options
+from backupfs.stores.s3_client import ADDRESSING, ENCRYPTION, S3Options
 from backupfs.stores.store import Store, is_key
 
 # A word and a colon before any slash, as rsync and ssh tell a host from a path.
@@ -66,6 +66,8 @@ def _open_bucket(url: str, options: S3Options) -> S3Store:
         )
     if options.addressing not in ADDRESSING:
         raise UsageError(f"--addressing {shown(options.addressing)}: choose one of {', '.join(ADDRESSING)}")
+    if options.encryption not in ("", *ENCRYPTION[:2]) and not re.fullmatch(r"aws:kms:\S+", options.encryption):
+        raise UsageError(f"--encryption {shown(options.encryption)}: choose one of {', '.join(ENCRYPTION)}")
     if options.connections < 1:
         raise UsageError(f"--connections {options.connections}: at least one is needed")
     if options.limit_upload < 0 or options.limit_download < 0:

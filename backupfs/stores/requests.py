@@ -11,6 +11,11 @@ _MOST_OF_A_CALL = 8
 class TooManyRequests(Exception):
     """One call became more and more requests: boto3 follows redirections, also in circles."""
 
+    def __init__(self, location: str) -> None:
+        """Take where the server sends to; empty: it does not say."""
+        super().__init__(location)
+        self.location = location
+
 
 @dataclass(frozen=True, slots=True)
 class RequestCounts:
@@ -45,17 +50,20 @@ class Requests:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._call = threading.local()
+        self.was_answered = False  # by anything that speaks HTTP, ever
         self._put = self._get = self._list = self._delete = self._sent = self._received = 0
 
     def begin_call(self) -> None:
         """Say that what this thread sends from here on belongs to another call."""
         self._call.count = 0
+        self._call.status = 0
+        self._call.location = ""
 
     def count(self, request: Any, **_: object) -> None:
         """Take a request that is about to be sent, as boto3 tells of it. Raises: TooManyRequests."""
         self._call.count = getattr(self._call, "count", 0) + 1
         if self._call.count > _MOST_OF_A_CALL:
-            raise TooManyRequests
+            raise TooManyRequests(self._call.location)
         with self._lock:
             if request.method == "DELETE":
                 self._delete += 1
@@ -65,6 +73,20 @@ class Requests:
                 self._list += 1
             else:
                 self._get += 1
+
+    def note_answer(self, response_dict: Any, **_: object) -> None:
+        """Take an answer as it came, or None, before boto3 makes something else of it."""
+        if response_dict is None:
+            return
+        self.was_answered = True
+        self._call.status = response_dict["status_code"]
+        if 300 <= self._call.status < 400:
+            self._call.location = str(response_dict["headers"].get("location", ""))
+
+    @property
+    def last_status(self) -> int:
+        """The HTTP status of the last answer to this thread's call; 0 if there was none."""
+        return int(getattr(self._call, "status", 0))
 
     def add_sent(self, size: int) -> None:
         """Take bytes of an object that was put."""

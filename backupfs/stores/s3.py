@@ -25,6 +25,7 @@ from backupfs.errors import (
     StoreFull,
     StoreMissing,
     StoreUnavailable,
+    UsageError,
     shown,
 )
 from backupfs.stores import s3_answers as answers
@@ -109,7 +110,10 @@ class S3Store(Store):
         if if_absent and self._has_conditional_put:
             arguments["IfNoneMatch"] = "*"
         client = self._client()
-        with self._translated(f"store object {key}", hint="; a server that has no room left may say that, too"):
+        hint = "; a server that has no room left may say that, too"
+        if self._options.encryption:
+            hint += f", or it cannot do --encryption {shown(self._options.encryption)}: try without"
+        with self._translated(f"store object {key}", hint=hint, new=key if "IfNoneMatch" in arguments else ""):
             try:
                 answer = client.put_object(
                     Bucket=self._bucket, Key=self._prefix + key,
@@ -339,9 +343,10 @@ class S3Store(Store):
             return self._made
 
     @contextlib.contextmanager
-    def _translated(self, what: str, key: str = "", hint: str = "") -> Iterator[None]:
+    def _translated(self, what: str, key: str = "", hint: str = "", new: str = "") -> Iterator[None]:
         """Wait for a connection's turn; raise what a failure means to the user, or to whoever tries again.
 
+        key: of the object that must be there. new: of one that must not.
         hint: what else it may mean that the server is not able to do it now.
         """
         from botocore import exceptions as boto
@@ -355,7 +360,7 @@ class S3Store(Store):
             with self._turns:
                 yield
         except boto.ClientError as error:
-            raise self._meaning(error, about, key, hint) from error
+            raise self._meaning(error, about, key, hint, new) from error
         except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
             raise AccessDenied(
                 f"{about}: there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a "
@@ -364,18 +369,19 @@ class S3Store(Store):
         except (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.UnauthorizedSSOTokenError) as error:
             raise AccessDenied(f"{about}: {answers.text_of(error)}; log in again") from error
         except TooManyRequests as error:
-            raise StoreError(
-                f"{about}: the server at {shown(self._endpoint())} sends on to another place without end: see "
-                "--endpoint-url (https or http?) and --region"
-            ) from error
+            raise self._elsewhere(about, error.location) from error
         except boto.SSLError as error:
             # A connection that is cut or garbled shows as an error of TLS, too, and the next may not be.
             if not answers.is_distrust(error):
-                raise StoreUnavailable(f"{about}: {answers.text_of(error)}") from error
+                raise StoreUnavailable(f"{about}: {answers.text_of(error)}{self._doubt()}") from error
             raise StoreError(
                 f"{about}: the connection is not to be trusted ({answers.text_of(error)}); for a certificate of your "
                 "own give --ca-bundle FILE"
             ) from error
+        except boto.ConnectionClosedError as error:
+            raise StoreUnavailable(f"{about}: {answers.text_of(error)}{self._doubt()}") from error
+        except boto.EndpointResolutionError as error:
+            raise UsageError(f"object storage cannot be used, see --endpoint-url: {answers.text_of(error)}") from error
         except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, HTTPError) as error:
             raise StoreUnavailable(f"{about}: {answers.text_of(error)}") from error
         except boto.BotoCoreError as error:
@@ -383,9 +389,16 @@ class S3Store(Store):
         except (ResponseParserError, *answers.GARBLED_ANSWER) as error:
             raise StoreUnavailable(f"{about}: the answer is garbled or cut short ({answers.text_of(error)})") from error
 
-    def _meaning(self, error: Any, about: str, key: str, hint: str) -> StoreError:
+    def _meaning(self, error: Any, about: str, key: str, hint: str, new: str) -> StoreError:
         code, status = answers.code_of(error), answers.status_of(error)
         said = answers.said_by(error)
+        if status >= 500 and 200 <= self._requests.last_status < 300 and (not code or code == str(status)):
+            # boto3 makes a 500 of what it cannot read.
+            return StoreUnavailable(
+                f"{about}: the answer is none of S3's, or was cut short: another server may answer, see --endpoint-url"
+            )
+        if (location := answers.location_of(error)) and code not in answers.NO_REGION:
+            return self._elsewhere(about, location)
         if code in answers.NO_BUCKET or (status == 404 and not key):
             return StoreMissing(
                 f"there is no bucket {shown(self._bucket)} at {shown(self._endpoint())}: "
@@ -397,8 +410,8 @@ class S3Store(Store):
                 with self._translated(f"look at the bucket {shown(self._bucket)}"):
                     self._client().head_bucket(Bucket=self._bucket)
             return ObjectMissing(f"object {key} is not in {shown(self.url)}")
-        if code in answers.EXISTS or status == 412:
-            return ObjectExists(f"object {key} is in {shown(self.url)} already")
+        if new and (code in answers.EXISTS or status == 412):
+            return ObjectExists(f"object {new} is in {shown(self.url)} already")
         if code in answers.ARCHIVED:
             storage_class = shown(str(error.response.get("Error", {}).get("StorageClass") or "an archive class"))
             return ObjectArchived(
@@ -432,11 +445,25 @@ class S3Store(Store):
         if status >= 500:
             return StoreUnavailable(f"{about}: {said}{hint}")
         if code == "400":
-            # The answer to a look has no body.
-            return StoreError(f"{about}: the server does not say why; see --region, or get new credentials ({said})")
+            # The answer to a look has no body. A server of TLS, too, says that to who does not speak it.
+            see = "" if self._endpoint().startswith("https:") else "; does it speak https? see --endpoint-url"
+            return StoreError(
+                f"{about}: the server does not say why; see --region, or get new credentials ({said}){see}"
+            )
         if code in answers.REFUSED or status in (401, 403):
             return AccessDenied(f"{about}: the server refuses it to these credentials: {said}")
         return StoreError(f"{about}: {said}")
+
+    def _doubt(self) -> str:
+        """What a failure may mean where the server has never yet answered."""
+        return "" if self._requests.was_answered else "; does it speak https? see --endpoint-url"
+
+    def _elsewhere(self, about: str, location: str) -> StoreError:
+        to = f"to {shown(location)}" if location else "to another place"
+        return StoreError(
+            f"{about}: the server at {shown(self._endpoint())} sends on {to}: see --endpoint-url (https or http?) and "
+            "--region"
+        )
 
     def _endpoint(self) -> str:
         return str(self._client().meta.endpoint_url)

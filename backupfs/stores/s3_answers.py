@@ -62,6 +62,12 @@ def date_of(headers: Mapping[str, str]) -> int | None:
         return None
 
 
+def location_of(error: Any) -> str:
+    """Return where an error of boto3's sends on to; empty if it does not."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return str(headers.get("location", "")) if 300 <= status_of(error) < 400 else ""
+
+
 def said_by(error: Any) -> str:
     """Return status, code and words of an error of boto3's, for people."""
     message = str(error.response.get("Error", {}).get("Message", "")).strip().rstrip(".")

@@ -10,6 +10,12 @@ from backupfs.stores.s3_answers import text_of
 
 DEFAULT_CONNECTIONS = 16
 ADDRESSING = ("auto", "path", "virtual")
+ENCRYPTION = ("AES256", "aws:kms", "aws:kms:KEY")
+
+# What boto3 sends of the environment.
+_VARIABLES = (
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"
+)  # fmt: skip
 
 # A connection that does not come about, or takes nothing of what is sent, and one on which nothing comes: a transfer
 # that moves, however slowly, is not ended. Busy servers think about a large put for some seconds.
@@ -42,12 +48,14 @@ def make_client(options: S3Options, requests: Requests) -> Any:
     from botocore import exceptions as boto
     from botocore.config import Config
 
+    _require_plain(options)
     try:
         core = botocore.session.Session(profile=options.profile or None)
         endpoint = (
             options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             or core.get_scoped_config().get("endpoint_url") or ""
         )  # fmt: skip
+        _require_proxy(endpoint)
         addressing = options.addressing
         if addressing == "auto" and endpoint and ".amazonaws.com" not in endpoint:
             # Few servers but Amazon's have a host name for each bucket.
@@ -80,7 +88,41 @@ def make_client(options: S3Options, requests: Requests) -> Any:
     # It says with the whole certificate what the error says as well.
     logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
     client.meta.events.register("before-send.s3", requests.count)
+    client.meta.events.register("response-received.s3", requests.note_answer)
     return client
+
+
+def _require_plain(options: S3Options) -> None:
+    """Raise UsageError for what cannot be in a request's head: it would fail each time, and not say what it is."""
+    named = [("--region", options.region), ("--encryption", options.encryption)]
+    named += [("--storage-class", storage_class) for _, storage_class in options.classes]
+    named += [(name, os.environ.get(name, "")) for name in _VARIABLES]
+    for name, text in named:
+        if not text.isprintable() or not text.isascii():
+            # It may be a secret.
+            raise UsageError(f"{name} has a character in it that cannot be sent, as the end of a line: set it anew")
+
+
+def _require_proxy(endpoint: str) -> None:
+    """Raise UsageError for a proxy on the way to an endpoint that is no address of one."""
+    from urllib.parse import urlsplit
+
+    from botocore.utils import get_environ_proxies
+    from urllib3.exceptions import LocationParseError
+    from urllib3.util import parse_url
+
+    scheme = "http" if endpoint.startswith("http://") else "https"
+    proxy = get_environ_proxies(endpoint or "https://s3.amazonaws.com").get(scheme, "")
+    if not proxy:
+        return
+    try:
+        # A name alone is fine.
+        address = parse_url(proxy if "://" in proxy else f"http://{proxy}")
+        if address.scheme not in ("http", "https") or not address.host or not urlsplit(address.url).hostname:
+            raise ValueError("it is none of a web proxy")
+    except (ValueError, LocationParseError) as error:
+        # It may hold a password.
+        raise UsageError(f"{scheme.upper()}_PROXY is no address of a proxy: that is http://HOST:PORT") from error
 
 
 def _trusted(option: str, core: Any, endpoint: str) -> str | bool:

@@ -338,7 +338,9 @@ def test_a_server_that_sends_on_in_circles_is_left_at_once(swift: Server) -> Non
         options = replace(options_of(swift), endpoint_url=f"http://127.0.0.1:{server.server_address[1]}")
         store = S3Store(BUCKET, "x", options)
         for call in (lambda: list(store.list("")), lambda: store.get("config"), store.now):
-            with pytest.raises(StoreError, match=r"--endpoint-url .*--region") as caught:
+            with pytest.raises(
+                StoreError, match=r"sends on to https://elsewhere\.example/: see --endpoint-url .*--region"
+            ) as caught:
                 call()
             assert not isinstance(caught.value, StoreUnavailable)
         store.close()
@@ -433,11 +435,22 @@ def test_a_url_that_names_no_bucket_is_refused(url: str, says: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(S3Options(addressing="x"), "choose one of auto, path, virtual"), (S3Options(connections=0), "at least one")],
+    [
+        (S3Options(addressing="x"), "choose one of auto, path, virtual"),
+        (S3Options(connections=0), "at least one"),
+        (S3Options(encryption="foo"), "--encryption foo: choose one of AES256, aws:kms, aws:kms:KEY"),
+        (S3Options(encryption="aes256"), "choose one of"),
+        (S3Options(encryption="aws:kms:"), "choose one of"),
+    ],
 )
 def test_an_option_that_means_nothing_is_refused(options: S3Options, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         open_store("s3://bucket/prefix", options)
+
+
+@pytest.mark.parametrize("encryption", ["", "AES256", "aws:kms", "aws:kms:arn:aws:kms:eu-west-1:1:key/2"])
+def test_the_kinds_of_encryption_that_are_known_pass(encryption: str) -> None:
+    open_store("s3://bucket/prefix", S3Options(encryption=encryption)).close()
 
 
 def test_opening_a_bucket_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

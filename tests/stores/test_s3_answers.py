@@ -4,10 +4,11 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
-from backupfs.errors import StoreError, StoreUnavailable
+from backupfs.errors import ObjectExists, StoreError, StoreUnavailable, UsageError
 from backupfs.stores.s3 import S3Store
 from backupfs.stores.s3_client import S3Options
 from backupfs.stores.store import ObjectInfo
@@ -42,6 +43,10 @@ class Answering:
                     self._serve(here)
 
     def _serve(self, here: socket.socket) -> None:
+        if here.recv(1, socket.MSG_PEEK) == b"\x16":  # TLS, which has no lines
+            here.recv(1 << 16)
+            here.sendall(self.answer("", ""))
+            return
         with here.makefile("rb") as file:
             words = file.readline().split()
             method, path = (words[0].decode(), words[1].decode()) if len(words) > 1 else ("", "")
@@ -193,3 +198,110 @@ def test_a_page_that_is_not_the_last_and_names_no_next_one_is_asked_for_again(
     server.answer = lambda *_: answer(listing("a").replace("false", "true"))
     with pytest.raises(StoreUnavailable, match=r"cannot list .*garbled"):
         list(store.list(""))
+
+
+@pytest.mark.parametrize("body", ["<html><body>hi<br></body></html>", '{"a": 1}', "<ListBucketResult><Name>bu"])
+def test_what_is_no_answer_of_s3_is_told_as_that(body: str, store: S3Store, server: Answering) -> None:
+    server.answer = lambda *_: answer(body)
+    for call in (lambda: list(store.list("")), lambda: store.put(KEY, b"1")):
+        with pytest.raises(StoreUnavailable, match=r"the answer is none of S3's.*see --endpoint-url") as caught:
+            call()
+        assert "500" not in str(caught.value)
+    # An error in a 200 is one.
+    server.answer = lambda *_: answer("<Error><Code>InternalError</Code><Message>busy</Message></Error>")
+    with pytest.raises(StoreUnavailable, match="InternalError, busy"):
+        list(store.list(""))
+
+
+@pytest.mark.parametrize("status", ["409 Conflict", "412 Precondition Failed"])
+def test_a_conflict_means_that_an_object_is_there_only_where_that_was_the_question(
+    status: str, store: S3Store, server: Answering
+) -> None:
+    server.answer = lambda *_: answer("", status=status)
+    for call in (
+        lambda: store.put(KEY, b"1"), lambda: store.get(KEY), lambda: list(store.list("")), store.now,
+    ):  # fmt: skip
+        with pytest.raises(StoreError, match=status[:3]) as caught:
+            call()
+        assert not isinstance(caught.value, ObjectExists)
+
+    def conditional(method: str, path: str) -> bytes:
+        del path
+        missing = method == "HEAD" and len(server.seen) == 5
+        return answer("", status="404 Not Found" if missing else "200 OK" if method == "HEAD" else status)
+
+    server.answer = conditional
+    with pytest.raises(ObjectExists, match=f"object {KEY} is in s3://bucket already"):
+        store.put(KEY, b"1", if_absent=True)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_server_that_sends_on_is_told_with_the_place(status: int, store: S3Store, server: Answering) -> None:
+    server.answer = lambda *_: answer("", "Location: https://new.example/", status=f"{status} Moved")
+    for call in (lambda: store.get(KEY), lambda: store.put(KEY, b"1"), store.now):
+        with pytest.raises(StoreError, match=r"sends on to https://new\.example/: see --endpoint-url") as caught:
+            call()
+        assert not isinstance(caught.value, StoreUnavailable)
+
+
+def test_a_server_that_may_speak_another_protocol_is_doubted_until_it_answers(
+    store: S3Store, server: Answering
+) -> None:
+    https = S3Store("bucket", "", S3Options(f"https://127.0.0.1:{server.port}"))
+    for one in (https, store):
+        for said in (b"", b"\x15\x03\x01\x00\x02\x02\x46", answer("a plain request", status="400 Bad Request")):
+            server.answer = lambda *_, said=said: said  # type: ignore[misc]
+            with pytest.raises(StoreError, match=r"does it speak https\? see --endpoint-url$"):
+                one.get(KEY)
+    server.answer = lambda *_: b""
+    with pytest.raises(StoreUnavailable) as caught:
+        store.get(KEY)
+    assert "https" not in str(caught.value)
+    https.close()
+
+
+@pytest.mark.parametrize("endpoint", ["htp://x", "http://x:99999", "//x", "http://x?y=1", "foo"])
+def test_an_endpoint_that_is_no_address_names_the_option(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    credentials(monkeypatch)
+    with pytest.raises(UsageError, match="see --endpoint-url"):
+        S3Store("bucket", "", S3Options(endpoint)).get(KEY)
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "--region", "--storage-class"]
+)
+def test_what_cannot_be_sent_is_refused_by_its_name_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    credentials(monkeypatch)
+    options = S3Options("http://127.0.0.1:1")
+    if name == "--region":
+        options = replace(options, region="secret\n")
+    elif name == "--storage-class":
+        options = replace(options, classes=(("packs/", "secret\n"),))
+    else:
+        monkeypatch.setenv(name, "secret\n")
+    with pytest.raises(UsageError, match=f"{name} has a character") as caught:
+        S3Store("bucket", "", options).put(KEY, b"1")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("proxy", ["http://[", "http://a b:1", "http://x:99999", "socks5://x:1", "://", "http://"])
+def test_a_proxy_that_is_none_is_refused_where_it_would_be_used(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    credentials(monkeypatch)
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(UsageError, match="HTTPS_PROXY is no address"):
+        S3Store("bucket", "", S3Options("https://objects.example")).get(KEY)
+    S3Store("bucket", "", S3Options("http://objects.example"))._client()
+    for good in ("proxy:3128", "http://user:word@proxy:3128", "http://[::1]:3128"):
+        monkeypatch.setenv("HTTPS_PROXY", good)
+        S3Store("bucket", "", S3Options("https://objects.example"))._client()
+
+
+def test_a_server_that_fails_where_it_should_encrypt_may_not_be_able_to(store: S3Store, server: Answering) -> None:
+    server.answer = lambda *_: answer("", status="500 Internal Server Error")
+    with pytest.raises(StoreUnavailable) as caught:
+        store.put(KEY, b"1")
+    assert "encryption" not in str(caught.value)
+    encrypting = S3Store("bucket", "", S3Options(f"http://127.0.0.1:{server.port}", encryption="AES256"))
+    with pytest.raises(StoreUnavailable, match=r"or it cannot do --encryption AES256: try without$"):
+        encrypting.put(KEY, b"1")
+    encrypting.close()
