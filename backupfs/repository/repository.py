@@ -18,12 +18,13 @@ from backupfs.errors import (
     ObjectMissing,
     RepositoryExists,
     RepositoryLocked,
+    StoreError,
     StoreMissing,
     UnknownVersion,
     WrongPassword,
     shown,
 )
-from backupfs.ids import ObjectId
+from backupfs.ids import ObjectId, short
 from backupfs.repository import layout
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.config import Config, check_mac, encode_config, read_config, unknown_features
@@ -125,9 +126,21 @@ class Repository:
         return slot_id
 
     def remove_slot(self, slot_id: ObjectId) -> None:
-        """Delete a key slot; the caller makes sure that another one opens."""
+        """Delete a key slot; the caller makes sure that another one opens.
+
+        Raises: StoreError; for the own slot, which goes when another has been put in its place, with what that leaves.
+        """
         self.require_writable()
-        self.store.delete(layout.slot_key(slot_id))
+        try:
+            self.store.delete(layout.slot_key(slot_id))
+        except StoreError as error:
+            if slot_id != self.slot_id:
+                raise
+            raise type(error)(
+                f"{error}; the new password opens the repository, but the old one still does, too: take its key slot "
+                f"away with `backupfs key remove {short(slot_id)}`, the new password, and the right to delete (on S3: "
+                "s3:DeleteObject)"
+            ) from error
 
 
 def _cached(store: Store, cache: Path | None) -> Store:

@@ -11,6 +11,7 @@ from backupfs.chunking.cutter import CutSizes
 from backupfs.codec.keys import MAINTAIN, Keyring, new_keyring, seal_slot
 from backupfs.codec.sealing import hash_object
 from backupfs.errors import (
+    AccessDenied,
     DamagedObject,
     NotARepository,
     RepositoryError,
@@ -18,6 +19,7 @@ from backupfs.errors import (
     UnknownVersion,
     WrongPassword,
 )
+from backupfs.ids import short
 from backupfs.repository import layout
 from backupfs.repository.config import MAGIC, Config, check_mac, encode_config, read_config
 from backupfs.repository.local import LocalFolders
@@ -123,6 +125,23 @@ def test_a_repository_opens_with_each_of_its_passwords_only() -> None:
     with pytest.raises(WrongPassword):
         open_repository(repository.store, PASSWORD, NOWHERE)
     assert [slot.name for slot in open_repository(repository.store, b"second", NOWHERE).slots()] == ["other"]
+
+
+def test_an_old_key_slot_that_may_not_be_deleted_is_told_with_what_to_do() -> None:
+    class Keeping(AroundStore):
+        def delete(self, key: str) -> None:
+            raise AccessDenied(f"cannot delete object {key}: the server refuses it")
+
+    repository = reopened(Keeping(new_repository().store))
+    added = repository.add_slot(b"second", "other", CHEAP)
+    says = rf"refuses it; .*the old one still does.*`backupfs key remove {short(repository.slot_id)}`.*s3:DeleteObject"
+    with pytest.raises(AccessDenied, match=says):
+        repository.remove_slot(repository.slot_id)
+    # Both open, as it says; of another's slot there is nothing to add.
+    assert open_repository(repository.store, b"second", NOWHERE).slot_id == added
+    assert reopened(repository.store).slot_id == repository.slot_id
+    with pytest.raises(AccessDenied, match="refuses it$"):
+        repository.remove_slot(added)
 
 
 def test_an_empty_store_is_no_repository_and_a_repository_is_not_made_twice() -> None:
