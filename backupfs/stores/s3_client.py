@@ -98,8 +98,8 @@ def _require_plain(options: S3Options) -> None:
     named += [("--storage-class", storage_class) for _, storage_class in options.classes]
     named += [(name, os.environ.get(name, "")) for name in _VARIABLES]
     for name, text in named:
-        if not text.isprintable() or not text.isascii():
-            # It may be a secret.
+        # The secret key is not sent, but signed with, so it may be of any letters.
+        if not text.isprintable() or not (text.isascii() or name == "AWS_SECRET_ACCESS_KEY"):
             raise UsageError(f"{name} has a character in it that cannot be sent, as the end of a line: set it anew")
 
 

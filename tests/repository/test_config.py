@@ -140,7 +140,7 @@ def test_an_old_key_slot_that_may_not_be_deleted_is_told_with_what_to_do() -> No
     # Both open, as it says; of another's slot there is nothing to add.
     assert open_repository(repository.store, b"second", NOWHERE).slot_id == added
     assert reopened(repository.store).slot_id == repository.slot_id
-    with pytest.raises(AccessDenied, match="refuses it$"):
+    with pytest.raises(AccessDenied, match=r"refuses it$"):
         repository.remove_slot(added)
 
 

@@ -282,6 +282,11 @@ def test_what_cannot_be_sent_is_refused_by_its_name_alone(name: str, monkeypatch
     with pytest.raises(UsageError, match=f"{name} has a character") as caught:
         S3Store("bucket", "", options).put(KEY, b"1")
     assert "secret" not in str(caught.value)
+    # The secret key is signed with, not sent.
+    credentials(monkeypatch)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "pässword")
+    S3Store("bucket", "", S3Options("http://127.0.0.1:1"))._client()
 
 
 @pytest.mark.parametrize("proxy", ["http://[", "http://a b:1", "http://x:99999", "socks5://x:1", "://", "http://"])
