@@ -42,6 +42,7 @@ class SnapshotList:
     is_quiet: bool = False  # whoever asked tells of damage
     damaged_forgotten: dict[str, str] = field(default_factory=dict)  # the same, of snapshots that were forgotten
     forgotten: set[SnapshotId] = field(default_factory=set)  # whatever is left of them
+    _gone: set[SnapshotId] = field(default_factory=set)  # ids that were asked for and are not there
     _loaded: dict[SnapshotId, Snapshot] = field(default_factory=dict)
     _notes: dict[str, notes.Note | None] = field(default_factory=dict)
     _damaged_notes: dict[str, str] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class SnapshotList:
         self.forgotten = self._forgotten(note_keys)
         identities = (layout.id_in_key(info.key) for info in objects)
         listed = [SnapshotId(identity) for identity in identities if identity is not None]
+        listed += self._unlisted(set(listed))
         fresh = [snapshot_id for snapshot_id in listed if snapshot_id not in self._loaded]
         loaded = dict(zip(fresh, each(store, lambda snapshot_id: self._load(snapshot_id, damaged), fresh), strict=True))
         present: dict[SnapshotId, Snapshot] = {}
@@ -76,6 +78,20 @@ class SnapshotList:
             key=lambda snapshot: (snapshot.time_ns, snapshot.sequence, snapshot.snapshot_id),
         )
         return (self.snapshots, len(self._notes), self.damaged) != before
+
+    def _unlisted(self, listed: set[SnapshotId]) -> list[SnapshotId]:
+        """Return what this machine has seen last and a listing does not show, though it is there: it may be stale."""
+        repository = self.repository
+        seen = local.last_seen(repository.local.state, repository.config.repository_id)
+        missed = {SnapshotId(last) for _, last in seen.values() if last} - listed - self.forgotten - self._gone
+        found: list[SnapshotId] = []
+        for snapshot_id in missed:
+            try:
+                repository.store.size(layout.key_of(Kind.SNAPSHOT, snapshot_id))
+                found.append(snapshot_id)
+            except ObjectMissing:
+                self._gone.add(snapshot_id)
+        return found
 
     def _load(self, snapshot_id: SnapshotId, damaged: dict[str, str]) -> Snapshot | None:
         key = layout.key_of(Kind.SNAPSHOT, snapshot_id)

@@ -1,5 +1,6 @@
 """Which snapshots there are, and which one a name means."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from backupfs.snapshots import notes
 from backupfs.snapshots.listing import has_doubtful_time, load_snapshots, put_snapshot
 from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, Statistics
 from backupfs.stores.memory import MemoryStore
+from backupfs.stores.passing import PassingStore
+from backupfs.stores.store import ObjectInfo
 from backupfs.view.folders import arrange, name_snapshots
 from tests.builders import folders_in, keys_of, new_repository, reopened
 from tests.faults import CountingStore
@@ -197,6 +200,25 @@ def test_what_this_machine_saw_and_is_gone_is_not_hidden(tmp_path: Path) -> None
     notes.put_note(repository, notes.new_note(listed.find_broken(stored[2].snapshot_id.hex()), notes.FORGET))
     assert load_snapshots(repository).losses() == []
     assert load_snapshots(repository).find("latest") == stored[1]
+
+
+def test_a_listing_that_is_stale_loses_nothing(tmp_path: Path) -> None:
+    repository = new_repository(folders=folders_in(tmp_path))
+    stored = in_a_row(repository, 3)
+    load_snapshots(repository).note_seen()
+
+    class Stale(PassingStore):
+        def list(self, prefix: str) -> Iterator[ObjectInfo]:
+            newest = stored[2].snapshot_id.hex()
+            return (info for info in super().list(prefix) if newest not in info.key)
+
+    stale = reopened(Stale(repository.store), folders_in(tmp_path))
+    listed = load_snapshots(stale)
+    assert (listed.snapshots, listed.losses()) == (stored, [])
+    assert not listed.refresh()
+    assert listed.find("latest") == stored[2]
+    repository.store.delete(f"snapshots/{stored[2].snapshot_id.hex()}")
+    assert [loss.snapshot_id for loss in load_snapshots(stale).losses()] == [stored[2].snapshot_id]
 
 
 def test_a_mount_shows_no_latest_where_that_is_in_doubt(tmp_path: Path) -> None:
