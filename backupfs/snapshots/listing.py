@@ -20,7 +20,7 @@ from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.indexing import indexed
-from backupfs.snapshots.losses import Loss, find_losses, lasts_of
+from backupfs.snapshots.losses import LetGo, Loss, find_losses, lasts_of
 from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, decode_snapshot, encode_snapshot
 from backupfs.snapshots.verification import VERIFY, Verification, decode_verification
 from backupfs.stores.store import Store
@@ -42,6 +42,7 @@ class SnapshotList:
     is_quiet: bool = False  # whoever asked tells of damage
     damaged_forgotten: dict[str, str] = field(default_factory=dict)  # the same, of snapshots that were forgotten
     forgotten: set[SnapshotId] = field(default_factory=set)  # whatever is left of them
+    _let_go: list[LetGo] = field(default_factory=list)
     _gone: set[SnapshotId] = field(default_factory=set)  # ids that were asked for and are not there
     _loaded: dict[SnapshotId, Snapshot] = field(default_factory=dict)
     _notes: dict[str, notes.Note | None] = field(default_factory=dict)
@@ -152,6 +153,7 @@ class SnapshotList:
             return None
 
     def _forgotten(self, listed: list[str]) -> set[SnapshotId]:
+        self._let_go = []
         forgets: dict[SnapshotId, set[bytes]] = {}
         undone: dict[SnapshotId, set[bytes]] = {}
         for key in listed:
@@ -165,7 +167,14 @@ class SnapshotList:
                 undone.setdefault(note.snapshot_id, set()).update(
                     argument for argument in note.arguments if isinstance(argument, bytes)
                 )
-        return {snapshot_id for snapshot_id, note_ids in forgets.items() if note_ids - undone.get(snapshot_id, set())}
+        valid = {snapshot_id: ids - undone.get(snapshot_id, set()) for snapshot_id, ids in forgets.items()}
+        for key in listed:
+            note = self._notes[key]
+            if note is not None and note.kind == notes.FORGET and layout.id_in_key(key) in valid[note.snapshot_id]:
+                match note.arguments:
+                    case (bytes(host_id), int(first), int(last)):
+                        self._let_go.append((host_id, first, last))
+        return {snapshot_id for snapshot_id, note_ids in valid.items() if note_ids}
 
     def _take_verification(self, key: str, note: notes.Note | None) -> None:
         if note is not None and note.kind == VERIFY:
@@ -213,6 +222,7 @@ class SnapshotList:
                     f"the repository has no file snapshot of a host {shown(host)}, and no image {shown(host)}; "
                     "`backupfs snapshots` lists what there is"
                 )
+            self.confirmed_losses()
             doubted = self.doubted()
             doubts = [doubted[one.host_id] for one in fitting if one.host_id in doubted] if host else doubted.values()
             for doubt in doubts:
@@ -245,7 +255,14 @@ class SnapshotList:
         """Return which snapshots are gone, by what is there and by what this machine has seen."""
         repository = self.repository
         seen = local.last_seen(repository.local.state, repository.config.repository_id)
-        return find_losses(self._loaded.values(), seen, self.forgotten, self._unreadable())
+        broken = {*self._unreadable(), *(layout.id_in_key(key) or b"" for key in self.damaged_forgotten)}
+        return find_losses(self._loaded.values(), seen, self.forgotten, broken, self._let_go)
+
+    def confirmed_losses(self) -> list[Loss]:
+        """Return the same, of a list that is not older than what this machine has seen. Raises: StoreError."""
+        if self.losses():
+            self.refresh()
+        return self.losses()
 
     def note_seen(self) -> None:
         """Let this machine remember what is there, forgotten snapshots included."""
@@ -257,7 +274,7 @@ class SnapshotList:
 
         Raises: UnknownSnapshot.
         """
-        broken = [*self._unreadable(), *(SnapshotId(loss.snapshot_id) for loss in self.losses() if loss.snapshot_id)]
+        broken = [*self._unreadable(), *(SnapshotId(loss.name) for loss in self.losses())]
         fitting = [snapshot_id for snapshot_id in broken if snapshot_id.hex().startswith(name.lower())]
         if len(fitting) != 1 or len(name) < 2:
             raise UnknownSnapshot(f"there is no snapshot {shown(name)}; `backupfs snapshots` lists what there is")

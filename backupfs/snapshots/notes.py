@@ -55,9 +55,9 @@ def require_right(repository: Repository, kind: str) -> None:
         repository.keyring.key(MAINTAIN, repository.keyring.epoch(MAINTAIN))
 
 
-def new_note(snapshot_id: SnapshotId, kind: str) -> Note:
+def new_note(snapshot_id: SnapshotId, kind: str, *arguments: Field) -> Note:
     """Return a note of this host and this moment."""
-    return Note(snapshot_id, kind, time.time_ns(), os.uname().nodename)
+    return Note(snapshot_id, kind, time.time_ns(), os.uname().nodename, arguments)
 
 
 def load_note(repository: Repository, key: str, store: Store | None = None) -> Note:

@@ -271,10 +271,9 @@ class _Check:
         self._behind = [own for own, shown in zip(stored, self._snapshots, strict=True) if own != shown]
         last = listed.last_of_host(local.host_id(repository.local.state))
         self._last_sequence = last.sequence if last is not None else 0
-        for loss in listed.losses():
+        for loss in listed.confirmed_losses():
             key = layout.key_of(Kind.SNAPSHOT, SnapshotId(loss.snapshot_id)) if loss.snapshot_id else layout.SNAPSHOTS
-            known = f"; `backupfs forget {short(loss.snapshot_id)}` once that is known" if loss.snapshot_id else ""
-            self._findings.damage(key, f"{loss}{known}")
+            self._findings.damage(key, f"{loss}; `backupfs forget {short(loss.name)}` once that is known")
         listed.note_seen()
 
     def _load_what_can_be_read(self) -> None:

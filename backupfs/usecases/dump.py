@@ -134,7 +134,9 @@ def _member(node: Node, name: str) -> tarfile.TarInfo:
     member.pax_headers = {"mtime": f"{'-' if node.mtime_ns < 0 else ''}{seconds}.{part:09d}"}
     for key, value in node.xattrs:
         try:
-            member.pax_headers[f"SCHILY.xattr.{key.decode()}"] = _text(value)
+            # As GNU tar writes it: the keyword ends at the first sign of equality.
+            keyword = key.decode().replace("%", "%25").replace("=", "%3D")
+            member.pax_headers[f"SCHILY.xattr.{keyword}"] = _text(value)
         except UnicodeDecodeError:
             log.warning("%s: a tar cannot hold its attribute %s", shown(os.fsencode(name)), shown(key))
         # `tar --acls` knows them as text only, and takes away those that it does not find.

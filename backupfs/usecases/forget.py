@@ -39,7 +39,10 @@ async def forget(repository: Repository, names: list[str], dry_run: bool) -> For
             except UnknownSnapshot:
                 raise error from None
     snapshots = tuple(snapshot for snapshot in listed.snapshots if snapshot.snapshot_id in chosen)
+    numbers = {one.snapshot_id: (one.host_id, one.sequence, one.sequence) for one in snapshots}
+    numbers |= {SnapshotId(loss.name): (loss.host_id, loss.first, loss.last) for loss in listed.losses()}
     if not dry_run:
         for snapshot_id in [*(snapshot.snapshot_id for snapshot in snapshots), *broken]:
-            await workers.request(notes.put_note, repository, notes.new_note(snapshot_id, notes.FORGET))
+            note = notes.new_note(snapshot_id, notes.FORGET, *numbers.get(snapshot_id, ()))
+            await workers.request(notes.put_note, repository, note)
     return ForgetResult(snapshots, tuple(broken), len(listed.snapshots) - len(snapshots))

@@ -289,7 +289,7 @@ class StoringRun:
         if local.last_seen(state, repository_id).get(host_id, (0, b"")) > lasts.get(host_id, (0, b"")):
             # Another backup of this host ended meanwhile, or the last one is lost: its number is not given again.
             self.listed.refresh()
-        for loss in self.listed.losses():
+        for loss in self.listed.confirmed_losses():
             self._report(Remark(f"{loss}: see `backupfs check`"))
         last, last_id = max(
             local.last_seen(state, repository_id).get(host_id, (0, b"")),

@@ -14,11 +14,14 @@ All but `ids` and `images` are of files only.
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
+from blake3 import blake3
+
 from backupfs.ids import SHORT_HEX, ChunkId, SnapshotId
 from backupfs.snapshots.snapshot import IMAGE, Snapshot, time_name
 from backupfs.snapshots.verification import Verification
 
 VERIFY_FOLDER = b".verify"
+_MOST_NAME, _KEPT_NAME = 255, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,5 +154,9 @@ def safe_name(text: str) -> bytes:
     """Return a host's name or a tag as a file name: what a name cannot hold is percent-encoded."""
     if text in ("", ".", ".."):
         return b"%2E" * len(text) or b"%"
-    name = text.encode("utf-8", "surrogateescape")
-    return name.replace(b"%", b"%25").replace(b"/", b"%2F").replace(b"\0", b"%00")
+    plain = text.encode("utf-8", "surrogateescape")
+    name = plain.replace(b"%", b"%25").replace(b"/", b"%2F").replace(b"\0", b"%00")
+    if len(name) > _MOST_NAME:
+        # One that the kernel refuses would hide those after it.
+        return name[:_KEPT_NAME] + b"%" + blake3(plain).hexdigest(length=8).encode()
+    return name

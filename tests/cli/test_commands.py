@@ -225,6 +225,20 @@ def test_dump_gives_a_folder_as_a_tar(cli: Cli, source: Path, tmp_path: Path) ->
     subprocess.run(["diff", "-r", "--no-dereference", source, out], check=True)
 
 
+def test_a_tar_has_attributes_of_any_name(cli: Cli, tmp_path: Path) -> None:
+    file, out = tmp_path / "content/f", tmp_path / "out"
+    file.parent.mkdir()
+    out.mkdir()
+    file.write_bytes(b"f")
+    attributes = {"user.a": b"keep", "user.a=b": b"eq", "user.p%3Dq": b"pc", "user.c%25": b"x", "user.=": b"="}
+    for name, value in attributes.items():
+        os.setxattr(file, name, value)
+    cli("backup", file.parent)
+    archive = cli.run("dump", f"latest:{file.parent}").stdout
+    subprocess.run(["tar", "--xattrs", "--xattrs-include=*", "-xf", "-", "-C", out], input=archive, check=True)
+    assert {name: os.getxattr(out / "f", name) for name in os.listxattr(out / "f")} == attributes
+
+
 @pytest.mark.parametrize("options", [["--acls"], ["--acls", "--xattrs", "--xattrs-include=*"], ["--xattrs-include=*"]])
 def test_a_tar_has_acls_as_tar_wants_them(cli: Cli, tmp_path: Path, options: list[str]) -> None:
     source = tmp_path / "source"

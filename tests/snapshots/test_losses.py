@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from backupfs.codec.sealing import hash_object
 from backupfs.ids import ChunkId, SnapshotId
-from backupfs.snapshots.losses import Last, find_losses, lasts_of
+from backupfs.snapshots.losses import Last, LetGo, find_losses, lasts_of
 from backupfs.snapshots.snapshot import FILES, Snapshot, Statistics
 
 ROOT = ChunkId(hash_object(b"root"))
@@ -28,8 +28,10 @@ def found(
     seen: dict[bytes, Last] | None = None,
     forgotten: tuple[int, ...] = (),
     unreadable: tuple[int, ...] = (),
+    let_go: tuple[LetGo, ...] = (),
 ) -> list[tuple[int, int, bytes, bytes]]:
-    losses = find_losses(present, seen or {}, set(map(snapshot_id, forgotten)), set(map(snapshot_id, unreadable)))
+    ids = set(map(snapshot_id, forgotten)), set(map(snapshot_id, unreadable))
+    losses = find_losses(present, seen or {}, *ids, let_go)
     return [(loss.first, loss.last, loss.snapshot_id, loss.named_by) for loss in losses]
 
 
@@ -51,7 +53,12 @@ def test_a_gap_is_a_loss_that_the_next_one_names() -> None:
 
 def test_two_that_ran_at_once_are_no_loss() -> None:
     assert found([made(1), made(2), made(3, previous=1)]) == []
-    assert found([made(1), made(2), replace(made(2), snapshot_id=snapshot_id(9))]) == []
+    twin = replace(made(2), snapshot_id=snapshot_id(9))
+    assert found([made(1), made(2), twin]) == []
+    # Of two of one number, too, the one that is gone is missed by who names it and by who saw it.
+    assert found([made(1), twin, made(3)]) == [(2, 2, snapshot_id(2), snapshot_id(3))]
+    assert found([made(1), twin], {HOST: (2, snapshot_id(2))}) == [(2, 2, snapshot_id(2), b"")]
+    assert found([made(1), twin, made(3)], forgotten=(2,)) == []
     # Which one was lost is not known then.
     assert found([made(1), made(3, previous=1)]) == [(2, 2, b"", snapshot_id(3))]
 
@@ -62,17 +69,25 @@ def test_what_was_seen_last_is_missed_though_nothing_names_it() -> None:
     assert found([made(1), made(2)], {HOST: (1, snapshot_id(1))}) == []
 
 
-def test_what_was_forgotten_is_not_missed() -> None:
+def test_what_was_forgotten_is_not_missed_and_nothing_else() -> None:
     assert found([made(1), made(3)], forgotten=(2,)) == []
-    assert found([made(1), made(5)], forgotten=(4,)) == []
-    assert found([made(1)], {HOST: (3, snapshot_id(3))}, forgotten=(3,)) == []
-    # Forgotten before: of those after it nobody said so.
-    assert found([made(1), made(5)], forgotten=(2, 3)) == [(2, 4, snapshot_id(4), snapshot_id(5))]
+    assert found([made(1)], {HOST: (2, snapshot_id(2))}, forgotten=(2,)) == []
+    # Of those before it nobody said so.
+    assert [one[:2] for one in found([made(1), made(5)], forgotten=(4,))] == [(2, 3)]
+    assert found([made(1), made(5)], forgotten=(4,), let_go=((HOST, 2, 4),)) == []
+    assert found([made(5)], let_go=((HOST, 2, 4),)) == [(1, 1, b"", b"")]
+    assert found([made(1), made(9)], let_go=((HOST, 4, 5), (OTHER, 1, 9))) == [
+        (2, 3, b"", b""), (6, 8, snapshot_id(8), snapshot_id(9)),
+    ]  # fmt: skip
+    # Whatever the numbers are, it takes no longer.
+    assert found([made(1), made(1 << 60)], let_go=((HOST, 1, 1 << 61),)) == []
 
 
 def test_what_is_there_and_damaged_is_not_gone() -> None:
     assert found([made(1), made(3)], unreadable=(2,)) == []
-    assert found([made(1), made(4)], unreadable=(3,)) == [(2, 2, b"", snapshot_id(4))]
     assert found([made(1)], {HOST: (2, snapshot_id(2))}, unreadable=(2,)) == []
-    # Damaged and forgotten: that is known.
-    assert found([made(1), made(4)], forgotten=(3,), unreadable=()) == []
+    assert found([], {HOST: (5, snapshot_id(5))}, unreadable=(1, 2, 3, 4, 5)) == []
+    # Which number a damaged one has is known only where another names it.
+    assert found([made(1), made(4)], unreadable=(2, 3)) == []
+    assert [one[:2] for one in found([made(1), made(4)], unreadable=(3,))] == [(2, 2)]
+    assert [one[:2] for one in found([made(1), made(5)], unreadable=(3, 4))] == [(2, 3)]

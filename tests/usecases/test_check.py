@@ -21,7 +21,7 @@ from backupfs.repository.segment import Segment, encode_segment, sort_rows
 from backupfs.snapshots.content import CHUNK, HOLE, LIST, SINGLE_MARK, Content
 from backupfs.snapshots.listing import load_snapshot, load_snapshots, put_snapshot
 from backupfs.snapshots.node import STAT_ROW
-from backupfs.snapshots.notes import FORGET, new_note, put_note
+from backupfs.snapshots.notes import new_note, put_note
 from backupfs.snapshots.snapshot import FILES, Snapshot, Statistics
 from backupfs.snapshots.tree import TreeBuilder
 from backupfs.stores.memory import MemoryStore
@@ -233,7 +233,7 @@ def test_a_snapshot_that_is_gone_is_damage_until_that_is_known(tmp_path: Path) -
     assert (fifth.sequence, fifth.previous) == (5, fourth.snapshot_id)
     assert checked() == [(Severity.DAMAGE, keys[2])]
     # Nor does forgetting what names it.
-    put_note(repository, new_note(fourth.snapshot_id, FORGET))
+    trio.run(forget, reopened(repository), [fourth.snapshot_id.hex()], False)
     assert checked() == [(Severity.DAMAGE, keys[2])]
     # Somebody says that it is known.
     trio.run(forget, reopened(repository), [keys[2][10:20]], False)
@@ -244,13 +244,19 @@ def test_a_snapshot_that_is_gone_is_damage_until_that_is_known(tmp_path: Path) -
     # With all of them gone, the next one says so, wherever it is looked at.
     for key in keys_of(repository.store, "snapshots/"):
         repository.store.delete(key)
-    assert checked() == [(Severity.DAMAGE, f"snapshots/{fifth.snapshot_id.hex()}")]
+    last = f"snapshots/{fifth.snapshot_id.hex()}"
+    assert checked() == [(Severity.DAMAGE, "snapshots/"), (Severity.DAMAGE, last)]
     sixth = back_up(reopened(repository), source)
     assert sixth.sequence == 6
     elsewhere = reopened(repository, folders=folders_in(tmp_path / "elsewhere"))
-    [finding] = run_check(elsewhere).findings
-    assert (finding.key, finding.severity) == (f"snapshots/{fifth.snapshot_id.hex()}", Severity.DAMAGE)
-    assert "snapshots 1 to 5 of the host" in finding.what
+    findings = run_check(elsewhere).findings
+    assert [finding.key for finding in findings] == ["snapshots/", last]
+    assert "snapshots 1 to 2 of the host" in findings[0].what
+    # Those whose ids nobody knows have names to forget them by.
+    names = [finding.what.split("`")[1].split()[-1] for finding in findings]
+    trio.run(forget, elsewhere, names, False)
+    assert checked() == []
+    assert load_snapshots(reopened(repository)).find("latest") == sixth
 
 
 def test_backups_of_a_host_that_run_at_once_have_numbers_of_their_own(tmp_path: Path) -> None:

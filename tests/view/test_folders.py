@@ -114,3 +114,11 @@ def test_safe_names_are_names_and_stay_apart(one: str, other: str) -> None:
     assert b"/" not in name
     assert b"\0" not in name
     assert (name == safe_name(other)) == (one == other)
+
+
+def test_a_name_that_no_file_can_have_is_shortened_and_stays_its_own() -> None:
+    one, other = safe_name("m" * 5000), safe_name("m" * 5001)
+    assert one != other
+    assert {len(one), len(other)} <= set(range(200, 256))
+    assert safe_name("m" * 255) == b"m" * 255
+    assert len(safe_name("/" * 100)) <= 255

@@ -150,7 +150,7 @@ def snapshots_command(
         wanted = {listed.find(name).snapshot_id for name in names}
         chosen = [snapshot for snapshot in chosen if snapshot.snapshot_id in wanted]
     tell_snapshots(settings, chosen, listed.verifications)
-    losses = listed.losses()
+    losses = listed.confirmed_losses()
     for loss in losses:
         logging.getLogger(__name__).warning("%s: see `backupfs check`", loss)
     return 1 if listed.damaged or losses else 0
