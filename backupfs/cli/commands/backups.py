@@ -164,6 +164,8 @@ def forget_command(settings: Settings, names: tuple[str, ...], dry_run: bool) ->
     """Forget snapshots: they vanish from lists and mounts.
 
     Their space is kept until the repository can be pruned, which this version cannot do yet.
+
+    One that is damaged or lost is forgotten by the id that `check` names: then nothing tells of it any more.
     """
     repository = settings.open_repository("backupfs.usecases.forget", files=False)
     from backupfs.cli.summaries import tell_forget
