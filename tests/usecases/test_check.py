@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -461,3 +462,45 @@ def test_the_worst_findings_come_first() -> None:
     assert [finding.key for finding in findings.listed()] == ["a", "c", "b"]
     assert findings.damaged
     assert replace(findings.listed()[0], what="x; y") == findings.listed()[0]
+
+
+class Meanwhile(AroundStore):
+    """Lets something else happen, once, when the first pack is put."""
+
+    def __init__(self, inner: MemoryStore, happens: Callable[[], object]) -> None:
+        super().__init__(inner)
+        self._happens: Callable[[], object] | None = happens
+
+    def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
+        if verb == "put" and key.startswith("packs/") and (happens := self._happens) is not None:
+            self._happens = None
+            other = threading.Thread(target=happens)
+            other.start()
+            other.join()
+        return call()
+
+
+def test_what_another_host_makes_during_a_backup_is_not_taken_for_lost(tmp_path: Path) -> None:
+    store = MemoryStore()
+    here = folders_in(tmp_path / "here")
+    source = build(TREE, tmp_path / "source")
+    first = back_up(new_repository(store, here), source)
+    made: list[Snapshot] = []
+    is_sound: list[bool] = []
+
+    def others() -> None:
+        one = put_snapshot(reopened(store), replace(first, host="other", host_id=b"o" * 16))
+        two = put_snapshot(reopened(store), replace(one, sequence=2, previous=one.snapshot_id))
+        made.extend([one, two])
+        # Another program on this machine looks at the repository, too, and remembers what it sees.
+        is_sound.append(not run_check(reopened(store, here)).damaged)
+
+    events: list[Event] = []
+    (tmp_path / "source" / "new").write_bytes(noise(5, 500))
+    assert backup(reopened(Meanwhile(store, others), here), [source], small_options(), events.append).snapshot
+    assert is_sound == [True]
+    assert [event for event in events if isinstance(event, Remark)] == []
+    # It does tell of what is lost of the other.
+    store.delete(f"snapshots/{made[1].snapshot_id.hex()}")
+    backup(reopened(store, here), [source], small_options(), events.append)
+    assert ["snapshot 2 of the host other" in event.text for event in events if isinstance(event, Remark)] == [True]
