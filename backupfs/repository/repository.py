@@ -1,5 +1,6 @@
 """A repository, opened: its config, its keys, its indexes, and readers of its chunks."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -222,16 +223,30 @@ def create_repository(
     slot_id = hash_object(slot)
     store.put(layout.slot_key(slot_id), slot)
     data = encode_config(config, keyring)
-    try:
+    # A put may come twice, and conditional puts are not atomic on every store: what is there now tells who has won.
+    with contextlib.suppress(ObjectExists):
         store.put(layout.CONFIG, data, if_absent=True)
-    except ObjectExists as error:
-        store.delete(layout.slot_key(slot_id))
-        raise RepositoryLocked(f"another init made a repository at {store.url} just now: use that one") from error
-    # Conditional puts are not atomic on every store: who reads another's config has lost.
-    if store.get(layout.CONFIG) != data:
+    if not _is_in_place(store, data):
         store.delete(layout.slot_key(slot_id))
         raise RepositoryLocked(f"another init made a repository at {store.url} just now: use that one")
     return Repository(store, config, keyring, slot_id, local)
+
+
+def _is_in_place(store: Store, data: bytes) -> bool:
+    """Tell whether a config is the one in the store, or another is. Raises: DamagedObject if it is none."""
+    there = store.get(layout.CONFIG)
+    if there != data:
+        # An answer may have been garbled on its way: then the next one is not, or not in the same way.
+        again = store.get(layout.CONFIG)
+        if again not in (there, data):
+            raise DamagedObject(
+                f"the object config in {store.url} was read twice and was not the same: try again, over https"
+            )
+        there = again
+    if there == data:
+        return True
+    read_config(there)
+    return False
 
 
 def open_repository(

@@ -22,6 +22,9 @@ _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 # transfer that breaks off is tried again all the same.
 _MOST_S = 90.0
 _LEAST_TRIES = 3
+# After one was given up, others get one try for so long, until any goes well: who reads a file in a mount asks for the
+# same again and again.
+_DOWN_S = 30.0
 # From this pause on the user is told, or when this much time is gone.
 _QUIET_S = 2.0
 _QUIET_FOR_S = 10.0
@@ -44,25 +47,20 @@ class RetryingStore(PassingStore):
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
         self._clock = clock
+        self._down_since: float | None = None  # when one was given up; None: since then something went well
 
     def create(self) -> None:
         """Make the place."""
         self._try(self.inner.create)
 
     def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
-        """Store an object; one whose answer was lost is not mistaken for somebody else's."""
-        failed = False
+        """Store an object; one whose answer was lost, or that came twice, is not mistaken for somebody else's."""
 
         def put() -> None:
-            nonlocal failed
             try:
                 self.inner.put(key, data, if_absent=if_absent)
-            except StoreUnavailable:
-                failed = True
-                raise
             except ObjectExists:
-                # The try before this may have stored it, and only its answer was lost.
-                if not (failed and self.inner.get(key) == data):
+                if self.inner.get(key) != data:
                     raise
 
         self._try(put)
@@ -120,19 +118,25 @@ class RetryingStore(PassingStore):
 
     def _try(self, call: Callable[[], Result]) -> Result:
         started = self._clock()
+        is_down = self._down_since is not None and started - self._down_since < _DOWN_S
         pauses = iter(_PAUSES_S)
         tries = 0
         while True:
             tries += 1
             try:
-                return call()
+                result = call()
+                self._down_since = None
+                return result
             except (StoreFull, StoreMissing):
                 raise
             except StoreUnavailable as error:
                 pause_s = next(pauses, None)
-                spent_s = self._clock() - started
-                if pause_s is None or (tries >= _LEAST_TRIES and spent_s + pause_s > _MOST_S):
-                    raise StoreUnavailable(f"{error} ({tries} tries in {spent_s:.0f} s)") from error
+                now = self._clock()
+                spent_s = now - started
+                if pause_s is None or is_down or (tries >= _LEAST_TRIES and spent_s + pause_s > _MOST_S):
+                    self._down_since = now
+                    count = f"{tries} tries" if tries > 1 else "1 try"
+                    raise StoreUnavailable(f"{error} ({count} in {spent_s:.0f} s)") from error
                 if not self._stopped.is_set():
                     # What goes by in a moment is nobody's business.
                     is_quiet = pause_s < _QUIET_S and spent_s < _QUIET_FOR_S

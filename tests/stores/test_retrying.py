@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import pytest
 
@@ -11,6 +12,8 @@ from backupfs.stores.memory import MemoryStore
 from backupfs.stores.retrying import RetryingStore
 from backupfs.stores.store import Store
 from tests.faults import AroundStore, CountingStore, Fault, FaultyStore
+
+Result = TypeVar("Result")
 
 VERBS: dict[str, Callable[[Store], object]] = {
     "put": lambda store: store.put("b", b"2"),
@@ -121,8 +124,49 @@ def test_a_put_whose_answer_was_lost_is_not_taken_for_somebody_elses() -> None:
     store, _ = around(FaultyStore(inner, Fault("put", 1, after=True)))
     store.put("config", b"mine", if_absent=True)
     assert inner.get("config") == b"mine"
+    # Nor is one that came twice.
+    store.put("config", b"mine", if_absent=True)
     with pytest.raises(ObjectExists):
-        store.put("config", b"mine", if_absent=True)
+        store.put("config", b"other", if_absent=True)
+
+
+@pytest.mark.expected_log("stalled; trying again")
+def test_after_one_was_given_up_others_get_one_try_until_any_goes_well() -> None:
+    now = 0.0
+    is_down = True
+
+    class Down(AroundStore):
+        tries = 0
+
+        def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
+            nonlocal now
+            self.tries += 1
+            if is_down:
+                now += 30.0
+                raise StoreUnavailable("stalled")
+            return call()
+
+    inner = Down(MemoryStore())
+    store = RetryingStore(inner, lambda _: None, lambda: now)
+    for tries in (3, 1, 1):
+        inner.tries = 0
+        with pytest.raises(StoreUnavailable, match=r"stalled \(\d tr"):
+            store.get("a")
+        assert inner.tries == tries
+        now += 20.0
+    # Nobody asked for a while.
+    now += 31.0
+    inner.tries = 0
+    with pytest.raises(StoreUnavailable):
+        store.get("a")
+    assert inner.tries == 3
+    is_down = False
+    store.put("a", b"1")
+    is_down = True
+    inner.tries = 0
+    with pytest.raises(StoreUnavailable):
+        store.get("a")
+    assert inner.tries == 3
 
 
 def test_somebody_elses_object_is_not_taken_for_the_one_that_was_put() -> None:

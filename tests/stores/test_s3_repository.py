@@ -160,6 +160,28 @@ def test_a_bit_that_is_flipped_on_its_way_once_does_no_harm(kind: str, swift: Se
         proxy.close()
 
 
+@pytest.mark.parametrize(
+    ("kind", "method"), [("twice", "PUT"), ("lose_answer", "PUT"), ("flip", "GET"), ("cut_download", "GET")]
+)
+def test_what_happens_to_one_request_of_an_init_does_not_spoil_the_repository(
+    kind: str, method: str, swift: Server, tmp_path: Path
+) -> None:
+    source = built({"f": File(b"1")}, tmp_path / "source")
+    bucket = f"init-{kind.replace('_', '-')}"
+    host, _, port = swift.endpoint_url.removeprefix("http://").partition(":")
+    proxy = FaultProxy(host, int(port))
+    try:
+        rule = proxy.rule(kind, method=method, path=r"/config$", times=1)
+        run = runner(replace(swift, endpoint_url=proxy.endpoint_url), tmp_path, bucket)
+        run("init")
+        assert rule.done == 1
+        run("backup", source)
+        assert run("dump", f"latest:{source}/f").stdout == "1"
+        run("snapshots")
+    finally:
+        proxy.close()
+
+
 def test_a_pack_that_is_garbled_on_its_way_to_a_check_is_read_again(swift: Server, tmp_path: Path) -> None:
     source = built({f"f{number}": File(os.urandom(9000)) for number in range(9)}, tmp_path / "source")
     first = runner(swift, tmp_path, "checked")

@@ -170,7 +170,7 @@ def test_a_buffer_belongs_to_its_owner_again_after_a_put(store: Store) -> None:
 
 def test_a_buffer_belongs_to_its_owner_again_after_a_put_that_failed(store: Store) -> None:
     data = bytearray(b"first")
-    store.put("a", data)
+    store.put("a", b"other")
     with pytest.raises(ObjectExists) as caught:
         store.put("a", data, if_absent=True)
     data.clear()
