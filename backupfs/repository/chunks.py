@@ -267,8 +267,8 @@ class ChunkReader:
             return kept[0]
         key = layout.key_of(self._kind, pack.pack_id)
         self._store.note_size(key, pack.size)
-        stored = self._store.get(key, start=offset, length=stored_length)
         try:
+            stored = self._store.get(key, start=offset, length=stored_length)
             plain = self.open_block(pack, stored, offset)
         except DamagedObject as error:
             if not self.is_far:

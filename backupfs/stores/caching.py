@@ -129,6 +129,8 @@ class CachingStore(PassingStore):
         if end <= start:
             return [b""]
         content = self.inner.get(key, start=start, length=end - start)
+        if len(content) != end - start:
+            raise DamagedObject(f"object {key} is cut short: bytes {start} to {end} are needed")
         count = -(-len(content) // PART_SIZE)
         self._ahead[key] = (first + count, max(ahead, 1))
         parts = [content[at * PART_SIZE : (at + 1) * PART_SIZE] for at in range(count)]
@@ -146,7 +148,10 @@ class CachingStore(PassingStore):
         content = self._files.read(f"{_name(key)}-{part}")
         if content is None or len(content) < _LENGTH_SIZE:
             return None
-        self._sizes[key] = int.from_bytes(content[:_LENGTH_SIZE], "little")
+        size = int.from_bytes(content[:_LENGTH_SIZE], "little")
+        if len(content) - _LENGTH_SIZE != min(PART_SIZE, size - part * PART_SIZE):
+            return None
+        self._sizes[key] = size
         return content[_LENGTH_SIZE:]
 
     def _keep_part(self, key: str, part: int, content: bytes | memoryview) -> None:

@@ -12,6 +12,7 @@ from blake3 import blake3
 from backupfs.errors import DamagedObject, ObjectMissing
 from backupfs.stores import kept_files
 from backupfs.stores.caching import PART_SIZE, CachingStore
+from backupfs.stores.kept_files import KeptFiles
 from backupfs.stores.memory import MemoryStore
 from backupfs.stores.store import Store
 from tests.faults import CountingStore
@@ -115,6 +116,23 @@ def test_a_garbled_file_is_fetched_again(damage: Callable[[bytes], bytes], far: 
         assert store.get(SMALL_KEY) == SMALL
         assert store.get(PACK_KEY, start=0, length=10) == PACK[:10]
     assert far.calls == {"get": 2}
+
+
+def test_a_part_that_came_short_is_not_kept_nor_believed_where_it_was(
+    far: CountingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(key: str, *, start: int = 0, length: int | None = None) -> bytes:
+        return far.inner.get(key, start=start, length=length)[:-100]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(far, "get", short)
+        with pytest.raises(DamagedObject, match="cut short"):
+            cached(far, tmp_path / "cache").get(PACK_KEY, start=0, length=1000)
+    assert cached(far, tmp_path / "cache").get(PACK_KEY, start=0, length=PART_SIZE) == PACK[:PART_SIZE]
+    # Also not one that an earlier version kept.
+    poison = len(PACK).to_bytes(8, "little") + PACK[: PART_SIZE - 100]
+    KeptFiles(tmp_path / "cache", 1 << 30).keep(PACK_KEY.rpartition("/")[2] + "-0", poison)
+    assert cached(far, tmp_path / "cache").get(PACK_KEY, start=0, length=PART_SIZE) == PACK[:PART_SIZE]
 
 
 def test_an_object_that_is_not_what_its_name_says_is_not_kept(far: CountingStore, tmp_path: Path) -> None:
