@@ -59,12 +59,13 @@ class Rule:
 class FaultProxy:
     """Listens on a free port of the loopback until it is closed."""
 
-    def __init__(self, host: str, port: int, latency_s: float = 0.0, rate: float = 0.0) -> None:
+    def __init__(self, host: str, port: int, latency_s: float = 0.0, rate: float = 0.0, buffer: int = 0) -> None:
         """Start.
 
         host, port: of the server.
         latency_s: a request, and a connection, takes this long more.
         rate: bytes a second each way, of all connections together; 0: no bound.
+        buffer: bytes that a connection takes before it passes them on; 0: as many as the kernel likes.
         """
         self.upstream = (host, port)
         self.latency_s = latency_s
@@ -85,6 +86,11 @@ class FaultProxy:
             daemon_threads = True
             allow_reuse_address = True
             request_queue_size = 128
+
+            def server_bind(self) -> None:
+                if buffer:
+                    self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+                super().server_bind()
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.endpoint_url = f"http://127.0.0.1:{self._server.server_address[1]}"

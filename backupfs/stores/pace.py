@@ -55,17 +55,22 @@ class Pace:
 
 
 class PacedBody(io.RawIOBase):
-    """Bytes as a file that is read at a pace."""
+    """Bytes as a file that is read at a pace; a piece at a time is sent, and may take as long as one of them may."""
 
-    def __init__(self, data: bytes | bytearray, pace: Pace) -> None:
+    def __init__(self, data: bytes | bytearray | memoryview, pace: Pace) -> None:
         super().__init__()
-        self._data = memoryview(data)
+        self._data = memoryview(data).cast("B")
         self._pace = pace
         self._begun = pace.stops
         self._at = 0
 
     def __len__(self) -> int:
         return len(self._data)
+
+    def close(self) -> None:
+        """Let go of the bytes: their owner may change them again."""
+        self._data.release()
+        super().close()
 
     def readable(self) -> bool:
         """It is."""
@@ -89,6 +94,10 @@ class PacedBody(io.RawIOBase):
         """Return bytes from the position on, when it is their time."""
         left = len(self._data) - self._at
         size = left if size < 0 else min(size, left)
+        if not self._pace.rate:
+            self._pace.pass_on(size, self._begun)
+            self._at += size
+            return bytes(self._data[self._at - size : self._at])
         parts = []
         while size:
             part = self._data[self._at : self._at + min(size, self._pace.step)]

@@ -38,7 +38,7 @@ from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Stor
 _MOST_SKEW_S = 15 * 60
 # Pages in a row without a key that comes after all before; real servers give one or two.
 _MOST_IDLE_PAGES = 100
-_MD5 = re.compile(r"[0-9a-f]{32}")
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _KEY_START = re.compile(rf"[A-Za-z0-9._/-]{{0,{MAX_KEY_LENGTH}}}")
 
 
@@ -104,8 +104,8 @@ class S3Store(Store):
         if if_absent:
             # Asked first, as some servers take no condition and say nothing.
             self._require_absent(key)
-        body = bytes(data) if isinstance(data, memoryview) else data
-        digest = hashlib.md5(body, usedforsecurity=False)
+        size = memoryview(data).nbytes
+        digest = hashlib.md5(data, usedforsecurity=False)
         arguments = self._arguments_of(key)
         if if_absent and self._has_conditional_put:
             arguments["IfNoneMatch"] = "*"
@@ -113,11 +113,14 @@ class S3Store(Store):
         hint = "; a server that has no room left may say that, too"
         if self._options.encryption:
             hint += f", or it cannot do --encryption {shown(self._options.encryption)}: try without"
-        with self._translated(f"store object {key}", hint=hint, new=key if "IfNoneMatch" in arguments else ""):
+        new = key if "IfNoneMatch" in arguments else ""
+        with (
+            contextlib.closing(PacedBody(data, self._up)) as body,
+            self._translated(f"store object {key}", hint=hint, new=new),
+        ):
             try:
                 answer = client.put_object(
-                    Bucket=self._bucket, Key=self._prefix + key,
-                    Body=PacedBody(body, self._up) if self._up.rate else body,
+                    Bucket=self._bucket, Key=self._prefix + key, Body=body,
                     ContentMD5=_base64(digest.digest()), **arguments,
                 )  # fmt: skip
             except client.exceptions.ClientError as error:
@@ -128,8 +131,8 @@ class S3Store(Store):
         if answer is None:
             self.put(key, data)
             return
-        self._requests.add_sent(len(body))
-        self._compare_tag(key, body, digest.hexdigest(), str(answer.get("ETag", "")).strip('"'))
+        self._requests.add_sent(size)
+        self._compare_tag(key, data, digest.hexdigest(), str(answer.get("ETag", "")))
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
         """Return a range of an object; a body that ends early is an error, as the next one may not."""
@@ -143,6 +146,7 @@ class S3Store(Store):
         if start or length is not None:
             arguments["Range"] = f"bytes={start}-" if length is None else f"bytes={start}-{start + length - 1}"
         client = self._client()
+        about = f"cannot read object {key} in {shown(self.url)}"
         with self._translated(f"read object {key}", key):
             try:
                 answer = client.get_object(Bucket=self._bucket, Key=self._prefix + key, **arguments)
@@ -157,24 +161,21 @@ class S3Store(Store):
                 announced = answer.get("ContentLength", len(body))
         if answer is None:
             # Nothing of the range is there: an error, but for what begins right at the end.
-            range_length(key, self.size(key), start, length)
+            if range_length(key, self.size(key), start, length):
+                raise StoreUnavailable(f"{about}: the server says that it has no such range, and that it has")
             return b""
         self._requests.add_received(len(body))
         if len(body) != announced:
-            raise StoreUnavailable(
-                f"cannot read object {key} in {shown(self.url)}: {len(body)} bytes came instead of {announced}"
-            )
-        return self._asked_for(key, body, answer, start, length)
-
-    def _asked_for(self, key: str, body: bytes, answer: Mapping[str, Any], start: int, length: int | None) -> bytes:
-        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
-        if found is None:
+            raise StoreUnavailable(f"{about}: {len(body)} bytes came instead of {announced}")
+        if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
             # The whole object, asked for or not.
             wanted = range_length(key, len(body), start, length)
             return body if wanted == len(body) else body[start : start + wanted]
-        if int(found[1]) != start:
-            raise StoreUnavailable(f"cannot read object {key} in {shown(self.url)}: other bytes came than asked for")
-        range_length(key, int(found[3]), start, length)
+        found = _RANGE.fullmatch(answer.get("ContentRange", ""))
+        first, last, size = map(int, found.groups()) if found is not None else (-1, -1, start + (length or 0))
+        wanted = range_length(key, size, start, length)
+        if (first, last) != (start, start + wanted - 1) or len(body) != wanted:
+            raise StoreUnavailable(f"{about}: other bytes came than asked for")
         return body
 
     def _received(self, stream: Any) -> bytes:
@@ -209,13 +210,14 @@ class S3Store(Store):
         while True:
             with self._translated(what):
                 page = client.list_objects_v2(**arguments)
-                # Each of these is in every real answer, also where nothing is listed.
-                if "IsTruncated" not in page and "Name" not in page:
-                    raise StoreUnavailable(f"cannot {what} in {shown(self.url)}: the answer is no listing")
                 # SeaweedFS goes folder by folder; that differs for names with '-' or '.', of which a repository has
                 # none.
-                entries = sorted((self._entry(entry) for entry in page.get("Contents", ())), key=lambda info: info.key)
-                token = page["NextContinuationToken"] if page.get("IsTruncated") else None
+                found = {info.key: info for info in map(self._entry, page.get("Contents", ()))}
+                entries = sorted(found.values(), key=lambda info: info.key)
+                token = page.get("NextContinuationToken")
+                # Every real answer says whether there is more, also where nothing is listed.
+                if page.get("IsTruncated") != bool(token) or page.get("KeyCount", 0) > len(page.get("Contents", ())):
+                    raise StoreUnavailable(f"cannot {what} in {shown(self.url)}: the answer is no whole listing")
             for info in entries:
                 if is_key(info.key) and info.key.startswith(prefix):
                     yield info
@@ -234,8 +236,8 @@ class S3Store(Store):
 
     def _entry(self, entry: Mapping[str, Any]) -> ObjectInfo:
         moment, size = entry["LastModified"], int(entry["Size"])
-        if size < 0:
-            raise ValueError(size)
+        if size < 0 or not entry["Key"].startswith(self._prefix):
+            raise ValueError(f"an entry of {size} bytes with the key {entry['Key']}")
         modified_ns = calendar.timegm(moment.utctimetuple()) * 10**9 + moment.microsecond * 1000
         return ObjectInfo(entry["Key"][len(self._prefix) :], size, modified_ns)
 
@@ -251,7 +253,8 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         """Remove an object."""
         validate_key(key)
-        with self._translated(f"delete object {key}"), contextlib.suppress(ObjectMissing):
+        # Some servers say so where there is none.
+        with contextlib.suppress(ObjectMissing), self._translated(f"delete object {key}", key):
             self._client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
     def archive_state(self, key: str) -> ArchiveState:
@@ -310,7 +313,7 @@ class S3Store(Store):
             return
         raise ObjectExists(f"object {key} is in {shown(self.url)} already")
 
-    def _compare_tag(self, key: str, body: bytes | bytearray, digest: str, tag: str) -> None:
+    def _compare_tag(self, key: str, body: bytes | bytearray | memoryview, digest: str, tag: str) -> None:
         """Compare the server's word about what it stored with what was sent, where its word is an MD5.
 
         With some kinds of encryption it is not; what it means is found out once, by reading an object back.
@@ -318,12 +321,12 @@ class S3Store(Store):
         if not tag:
             # Every server gives one to what it has stored; what lies between may say "200" to anything.
             raise StoreUnavailable(f"cannot store object {key} in {shown(self.url)}: the answer has no ETag")
-        if self._etag_is_md5 is False or not _MD5.fullmatch(tag):
+        if self._etag_is_md5 is False:
             return
-        if tag == digest:
+        if tag.removeprefix("W/").strip('"').lower() == digest:
             self._etag_is_md5 = True
             return
-        if self._etag_is_md5 is None and self.get(key) == body:
+        if self._etag_is_md5 is None and self.get(key) == bytes(body):
             self._etag_is_md5 = False
             return
         raise StoreUnavailable(f"cannot store object {key} in {shown(self.url)}: the server has other bytes than sent")
@@ -383,10 +386,15 @@ class S3Store(Store):
         except boto.EndpointResolutionError as error:
             raise UsageError(f"object storage cannot be used, see --endpoint-url: {answers.text_of(error)}") from error
         except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, HTTPError) as error:
+            # boto3 wraps whatever happens while it sends.
+            if (fault := answers.own_fault(error)) is not None:
+                raise fault from None
             raise StoreUnavailable(f"{about}: {answers.text_of(error)}") from error
         except boto.BotoCoreError as error:
             raise StoreError(f"{about}: {answers.text_of(error)}") from error
         except (ResponseParserError, *answers.GARBLED_ANSWER) as error:
+            if answers.own_fault(error) is not None:
+                raise
             raise StoreUnavailable(f"{about}: the answer is garbled or cut short ({answers.text_of(error)})") from error
 
     def _meaning(self, error: Any, about: str, key: str, hint: str, new: str) -> StoreError:
@@ -435,7 +443,7 @@ class S3Store(Store):
             return StoreError(f"{about}: the server has no such class of storage, see --storage-class ({said})")
         if code in answers.EXPIRED:
             return AccessDenied(f"{about}: the credentials have expired: get new ones ({said})")
-        if code in answers.GARBLED or status == 429 or code in ("SlowDown", "Throttling"):
+        if code in answers.GARBLED or code in answers.LATER or status in answers.LATER_STATUS:
             return StoreUnavailable(f"{about}: {said}")
         if code in answers.NOT_ABLE or status == 501:
             see = ", see --encryption" if self._options.encryption else ""

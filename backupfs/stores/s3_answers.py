@@ -1,10 +1,11 @@
 """What servers of object storage answer, and what may be read out of it."""
 
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from backupfs.errors import shown
+from backupfs.errors import BackupfsError, shown
 
 # What servers answer, by what follows from it. Codes are those of S3 and of the servers that speak it.
 NO_BUCKET = frozenset({"NoSuchBucket"})
@@ -20,7 +21,7 @@ NO_REGION = frozenset(
         "AuthorizationHeaderMalformed",
     }
 )  # fmt: skip
-CLOCK = frozenset({"RequestTimeTooSkewed"})
+CLOCK = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
 REFUSED = frozenset(
     {
@@ -31,6 +32,9 @@ REFUSED = frozenset(
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 # A body that was garbled on its way: the next may not be.
 GARBLED = frozenset({"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout"})
+# What the server would rather do later.
+LATER = frozenset({"SlowDown", "Throttling", "OperationAborted", "ConditionalRequestConflict"})
+LATER_STATUS = frozenset({408, 425, 429})
 
 # What boto3 and whoever reads an answer raise where a part of it is missing, or is no number or time.
 GARBLED_ANSWER = (KeyError, ValueError, TypeError, OverflowError, RuntimeError)
@@ -87,6 +91,19 @@ def is_distrust(error: BaseException) -> bool:
     from urllib3.util.ssl_match_hostname import CertificateError
 
     return any(isinstance(one, (ssl.SSLCertVerificationError, CertificateError)) for one in causes_of(error))
+
+
+def own_fault(error: BaseException) -> BaseException | None:
+    """Return what among an error and its causes is a mistake of this program, not what an answer or a line is like."""
+    for one in causes_of(error):
+        # Where a part of an answer is missing or is no number, those who read it raise these.
+        if isinstance(one, (OSError, BackupfsError, KeyError, ValueError, OverflowError)):
+            continue
+        frames = [frame for frame, _ in traceback.walk_tb(one.__traceback__)]
+        is_ours = bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("backupfs.")
+        if is_ours or isinstance(one, RecursionError):
+            return one
+    return None
 
 
 def causes_of(error: BaseException) -> list[BaseException]:

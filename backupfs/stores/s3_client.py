@@ -1,6 +1,7 @@
 """What a user says of object storage, and the boto3 client that follows from it: one attempt of everything."""
 
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ _VARIABLES = (
 # that moves, however slowly, is not ended. Busy servers think about a large put for some seconds.
 _CONNECT_S = 10
 _READ_S = 30
+# What may wait unsent in the kernel, or the answer to megabytes that a slow line has yet to take would be late.
+_MOST_UNSENT = 32 << 10
+_TCP_NOTSENT_LOWAT = 25  # Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,8 @@ def make_client(options: S3Options, requests: Requests) -> Any:
         raise UsageError(f"object storage cannot be used, see --endpoint-url and --region: {text_of(error)}") from error
     except boto.BotoCoreError as error:
         raise UsageError(f"object storage cannot be used: {text_of(error)}") from error
+    # boto3 has no option for it; whoever makes connections later reads this list.
+    client._endpoint.http_session._socket_options.append((socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _MOST_UNSENT))
     # It says with the whole certificate what the error says as well.
     logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
     client.meta.events.register("before-send.s3", requests.count)

@@ -29,6 +29,7 @@ from backupfs.stores.s3 import S3Store
 from backupfs.stores.s3_client import S3Options
 from backupfs.stores.store import ArchiveState, Store
 from tests.buckets import BUCKET, bucket_of, options_of
+from tests.builders import noise
 from tests.fault_proxy import FaultProxy
 from tests.faulty_line import FaultyLine
 from tests.servers import Server
@@ -171,6 +172,29 @@ def test_a_stalled_connection_is_given_up_and_tried_again(
     proxy.rule("stall", method="GET", seconds=2.5, times=1)
     assert store.get("packs/data/old") == DATA
     assert len(proxy.seen) == 2
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_line_may_be_slow_as_long_as_it_moves(
+    count: int, kind: Callable[[bytes], bytes], swift: Server, behind: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_client, "_CONNECT_S", 1)
+    monkeypatch.setattr(s3_client, "_READ_S", 1)
+    host, _, port = swift.endpoint_url.removeprefix("http://").partition(":")
+    proxy = FaultProxy(host, int(port), rate=1e6, buffer=32 << 10)
+    slow = bucket_of(swift, behind._prefix, proxy.endpoint_url)
+    data = noise(1, 3 << 20)
+    keys = [f"packs/data/slow{number}" for number in range(count)]
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            # Each takes longer than either timeout.
+            for putting in [pool.submit(slow.put, key, kind(data[: len(data) // count])) for key in keys]:
+                putting.result()
+    finally:
+        slow.close()
+        proxy.close()
+    assert [behind.get(key) for key in keys] == [data[: len(data) // count]] * count
 
 
 def test_a_server_that_is_away_is_an_error_that_names_it(swift: Server, proxy: FaultProxy) -> None:
@@ -368,6 +392,7 @@ def test_classes_and_encryption_go_with_the_objects_they_are_for(
     store = S3Store(BUCKET, "x", options)
     client = store._client()
     monkeypatch.setattr(client, "put_object", lambda **arguments: seen.append(arguments) or {"ETag": "x"})
+    monkeypatch.setattr(store, "get", lambda key: b"1")
     store.put("packs/data/ab", b"1")
     store.put("packs/tree/ab", b"1")
     assert [arguments.get("StorageClass") for arguments in seen] == ["STANDARD_IA", None]

@@ -1,6 +1,7 @@
 """Answers that no server of object storage should give, and what follows from them. Nothing real is asked here."""
 
 import contextlib
+import hashlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from backupfs.errors import ObjectExists, StoreError, StoreUnavailable, UsageError
+from backupfs.errors import DamagedObject, ObjectExists, StoreError, StoreMissing, StoreUnavailable, UsageError
+from backupfs.stores import s3
+from backupfs.stores.pace import Pace
 from backupfs.stores.s3 import S3Store
 from backupfs.stores.s3_client import S3Options
 from backupfs.stores.store import ObjectInfo
@@ -110,9 +113,130 @@ def test_a_put_whose_answer_has_no_etag_did_not_happen(store: S3Store, server: A
     server.answer = lambda *_: answer("", status="204 No Content")
     with pytest.raises(StoreUnavailable, match="no ETag"):
         store.put(KEY, b"1")
-    # One that is no MD5 is what encryption by the server gives.
-    server.answer = lambda *_: answer("", TAG)
+
+
+def test_a_tag_that_is_no_md5_is_believed_once_an_object_was_read_back(store: S3Store, server: Answering) -> None:
+    there = "other"
+    # Encryption by the server gives such tags; so does a web server that stores nothing.
+    server.answer = lambda method, _: answer("" if method == "PUT" else there, TAG)
+    with pytest.raises(StoreUnavailable, match="other bytes than sent"):
+        store.put(KEY, b"1")
+    there = "1"
     store.put(KEY, b"1")
+    store.put(KEY, b"2")
+    assert [method for method, _ in server.seen] == ["PUT", "GET", "PUT", "GET", "PUT"]
+
+
+def test_a_tag_may_be_written_in_other_ways(store: S3Store, server: Answering) -> None:
+    digest = hashlib.md5(b"1", usedforsecurity=False).hexdigest()
+    for tag in (digest, f'"{digest}"', f'"{digest.upper()}"', f'W/"{digest}"'):
+        server.answer = lambda *_, tag=tag: answer("", f"ETag: {tag}")  # type: ignore[misc]
+        store.put(KEY, b"1")
+        with pytest.raises(StoreUnavailable, match="other bytes than sent"):
+            store.put(KEY, b"2")
+
+
+@pytest.mark.parametrize(
+    ("body", "range_line"),
+    [
+        ("b", "bytes 1-1/6"),
+        ("bcde", "bytes 1-4/6"),
+        ("abc", "bytes 0-2/6"),
+        ("bcd", "bytes 1-2/6"),
+        ("bcd", "bytes 1-3/*"),
+        ("bcd", ""),
+    ],
+    ids=["too short", "too long", "from elsewhere", "not what it says", "of unknown size", "unsaid"],
+)
+@pytest.mark.parametrize("length", [3, None])
+def test_a_range_that_is_another_is_asked_for_again(
+    length: int | None, body: str, range_line: str, store: S3Store, server: Answering
+) -> None:
+    said = [f"Content-Range: {range_line}"] if range_line else []
+    server.answer = lambda *_: answer(body, *said, status="206 Partial Content")
+    with pytest.raises(StoreUnavailable, match=f"cannot read object {KEY} .*other bytes came than asked for"):
+        store.get(KEY, start=1, length=length)
+    whole = "bcd" if length else "bcdef"
+    server.answer = lambda *_: answer(whole, f"Content-Range: bytes 1-{len(whole)}/6", status="206 Partial Content")
+    assert store.get(KEY, start=1, length=length) == whole.encode()
+    # One that knows no ranges gives all.
+    server.answer = lambda *_: answer("abcdef")
+    assert store.get(KEY, start=1, length=length) == whole.encode()
+
+
+def test_a_range_that_is_said_not_to_be_there_and_is_is_asked_for_again(store: S3Store, server: Answering) -> None:
+    server.answer = lambda method, _: (
+        answer("", length="6") if method == "HEAD" else answer("", status="416 Range Not Satisfiable")
+    )
+    with pytest.raises(StoreUnavailable, match=f"cannot read object {KEY} .*no such range"):
+        store.get(KEY, start=1, length=3)
+    assert store.get(KEY, start=6) == b""
+    with pytest.raises(DamagedObject, match="cut short"):
+        store.get(KEY, start=4, length=3)
+
+
+def test_a_listing_that_lacks_something_is_asked_for_again(store: S3Store, server: Answering) -> None:
+    whole = listing("a", "b", token="next")
+    last = listing("a", "b").replace("<IsTruncated>", "<KeyCount>2</KeyCount><IsTruncated>")
+    for page in (
+        whole.replace("IsTruncated", "IsTruncbted"),
+        whole.replace("true", "urue"),
+        listing("a").replace("IsTruncated", "IsTruncbted"),
+        last.replace("Contents", "Cootents"),
+        last.replace("<Contents><Key>a", "<Cootents><Key>a").replace("</Contents>", "</Cootents>", 1),
+    ):
+        server.answer = lambda *_, page=page: answer(page)  # type: ignore[misc]
+        with pytest.raises(StoreUnavailable, match=r"cannot list the objects .*no whole listing"):
+            list(store.list(""))
+    server.answer = lambda *_: answer(last)
+    assert [info.key for info in store.list("")] == ["a", "b"]
+    # What is of another folder is not taken for something of this one.
+    below = S3Store("bucket", "mine", S3Options(f"http://127.0.0.1:{server.port}"))
+    server.answer = lambda *_: answer(listing("mine/a", "tine/b"))
+    with pytest.raises(StoreUnavailable, match="garbled"):
+        list(below.list(""))
+    below.close()
+
+
+@pytest.mark.parametrize("body", ["", "<Error><Code>NoSuchKey</Code><Message>none</Message></Error>"])
+def test_a_delete_of_what_is_not_there_is_fine_where_a_server_says_so(
+    body: str, store: S3Store, server: Answering
+) -> None:
+    server.answer = lambda method, _: answer(body, status="404 Not Found") if method == "DELETE" else answer("")
+    store.delete(KEY)
+    server.answer = lambda *_: answer("", status="404 Not Found")
+    with pytest.raises(StoreMissing, match="there is no bucket"):
+        store.delete(KEY)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [("408 Request Timeout", ""), ("425 Too Early", ""), ("409 Conflict", "OperationAborted")],
+)
+def test_what_a_server_would_rather_do_later_is_tried_again(
+    status: str, code: str, store: S3Store, server: Answering
+) -> None:
+    body = f"<Error><Code>{code}</Code><Message>later</Message></Error>" if code else ""
+    server.answer = lambda *_: answer(body, status=status)
+    for call in (lambda: store.put(KEY, b"1"), lambda: store.delete(KEY)):
+        with pytest.raises(StoreUnavailable, match=status[:3]):
+            call()
+
+
+def test_a_mistake_of_this_program_is_not_taken_for_a_garbled_answer(
+    store: S3Store, server: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(*_: object) -> None:
+        endless()
+
+    server.answer = lambda *_: answer(listing("a"))
+    for mistake, error in ((None, TypeError), (endless, RecursionError)):
+        monkeypatch.setattr(s3, "ObjectInfo", mistake)
+        with pytest.raises(error):
+            list(store.list(""))
+    monkeypatch.setattr(Pace, "pass_on", None)
+    with pytest.raises(TypeError):
+        store.put(KEY, b"1")
 
 
 @pytest.mark.parametrize(
@@ -138,14 +262,14 @@ def test_a_listing_without_end_is_an_error_at_once(
 def test_pages_that_are_empty_or_twice_there_do_not_end_a_listing(store: S3Store, server: Answering) -> None:
     pages = [listing("b", "a", "a", token="1"), listing(token="2"), listing("b", token="3"), listing("c")]
     server.answer = lambda *_: answer(pages[len(server.seen) - 1])
-    assert [info.key for info in store.list("")] == ["a", "a", "b", "b", "c"]
+    assert [info.key for info in store.list("")] == ["a", "b", "b", "c"]
 
 
 @pytest.mark.parametrize("body", ["", "<Foo/>", "<html><body/></html>", "<ListBucketResult/>"])
 def test_an_answer_that_is_no_listing_is_not_an_empty_one(body: str, store: S3Store, server: Answering) -> None:
     for status in ("200 OK", "204 No Content"):
         server.answer = lambda *_, status=status: answer(body if "200" in status else "", status=status)  # type: ignore[misc]
-        with pytest.raises(StoreUnavailable, match="the answer is no listing"):
+        with pytest.raises(StoreUnavailable, match="the answer is no whole listing"):
             list(store.list(""))
     server.answer = lambda *_: answer(listing())
     assert list(store.list("")) == []
@@ -196,7 +320,7 @@ def test_a_page_that_is_not_the_last_and_names_no_next_one_is_asked_for_again(
     store: S3Store, server: Answering
 ) -> None:
     server.answer = lambda *_: answer(listing("a").replace("false", "true"))
-    with pytest.raises(StoreUnavailable, match=r"cannot list .*garbled"):
+    with pytest.raises(StoreUnavailable, match=r"cannot list .*no whole listing"):
         list(store.list(""))
 
 
