@@ -173,7 +173,7 @@ class SnapshotList:
             if note is not None and note.kind == notes.FORGET and layout.id_in_key(key) in valid[note.snapshot_id]:
                 match note.arguments:
                     case (bytes(host_id), int(first), int(last)):
-                        self._let_go.append((host_id, first, last))
+                        self._let_go.append(LetGo(host_id, first, last, note.snapshot_id))
         return {snapshot_id for snapshot_id, note_ids in valid.items() if note_ids}
 
     def _take_verification(self, key: str, note: notes.Note | None) -> None:
@@ -245,7 +245,7 @@ class SnapshotList:
         named = {snapshot.previous for snapshot in self._loaded.values()}
         broken = [what for snapshot_id, what in self._unreadable().items() if snapshot_id not in named]
         found = {snapshot.host_id: broken[0] for snapshot in self._loaded.values()} if broken else {}
-        return found | {loss.host_id: str(loss) for loss in self.losses() if not loss.named_by}
+        return found | {loss.host_id: str(loss) for loss in self.losses() if loss.is_newest}
 
     def _unreadable(self) -> dict[SnapshotId, str]:
         keys = [(key, what) for key, what in self.damaged.items() if key.startswith(layout.SNAPSHOTS)]

@@ -12,8 +12,17 @@ from backupfs.errors import shown
 from backupfs.ids import short
 from backupfs.snapshots.snapshot import Snapshot
 
-LetGo = tuple[bytes, int, int]  # a host, and the first and the last number of what was forgotten of it
 Last = tuple[int, bytes]  # the number of a host's last snapshot, and its id; empty if not known
+Run = tuple[int, int]  # the first and the last of numbers that follow on each other
+
+
+class LetGo(NamedTuple):
+    """Numbers of a host that somebody forgot."""
+
+    host_id: bytes
+    first: int
+    last: int
+    name: bytes  # what was forgotten: the id of a snapshot, or a name that stands for one
 
 
 class Loss(NamedTuple):
@@ -24,22 +33,33 @@ class Loss(NamedTuple):
     first: int
     last: int
     snapshot_id: bytes  # of the last of them; empty if not known
-    named_by: bytes  # the snapshot after them; empty: there is none, they were seen by this machine
+    named_by: bytes  # the snapshot after them; empty if that is not there either
+    is_newest: bool  # none that is there is later: only this machine knows of them, which saw them or the last one
 
     @property
     def name(self) -> bytes:
         """What it is forgotten by: the id, or where that is not known one that stands for it."""
-        return self.snapshot_id or hash_object(b"lost" + self.host_id + self.last.to_bytes(8, "little"))
+        return self.snapshot_id or _stand_in(self.host_id, self.last)
+
+    @property
+    def numbers(self) -> str:
+        """Say which ones of which host, as part of a sentence."""
+        what = f"snapshots {self.first:,} to {self.last:,}" if self.last > self.first else f"snapshot {self.last:,}"
+        return f"{what} of the host {shown(self.host) if self.host else f'with the id {short(self.host_id)}'}"
 
     def __str__(self) -> str:
         """Say what is gone, as part of a sentence."""
         several = self.last > self.first
-        what = f"snapshots {self.first:,} to {self.last:,}" if several else f"snapshot {self.last:,}"
-        host = shown(self.host) if self.host else f"with the id {short(self.host_id)}"
-        told = f"{what} of the host {host} {'are' if several else 'is'} gone"
+        told = f"{self.numbers} {'are' if several else 'is'} gone"
+        if self.is_newest:
+            return f"{told}, though this machine saw {'them' if several else 'it'}"
         if self.named_by:
             return f"{told}; the next one is {short(self.named_by)}"
-        return f"{told}, though this machine saw {'them' if several else 'it'}"
+        return f"{told}; later ones are there"
+
+
+def _stand_in(host_id: bytes, number: int) -> bytes:
+    return hash_object(b"lost" + host_id + max(number, 0).to_bytes(8, "little"))
 
 
 def find_losses(
@@ -47,56 +67,77 @@ def find_losses(
     seen: Mapping[bytes, Last],
     forgotten: Container[bytes],
     unreadable: Collection[bytes],
-    let_go: Iterable[LetGo] = (),
+    let_go: Collection[LetGo] = (),
 ) -> list[Loss]:
     """Return what is lost, and not known to be: by host, oldest first.
 
     present: all that can be read, forgotten ones too. seen: of hosts, by id. forgotten: ids. unreadable: ids of what is
-    there, so not lost. let_go: the numbers that were forgotten.
+    there, so not lost.
+    One whose id is known is lost, whatever else is damaged or was forgotten. Numbers in a gap that come with no id may
+    be those of unreadable objects, or be let go as a range.
     """
     hosts: dict[bytes, dict[int, Snapshot]] = {host_id: {} for host_id in seen}
     for snapshot in present:
         hosts.setdefault(snapshot.host_id, {})[snapshot.sequence] = snapshot
-    known: dict[bytes, list[tuple[int, int]]] = {}
-    for host_id, first, last in let_go:
-        known.setdefault(host_id, []).append((first, last))
-    named = _named(present, seen)
-    # Of one that is damaged the number is known only where another names it.
-    left = len(set(unreadable) - named.keys())
+    absent = _absent(present, seen)
+    names = {one.name for one in let_go}
+    runs = {host_id: _unnamed(host_id, numbered, seen, absent, let_go) for host_id, numbered in hosts.items()}
+    # The number of what cannot be read is known where another names it, or where it was forgotten with its number.
+    left = len(set(unreadable) - absent.keys() - names)
+    if sum(last - first + 1 for of_host in runs.values() for first, last in of_host) <= left:
+        runs = {}
     losses: list[Loss] = []
     for host_id, numbered in sorted(hosts.items()):
-        top = max([seen.get(host_id, (0, b""))[0], *numbered])
-        own = {number: (key, by) for key, (host, number, by) in named.items() if host == host_id}
-        missing = _gaps([0, *sorted(numbered), top + 1])
-        # Two that ran at once may have one number: then it is not missing, and still one of them can be.
-        missing = sorted({*missing, *((number, number) for number in own if number in numbered)})
-        for first, last in known.get(host_id, ()):
-            missing = _without(missing, first, last)
-        for number, (key, _) in own.items():
-            if key in forgotten or key in unreadable:
-                missing = _without(missing, number, number)
+        firsts = {last: first for first, last in runs.get(host_id, ())}
+        found: list[tuple[int, int, bytes, bytes]] = []
+        for number, key, by in sorted((one.number, key, one.by) for key, one in absent.items() if one.host == host_id):
+            if key not in forgotten and key not in unreadable and _stand_in(host_id, number) not in names:
+                # A run is told of, and forgotten, with the one right after it.
+                found.append((firsts.pop(number - 1, number), number, key, by))
+        found += [(first, last, b"", b"") for last, first in firsts.items()]
+        newest = max(numbered, default=0)
         name = next((snapshot.host for snapshot in numbered.values()), "")
-        for first, last in missing:
-            key, by = own.get(last, (b"", b""))
+        for first, last, key, by in sorted(found):
             following = numbered.get(last + 1)
-            losses.append(Loss(host_id, name, first, last, key, by or (following.snapshot_id if following else b"")))
-    if sum(loss.last - loss.first + 1 for loss in losses) <= left:
-        return []
+            named_by = by or (following.snapshot_id if following else b"")
+            losses.append(Loss(host_id, name, first, last, key, named_by, last >= newest))
     return losses
 
 
-def _named(present: Iterable[Snapshot], seen: Mapping[bytes, Last]) -> dict[bytes, tuple[bytes, int, bytes]]:
-    """Return what is not present but known by its id: id → host, number, and which snapshot names it, if any."""
-    named = {last_id: (host_id, last, b"") for host_id, (last, last_id) in seen.items() if last_id}
+class _Absent(NamedTuple):
+    """What is not present, though its id is known; several may have one number, if they were made at once."""
+
+    host: bytes
+    number: int
+    by: bytes  # which snapshot names it; empty: this machine saw it
+
+
+def _absent(present: Iterable[Snapshot], seen: Mapping[bytes, Last]) -> dict[bytes, _Absent]:
+    """Return what is not present but known, by its id."""
+    named = {last_id: _Absent(host_id, last, b"") for host_id, (last, last_id) in seen.items() if last_id}
     for one in present:
         if one.previous:
-            named[one.previous] = one.host_id, one.sequence - 1, one.snapshot_id
+            named[one.previous] = _Absent(one.host_id, one.sequence - 1, one.snapshot_id)
     for one in present:
         named.pop(one.snapshot_id, None)
     return named
 
 
-Run = tuple[int, int]  # the first and the last of numbers that follow on each other
+def _unnamed(
+    host_id: bytes,
+    numbered: Collection[int],
+    seen: Mapping[bytes, Last],
+    absent: Mapping[bytes, _Absent],
+    let_go: Iterable[LetGo],
+) -> list[Run]:
+    """Return the numbers of a host that are missing with no id, and were not let go."""
+    named = {one.number for one in absent.values() if one.host == host_id}
+    top = max([seen.get(host_id, (0, b""))[0], *numbered])
+    runs = _gaps(sorted({0, *numbered, *named, top + 1}))
+    for one in let_go:
+        if one.host_id == host_id:
+            runs = _without(runs, one.first, one.last)
+    return runs
 
 
 def _gaps(numbers: list[int]) -> list[Run]:

@@ -202,6 +202,25 @@ def test_what_this_machine_saw_and_is_gone_is_not_hidden(tmp_path: Path) -> None
     assert load_snapshots(repository).find("latest") == stored[1]
 
 
+@pytest.mark.expected_log
+def test_what_is_lost_before_others_is_no_doubt_about_the_latest(tmp_path: Path) -> None:
+    repository = new_repository(folders=folders_in(tmp_path))
+    stored = in_a_row(repository, 2)
+    load_snapshots(repository).note_seen()
+    later = [replace(EXAMPLE, sequence=3, previous=stored[1].snapshot_id)]
+    later.append(replace(EXAMPLE, sequence=4, time_ns=9, previous=put_snapshot(repository, later[0]).snapshot_id))
+    last = put_snapshot(repository, later[1])
+    # The second is gone, and the third, which names it, is damaged: only this machine knows of it.
+    repository.store.delete(f"snapshots/{stored[1].snapshot_id.hex()}")
+    third = f"snapshots/{last.previous.hex()}"
+    repository.store.put(third, repository.store.get(third)[:-1])
+    listed = load_snapshots(repository)
+    [loss] = listed.losses()
+    assert (loss.snapshot_id, loss.named_by) == (stored[1].snapshot_id, b"")
+    assert listed.find("latest") == last
+    assert listed.doubted() == {}
+
+
 def test_a_listing_that_is_stale_loses_nothing(tmp_path: Path) -> None:
     repository = new_repository(folders=folders_in(tmp_path))
     stored = in_a_row(repository, 3)

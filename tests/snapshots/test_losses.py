@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from backupfs.codec.sealing import hash_object
-from backupfs.ids import ChunkId, SnapshotId
+from backupfs.ids import ChunkId, SnapshotId, short
 from backupfs.snapshots.losses import Last, LetGo, find_losses, lasts_of
 from backupfs.snapshots.snapshot import FILES, Snapshot, Statistics
 
@@ -23,6 +23,11 @@ def made(number: int, previous: int = -1, host: bytes = HOST) -> Snapshot:
     return replace(EXAMPLE, sequence=number, host_id=host, snapshot_id=snapshot_id(number, host), previous=named)
 
 
+def run(first: int, last: int, host: bytes = HOST) -> LetGo:
+    """Return what forgetting a loss of some numbers leaves, whose last one is known by its id."""
+    return LetGo(host, first, last, snapshot_id(last, host))
+
+
 def found(
     present: list[Snapshot],
     seen: dict[bytes, Last] | None = None,
@@ -32,6 +37,8 @@ def found(
 ) -> list[tuple[int, int, bytes, bytes]]:
     ids = set(map(snapshot_id, forgotten)), set(map(snapshot_id, unreadable))
     losses = find_losses(present, seen or {}, *ids, let_go)
+    newest = max((one.sequence for one in present if one.host_id == HOST), default=0)
+    assert [loss.is_newest for loss in losses] == [loss.last >= newest for loss in losses]
     return [(loss.first, loss.last, loss.snapshot_id, loss.named_by) for loss in losses]
 
 
@@ -74,13 +81,14 @@ def test_what_was_forgotten_is_not_missed_and_nothing_else() -> None:
     assert found([made(1)], {HOST: (2, snapshot_id(2))}, forgotten=(2,)) == []
     # Of those before it nobody said so.
     assert [one[:2] for one in found([made(1), made(5)], forgotten=(4,))] == [(2, 3)]
-    assert found([made(1), made(5)], forgotten=(4,), let_go=((HOST, 2, 4),)) == []
-    assert found([made(5)], let_go=((HOST, 2, 4),)) == [(1, 1, b"", b"")]
-    assert found([made(1), made(9)], let_go=((HOST, 4, 5), (OTHER, 1, 9))) == [
+    assert found([made(1), made(5)], forgotten=(4,), let_go=(run(2, 4),)) == []
+    assert found([made(5)], forgotten=(4,), let_go=(run(2, 4),)) == [(1, 1, b"", b"")]
+    assert found([made(1), made(9)], forgotten=(5,), let_go=(run(4, 5), run(1, 9, OTHER))) == [
         (2, 3, b"", b""), (6, 8, snapshot_id(8), snapshot_id(9)),
     ]  # fmt: skip
     # Whatever the numbers are, it takes no longer.
-    assert found([made(1), made(1 << 60)], let_go=((HOST, 1, 1 << 61),)) == []
+    last = (1 << 60) - 1
+    assert found([made(1), made(1 << 60)], forgotten=(last,), let_go=(run(1, last),)) == []
 
 
 def test_what_is_there_and_damaged_is_not_gone() -> None:
@@ -91,3 +99,53 @@ def test_what_is_there_and_damaged_is_not_gone() -> None:
     assert found([made(1), made(4)], unreadable=(2, 3)) == []
     assert [one[:2] for one in found([made(1), made(4)], unreadable=(3,))] == [(2, 2)]
     assert [one[:2] for one in found([made(1), made(5)], unreadable=(3, 4))] == [(2, 3)]
+
+
+def test_what_is_known_by_its_id_is_lost_whatever_else_is_damaged() -> None:
+    # An object of no known number explains a number that nobody knows more of, and no id.
+    assert found([made(1), made(3)], unreadable=(77,)) == [(2, 2, snapshot_id(2), snapshot_id(3))]
+    assert found([made(1)], {HOST: (2, snapshot_id(2))}, unreadable=(77,)) == [(2, 2, snapshot_id(2), b"")]
+    assert found([made(1), made(3, previous=1)], unreadable=(77,)) == []
+    # One that was forgotten with its number explains no other.
+    forgotten = LetGo(OTHER, 4, 4, snapshot_id(77))
+    assert found([made(1), made(3, previous=1)], unreadable=(77,), let_go=(forgotten,)) == [
+        (2, 2, b"", snapshot_id(3)),
+    ]  # fmt: skip
+
+
+def test_of_two_of_one_number_each_is_lost_and_forgotten_on_its_own() -> None:
+    other = replace(made(3), snapshot_id=snapshot_id(33), previous=snapshot_id(22))
+    both = [made(1), made(3), other]
+    ids = sorted([(snapshot_id(2), snapshot_id(3)), (snapshot_id(22), snapshot_id(33))])
+    assert found(both) == [(2, 2, *pair) for pair in ids]
+    assert found(both, forgotten=(22,), let_go=(LetGo(HOST, 2, 2, snapshot_id(22)),)) == [
+        (2, 2, snapshot_id(2), snapshot_id(3)),
+    ]  # fmt: skip
+    assert found(both, forgotten=(2, 22)) == []
+
+
+def test_what_was_let_go_with_others_and_is_named_later_is_missed() -> None:
+    # 2 and 3 were forgotten with 4; 3 came back from a copy, and names 2.
+    let_go = (run(2, 4),)
+    assert found([made(1), made(5)], forgotten=(4,), let_go=let_go) == []
+    assert found([made(1), made(3), made(5)], forgotten=(4,), let_go=let_go) == [
+        (2, 2, snapshot_id(2), snapshot_id(3)),
+    ]  # fmt: skip
+    # Forgotten before its id was known, by the name that stood for it alone.
+    [loss] = find_losses([made(1), made(3, previous=1)], {}, (), ())
+    let_go = (LetGo(HOST, 2, 2, loss.name),)
+    assert found([made(1), made(3, previous=1)], let_go=let_go) == []
+    assert found([made(1), made(3)], let_go=let_go) == []
+
+
+def test_a_loss_says_whether_later_ones_are_there() -> None:
+    seen = {HOST: (3, snapshot_id(3))}
+    [newest] = find_losses([made(1)], seen, (), ())
+    assert "saw" in str(newest)
+    assert newest.is_newest
+    # What follows on it is damaged, and later ones are there.
+    [loss] = find_losses([made(1), made(2), made(5)], seen, (), {snapshot_id(4)})
+    assert (loss.last, loss.named_by, loss.is_newest) == (3, b"", False)
+    assert str(loss).endswith("is gone; later ones are there")
+    [loss] = find_losses([made(1), made(2), made(4)], {}, (), ())
+    assert str(loss).endswith(f"is gone; the next one is {short(snapshot_id(4))}")
