@@ -265,13 +265,15 @@ def test_backups_of_a_host_that_run_at_once_have_numbers_of_their_own(tmp_path: 
     source = build(TREE, tmp_path / "source")
     first = back_up(repository, source)
     made: list[Snapshot] = []
+    lock = threading.Lock()  # puts are made from several threads
 
     class Meanwhile(AroundStore):
         def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
-            if verb == "put" and not made:
-                other = replace(first, sequence=2, previous=first.snapshot_id, time_ns=first.time_ns + 1)
-                made.append(put_snapshot(repository, other))
-                load_snapshots(repository).note_seen()
+            with lock:
+                if verb == "put" and not made:
+                    other = replace(first, sequence=2, previous=first.snapshot_id, time_ns=first.time_ns + 1)
+                    made.append(put_snapshot(repository, other))
+                    load_snapshots(repository).note_seen()
             return call()
 
     Path(os.fsdecode(source), "more").write_bytes(noise(99, 9000))
