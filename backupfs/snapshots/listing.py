@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from backupfs.codec.sealing import Kind, hash_object, seal_record, unseal_record
@@ -20,7 +20,7 @@ from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.indexing import indexed
-from backupfs.snapshots.losses import LetGo, Loss, find_losses, lasts_of
+from backupfs.snapshots.losses import Last, LetGo, Loss, find_losses, lasts_of
 from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, decode_snapshot, encode_snapshot
 from backupfs.snapshots.verification import VERIFY, Verification, decode_verification
 from backupfs.stores.store import Store
@@ -254,7 +254,9 @@ class SnapshotList:
     def losses(self) -> list[Loss]:
         """Return which snapshots are gone, by what is there and by what this machine has seen."""
         repository = self.repository
-        seen = local.last_seen(repository.local.state, repository.config.repository_id)
+        return self._losses_if(local.last_seen(repository.local.state, repository.config.repository_id))
+
+    def _losses_if(self, seen: Mapping[bytes, Last]) -> list[Loss]:
         broken = {*self._unreadable(), *(layout.id_in_key(key) or b"" for key in self.damaged_forgotten)}
         return find_losses(self._loaded.values(), seen, self.forgotten, broken, self._let_go)
 
@@ -265,9 +267,16 @@ class SnapshotList:
         return self.losses()
 
     def note_seen(self) -> None:
-        """Let this machine remember what is there, forgotten snapshots included."""
+        """Let this machine remember what is there, forgotten snapshots included.
+
+        Where only what it saw before tells that one is lost, it goes on to remember that, until it is forgotten.
+        """
         repository = self.repository
-        local.note_seen(repository.local.state, repository.config.repository_id, lasts_of(self._loaded.values()))
+        state, repository_id = repository.local.state, repository.config.repository_id
+        lasts = lasts_of(self._loaded.values())
+        told_by_lasts = set(self._losses_if(lasts))
+        kept = {loss.host_id for loss in self.losses() if loss not in told_by_lasts}
+        local.note_seen(state, repository_id, {host: last for host, last in lasts.items() if host not in kept})
 
     def find_broken(self, name: str) -> SnapshotId:
         """Return the id that a user's name means among those of snapshots that are damaged or lost.

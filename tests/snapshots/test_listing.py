@@ -202,6 +202,29 @@ def test_what_this_machine_saw_and_is_gone_is_not_hidden(tmp_path: Path) -> None
     assert load_snapshots(repository).find("latest") == stored[1]
 
 
+def test_what_only_this_machine_knows_to_be_lost_it_does_not_unlearn(tmp_path: Path) -> None:
+    repository = new_repository(folders=folders_in(tmp_path))
+    stored = in_a_row(repository, 3)
+    load_snapshots(repository).note_seen()
+    # The host went on from a copy of the repository that lacked the third: nothing in the store names it.
+    repository.store.delete(f"snapshots/{stored[2].snapshot_id.hex()}")
+    third = put_snapshot(repository, replace(EXAMPLE, sequence=3, time_ns=5, previous=stored[1].snapshot_id))
+    fourth = put_snapshot(repository, replace(EXAMPLE, sequence=4, time_ns=6, previous=third.snapshot_id))
+    other = in_a_row(repository, 1, host="beta", host_id=bytes(15) + b"b")
+    seen = []
+    for _ in range(2):
+        listed = load_snapshots(repository)
+        assert [loss.snapshot_id for loss in listed.losses()] == [stored[2].snapshot_id]
+        assert listed.find("latest") in (fourth, *other)
+        listed.note_seen()
+        seen.append(local.last_seen(repository.local.state, repository.config.repository_id))
+    assert seen == [{bytes(16): (3, stored[2].snapshot_id), bytes(15) + b"b": (1, other[0].snapshot_id)}] * 2
+    notes.put_note(repository, notes.new_note(stored[2].snapshot_id, notes.FORGET))
+    load_snapshots(repository).note_seen()
+    now = local.last_seen(repository.local.state, repository.config.repository_id)
+    assert now[bytes(16)] == (4, fourth.snapshot_id)
+
+
 @pytest.mark.expected_log
 def test_what_is_lost_before_others_is_no_doubt_about_the_latest(tmp_path: Path) -> None:
     repository = new_repository(folders=folders_in(tmp_path))
