@@ -50,6 +50,8 @@ _READ_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _ABSENT = (FileNotFoundError, NotADirectoryError)  # the second: what should be a folder of the key is a file
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+# What a disk says of a sector that it cannot read, and a file system of checksums that do not fit.
+_UNREADABLE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 
 _log = logging.getLogger(__name__)
@@ -104,19 +106,28 @@ class DirectoryStore(Store):
                     os.unlink(temporary)
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
-        """Return a range of an object, from one file even while another put replaces it."""
+        """Return a range of an object, from one file even while another put replaces it.
+
+        One that the disk cannot read is damaged, as if its bytes were wrong: others may well be readable.
+        """
         validate_key(key)
         with self._translated(f"cannot read object {key} in {shown(self._root)}"):
             try:
                 descriptor = os.open(self._path(key), _READ_FILE)
             except _ABSENT:
                 raise self._missing(key) from None
+            except OSError as error:
+                self._require_readable(error, key)
+                raise
             try:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
                     raise self._missing(key)
                 # Checked before reading: a wrong length must not allocate memory that the object cannot fill.
                 return _read(descriptor, key, start, range_length(key, status.st_size, start, length))
+            except OSError as error:
+                self._require_readable(error, key)
+                raise
             finally:
                 os.close(descriptor)
 
@@ -278,6 +289,14 @@ class DirectoryStore(Store):
     def _missing(self, key: str) -> StoreError:
         """Return the error for an object that is not there, which may be the fault of the root."""
         return self._root_failure() or ObjectMissing(f"object {key} is not in {shown(self._root)}")
+
+    def _require_readable(self, error: OSError, key: str) -> None:
+        """Raise DamagedObject for an error that tells of this object's bytes alone."""
+        if error.errno in _UNREADABLE and self._root_failure() is None:
+            raise DamagedObject(
+                f"object {key} in {shown(self._root)} cannot be read ({error.strerror}): check the disk, and put the "
+                "object back from a copy"
+            ) from error
 
     def _exists(self, key: str) -> ObjectExists:
         return ObjectExists(f"object {key} is in {shown(self._root)} already")

@@ -89,7 +89,7 @@ class Store(abc.ABC):
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
         """Return `length` bytes of an object from byte `start` on, or all from there to its end.
 
-        Raises: ObjectMissing; DamagedObject when the object ends before the range does.
+        Raises: ObjectMissing; DamagedObject when the object ends before the range does, or its bytes cannot be read.
         """
 
     @abc.abstractmethod

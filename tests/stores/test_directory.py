@@ -19,6 +19,7 @@ import pytest
 
 from backupfs.errors import (
     AccessDenied,
+    DamagedObject,
     ObjectExists,
     ObjectMissing,
     StoreError,
@@ -542,15 +543,45 @@ def test_an_error_of_the_system_becomes_one_of_ours_that_names_object_and_folder
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", fail)
         patched.setattr(os, "pread", fail)
-        for call in (lambda: store.put("packs/ab", b"y"), lambda: store.get("packs/ab")):
-            with pytest.raises(kind) as caught:
+        reading = DamagedObject if number == errno.EIO else kind
+        for raised, call in ((kind, lambda: store.put("packs/ab", b"y")), (reading, lambda: store.get("packs/ab"))):
+            with pytest.raises(raised) as caught:
                 call()
-            assert type(caught.value) is kind
+            assert type(caught.value) is raised
             assert "packs/ab" in str(caught.value)
             assert str(root) in str(caught.value)
             assert os.strerror(number) in str(caught.value)
     assert files(root) == ["packs/ab"]
     assert store.get("packs/ab") == b"x"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EUCLEAN, errno.EBADMSG])
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_an_object_that_the_disk_cannot_read_is_damaged(
+    store: DirectoryStore, root: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    store.put("packs/ab", b"x")
+
+    def fail(*arguments: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fail)
+        with pytest.raises(DamagedObject, match=f"packs/ab in {root} cannot be read.*{os.strerror(number)}"):
+            store.get("packs/ab")
+        # Where all of it is gone, as a disk that was pulled out, no object is to blame.
+        root.rename(root.with_name("gone"))
+        if call == "open":
+            with pytest.raises(StoreUnavailable):
+                store.get("packs/ab")
+        root.with_name("gone").rename(root)
+
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EACCES, "no")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(AccessDenied):
+        store.get("packs/ab")
 
 
 def test_a_buffer_is_free_again_after_the_disk_failed(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
