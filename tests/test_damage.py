@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trio
 
 from backupfs.codec.sealing import FRAME, HEADER, TRAILER, Kind, hash_object
 from backupfs.errors import DamagedObject, NotARepository, RepositoryError, UnknownVersion
@@ -19,6 +20,7 @@ from backupfs.snapshots.listing import load_snapshot, load_snapshots
 from backupfs.stores.memory import MemoryStore
 from backupfs.usecases.check import CheckResult
 from backupfs.usecases.findings import Finding, Severity
+from backupfs.usecases.forget import forget
 from tests.builders import (
     CHEAP,
     Directory,
@@ -403,6 +405,20 @@ def test_objects_from_the_future_ask_for_an_upgrade(small: Small, at: int, value
         found = finding_of(run_check(repository), key)
         assert found is not None
         assert "upgrade backupfs" in found.what
+
+
+def test_a_snapshot_from_the_future_is_no_damage_and_not_forgotten(small: Small) -> None:
+    store = copy_of(small.store)
+    latest = load_snapshots(reopened(store)).snapshots[-1]
+    key = rewritten(store, f"snapshots/{latest.snapshot_id.hex()}", 4, 2)
+    found = finding_of(run_check(reopened(store)), key)
+    assert found is not None
+    assert found.severity == Severity.WARNING
+    assert found.snapshots == ()
+    assert found.what.endswith("upgrade backupfs")
+    with pytest.raises(UnknownVersion, match="upgrade backupfs; it is not damaged"):
+        trio.run(forget, reopened(store), [key[-64:-50]], False)
+    assert keys_of(store, "notes/") == keys_of(small.store, "notes/")
 
 
 @pytest.mark.parametrize(("at", "value"), [(4, 2), (6, 3)], ids=["format", "suite"])

@@ -260,15 +260,37 @@ def tell_forget(settings: Settings, result: "ForgetResult", dry_run: bool) -> No
     if settings.json:
         forgotten: list[Value] = [snapshot_value(snapshot) for snapshot in result.forgotten]
         broken: list[Value] = [snapshot_id.hex() for snapshot_id in result.broken]
+        lost: list[Value] = [
+            {
+                "id": loss.name.hex(),
+                "host": loss.host,
+                "host_id": loss.host_id.hex(),
+                "first": loss.first,
+                "last": loss.last,
+            }
+            for loss in result.losses
+        ]
         print_json(
-            {"event": "summary", "forgotten": forgotten, "broken": broken, "kept": result.kept, "dry_run": dry_run}
+            {
+                "event": "summary",
+                "forgotten": forgotten,
+                "broken": broken,
+                "lost": lost,
+                "kept": result.kept,
+                "dry_run": dry_run,
+            }
         )
         return
     if settings.quiet:
         return
     verb = "would forget" if dry_run else "forgot"
+    gone = {loss.name: loss for loss in result.losses}
     for snapshot_id in result.broken:
-        click.echo(f"{verb} {short(snapshot_id)}, which cannot be read")
+        loss = gone.get(snapshot_id)
+        what = "which cannot be read"
+        if loss is not None:
+            what = f"{loss.numbers}, which {'are' if loss.last > loss.first else 'is'} gone"
+        click.echo(f"{verb} {short(snapshot_id)}, {what}")
     for snapshot in result.forgotten:
         paths = " ".join(map(shown, snapshot.paths))
         click.echo(

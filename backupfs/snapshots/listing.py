@@ -11,6 +11,7 @@ from backupfs.errors import (
     ObjectMissing,
     RepositoryError,
     UnknownSnapshot,
+    UnknownVersion,
     WrongPassword,
     shown,
 )
@@ -39,6 +40,7 @@ class SnapshotList:
     store: Store | None = None  # to look into; None: what is kept on this machine is as good as the store's
     snapshots: list[Snapshot] = field(default_factory=list)  # without the forgotten ones
     damaged: dict[str, str] = field(default_factory=dict)  # key → what is wrong
+    newer: set[str] = field(default_factory=set)  # keys of those among the damaged that a newer program can read
     is_quiet: bool = False  # whoever asked tells of damage
     damaged_forgotten: dict[str, str] = field(default_factory=dict)  # the same, of snapshots that were forgotten
     forgotten: set[SnapshotId] = field(default_factory=set)  # whatever is left of them
@@ -106,6 +108,8 @@ class SnapshotList:
             if self.damaged.get(key) != str(error) and not self.is_quiet:
                 log.warning("%s", error)
             damaged[key] = str(error)
+            if isinstance(error, UnknownVersion):
+                self.newer.add(key)
             return None
 
     @property
@@ -193,6 +197,8 @@ class SnapshotList:
         except (RepositoryError, ObjectMissing) as error:
             log.warning("%s; it is ignored", error)
             self._damaged_notes[key] = str(error)
+            if isinstance(error, UnknownVersion):
+                self.newer.add(key)
         return None
 
     def verifications(self, snapshot_id: SnapshotId) -> list[Verification]:
@@ -231,14 +237,22 @@ class SnapshotList:
                     f"{short(fitting[-1].snapshot_id)} of {fitting[-1].time_name}: name it to use it"
                 )
             return fitting[-1]
-        wanted = name.lower()
-        fitting = [snapshot for snapshot in self.snapshots if snapshot.snapshot_id.hex().startswith(wanted)]
-        if len(fitting) == 1 and len(name) >= 2:
-            return fitting[0]
-        if len(fitting) > 1:
-            several = ", ".join(short(snapshot.snapshot_id) for snapshot in fitting[:5])
-            raise UnknownSnapshot(f"{shown(name)} fits several snapshots ({several} …): give more digits")
-        raise UnknownSnapshot(f"there is no snapshot {shown(name)}; `backupfs snapshots` lists what there is")
+        snapshots = {snapshot.snapshot_id: snapshot for snapshot in self.snapshots}
+        return snapshots[_that_fits(name, snapshots)]
+
+    def find_any(self, name: str) -> SnapshotId:
+        """Return the id that a user's name means, which may be that of a snapshot that is damaged or lost, too.
+
+        Raises: UnknownSnapshot; UnknownVersion for one that is not damaged, but of a newer format; DamagedObject.
+        """
+        if name == "latest" or name.endswith(":latest"):
+            return self.find(name).snapshot_id
+        unreadable = self._unreadable()
+        lost = [SnapshotId(loss.name) for loss in self.losses()]
+        found = _that_fits(name, [*(snapshot.snapshot_id for snapshot in self.snapshots), *unreadable, *lost])
+        if layout.key_of(Kind.SNAPSHOT, found) in self.newer and found in unreadable:
+            raise UnknownVersion(f"{unreadable[found]}; it is not damaged, so it is not forgotten unseen")
+        return found
 
     def doubted(self) -> dict[bytes, str]:
         """Return the hosts whose last snapshot may be another than it seems, by id, and why."""
@@ -278,17 +292,6 @@ class SnapshotList:
         kept = {loss.host_id for loss in self.losses() if loss not in told_by_lasts}
         local.note_seen(state, repository_id, {host: last for host, last in lasts.items() if host not in kept})
 
-    def find_broken(self, name: str) -> SnapshotId:
-        """Return the id that a user's name means among those of snapshots that are damaged or lost.
-
-        Raises: UnknownSnapshot.
-        """
-        broken = [*self._unreadable(), *(SnapshotId(loss.name) for loss in self.losses())]
-        fitting = [snapshot_id for snapshot_id in broken if snapshot_id.hex().startswith(name.lower())]
-        if len(fitting) != 1 or len(name) < 2:
-            raise UnknownSnapshot(f"there is no snapshot {shown(name)}; `backupfs snapshots` lists what there is")
-        return fitting[0]
-
     def selected(self, hosts: Iterable[str], tags: Iterable[str], paths: Iterable[bytes]) -> list[Snapshot]:
         """Return the snapshots of any of the hosts that have all the tags and all the paths; none given: all."""
         hosts, tags, paths = set(hosts), set(tags), set(paths)
@@ -302,6 +305,17 @@ class SnapshotList:
         """Return the host's snapshot of the highest sequence, forgotten or not."""
         own = [snapshot for snapshot in self._loaded.values() if snapshot.host_id == host_id]
         return max(own, key=lambda snapshot: snapshot.sequence, default=None)
+
+
+def _that_fits(name: str, snapshot_ids: Iterable[SnapshotId]) -> SnapshotId:
+    """Return the one id that begins with a name. Raises: UnknownSnapshot."""
+    fitting = [snapshot_id for snapshot_id in snapshot_ids if snapshot_id.hex().startswith(name.lower())]
+    if len(fitting) > 1:
+        several = ", ".join(map(short, fitting[:5]))
+        raise UnknownSnapshot(f"{shown(name)} fits several snapshots ({several} …): give more digits")
+    if not fitting or len(name) < 2:
+        raise UnknownSnapshot(f"there is no snapshot {shown(name)}; `backupfs snapshots` lists what there is")
+    return fitting[0]
 
 
 def load_all(repository: Repository) -> SnapshotList:

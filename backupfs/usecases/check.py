@@ -21,7 +21,7 @@ import trio
 from backupfs import workers
 from backupfs.codec.keys import read_slot_info
 from backupfs.codec.sealing import Kind
-from backupfs.errors import RepositoryError, StoreError, UsageError, WrongPassword
+from backupfs.errors import RepositoryError, StoreError, UnknownVersion, UsageError, WrongPassword
 from backupfs.ids import ChunkId, ObjectId, SnapshotId, short
 from backupfs.repository import layout, local
 from backupfs.repository.config import check_mac, encode_config, read_config
@@ -249,7 +249,10 @@ class _Check:
             return
         for key, what in listed.damaged.items():
             identity = layout.id_in_key(key)
-            if identity is not None and key.startswith(layout.SNAPSHOTS):
+            if key in listed.newer:
+                # Not damage, and no reason to forget it: what it needs was not looked at.
+                self._findings.add(Severity.WARNING, key, what)
+            elif identity is not None and key.startswith(layout.SNAPSHOTS):
                 self._findings.damage(
                     key, f"{what}; `backupfs forget {short(identity)}` if no copy of it can be put back"
                 )
@@ -290,6 +293,8 @@ class _Check:
                             self._snapshots.append(load_snapshot(repository, SnapshotId(identity), repository.store))
                     except WrongPassword:
                         continue  # a note that only the maintain key opens
+                    except UnknownVersion as error:
+                        self._findings.add(Severity.WARNING, info.key, str(error))
                     except (RepositoryError, StoreError) as error:
                         self._findings.damage(info.key, str(error))
             except StoreError as error:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from backupfs import workers
-from backupfs.errors import UnknownSnapshot
 from backupfs.ids import SnapshotId
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.listing import load_snapshots
+from backupfs.snapshots.losses import Loss
 from backupfs.snapshots.snapshot import Snapshot
 
 
@@ -17,6 +17,7 @@ class ForgetResult:
 
     forgotten: tuple[Snapshot, ...]
     broken: tuple[SnapshotId, ...]  # the same, of those that are damaged or lost
+    losses: tuple[Loss, ...]  # those of them that are lost; some stand for several numbers
     kept: int
 
 
@@ -25,24 +26,18 @@ async def forget(repository: Repository, names: list[str], dry_run: bool) -> For
 
     One that is damaged or lost may be named, too: then nothing tells of it any more.
 
-    Raises: UnknownSnapshot; WrongPassword if the key slot may not destroy; StoreError.
+    Raises: UnknownSnapshot; UnknownVersion; WrongPassword if the key slot may not destroy; StoreError.
     """
     listed = await workers.request(load_snapshots, repository)
-    chosen: set[SnapshotId] = set()
-    broken: list[SnapshotId] = []
-    for name in names:
-        try:
-            chosen.add(listed.find(name).snapshot_id)
-        except UnknownSnapshot as error:
-            try:
-                broken.append(listed.find_broken(name))
-            except UnknownSnapshot:
-                raise error from None
+    chosen = dict.fromkeys(listed.find_any(name) for name in names)
     snapshots = tuple(snapshot for snapshot in listed.snapshots if snapshot.snapshot_id in chosen)
+    losses = tuple(loss for loss in listed.losses() if loss.name in chosen)
     numbers = {one.snapshot_id: (one.host_id, one.sequence, one.sequence) for one in snapshots}
-    numbers |= {SnapshotId(loss.name): (loss.host_id, loss.first, loss.last) for loss in listed.losses()}
+    numbers |= {SnapshotId(loss.name): (loss.host_id, loss.first, loss.last) for loss in losses}
+    healthy = [snapshot.snapshot_id for snapshot in snapshots]
+    broken = [snapshot_id for snapshot_id in chosen if snapshot_id not in healthy]
     if not dry_run:
-        for snapshot_id in [*(snapshot.snapshot_id for snapshot in snapshots), *broken]:
+        for snapshot_id in [*healthy, *broken]:
             note = notes.new_note(snapshot_id, notes.FORGET, *numbers.get(snapshot_id, ()))
             await workers.request(notes.put_note, repository, note)
-    return ForgetResult(snapshots, tuple(broken), len(listed.snapshots) - len(snapshots))
+    return ForgetResult(snapshots, tuple(broken), losses, len(listed.snapshots) - len(snapshots))

@@ -576,6 +576,19 @@ def test_what_is_lost_or_damaged_is_told_until_it_is_forgotten(cli: Cli, source:
     assert str(source) in cli("ls", "-R", "latest")
 
 
+def test_forgetting_what_stands_for_several_says_which(cli: Cli, source: Path) -> None:
+    ids = [cli.json("backup", source, "--host", "alpha")[-1]["snapshot"]["id"] for _ in range(4)]
+    for one in ids[:3]:
+        (cli.repository / "snapshots" / one).unlink()
+    told = f"snapshots 1 to 3 of the host alpha, which are gone{os.linesep}"
+    assert f"would forget {ids[2][:8]}, {told}" in cli("forget", "-n", ids[2][:8])
+    *_, summary = cli.json("forget", "-n", ids[2][:8])
+    [lost] = summary["lost"]
+    assert (lost["id"], lost["host"], lost["first"], lost["last"]) == (ids[2], "alpha", 1, 3)
+    assert f"forgot {ids[2][:8]}, {told}" in cli("forget", ids[2][:8])
+    assert "no damage found" in cli("check")
+
+
 @pytest.mark.fuse
 def test_a_mount_without_a_cache_has_its_log_elsewhere(cli: Cli, source: Path, tmp_path: Path) -> None:
     cli("backup", source)

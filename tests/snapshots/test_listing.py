@@ -60,6 +60,29 @@ def test_a_prefix_of_several_snapshots_is_refused(repository: Repository) -> Non
         listed.find(twice)
 
 
+@pytest.mark.expected_log
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+def test_a_prefix_of_a_sound_snapshot_and_of_one_that_is_not_is_refused(repository: Repository, how: str) -> None:
+    stored = in_a_row(repository, 300)
+    firsts = [snapshot.snapshot_id.hex()[:2] for snapshot in stored]
+    at = next(at for at, first in enumerate(firsts) if first in firsts[at + 1 : -1])
+    bad, sound = stored[at], stored[firsts.index(firsts[at], at + 1)]
+    key = f"snapshots/{bad.snapshot_id.hex()}"
+    data = repository.store.get(key)
+    repository.store.delete(key)
+    if how == "damaged":
+        repository.store.put(key, data[:-1])
+    for other in stored:
+        if other not in (bad, sound) and other.snapshot_id.hex().startswith(firsts[at]):
+            notes.put_note(repository, notes.new_note(other.snapshot_id, notes.FORGET))
+    listed = load_snapshots(repository)
+    assert listed.find(firsts[at]) == sound
+    with pytest.raises(UnknownSnapshot, match=r"several.*give more digits"):
+        listed.find_any(firsts[at])
+    for one in (bad, sound):
+        assert listed.find_any(short(one.snapshot_id)) == one.snapshot_id
+
+
 def test_an_empty_repository_says_so(repository: Repository) -> None:
     with pytest.raises(UnknownSnapshot, match="yet"):
         load_snapshots(repository).find("latest")
@@ -155,14 +178,14 @@ def test_an_earlier_snapshot_is_not_passed_off_as_the_latest(repository: Reposit
     assert load_snapshots(repository).find(short(stored[1].snapshot_id)) == stored[1]
     assert load_snapshots(repository).doubted().keys() == {bytes(16)}
     # Once it is known, the one before is the latest.
-    assert load_snapshots(repository).find_broken(keys[2][10:18]) == stored[2].snapshot_id
+    assert load_snapshots(repository).find_any(keys[2][10:18]) == stored[2].snapshot_id
     notes.put_note(repository, notes.new_note(stored[2].snapshot_id, notes.FORGET))
     listed = load_snapshots(repository)
     assert listed.find("latest") == stored[1]
     assert listed.damaged.keys() == {keys[0]}
     assert listed.damaged_forgotten.keys() == {keys[2]}
     with pytest.raises(UnknownSnapshot):
-        listed.find_broken(keys[2][10:18])
+        listed.find_any(keys[2][10:18])
 
 
 def in_a_row(repository: Repository, count: int, **fields: Any) -> list[Snapshot]:
@@ -197,7 +220,7 @@ def test_what_this_machine_saw_and_is_gone_is_not_hidden(tmp_path: Path) -> None
     # To look again changes nothing, and to forget it ends it.
     listed.note_seen()
     assert load_snapshots(repository).losses() == [loss]
-    notes.put_note(repository, notes.new_note(listed.find_broken(stored[2].snapshot_id.hex()), notes.FORGET))
+    notes.put_note(repository, notes.new_note(listed.find_any(stored[2].snapshot_id.hex()), notes.FORGET))
     assert load_snapshots(repository).losses() == []
     assert load_snapshots(repository).find("latest") == stored[1]
 
