@@ -16,7 +16,7 @@ from pathlib import Path
 
 from backupfs.codec.keys import Keyring
 from backupfs.codec.sealing import Kind
-from backupfs.errors import DamagedObject, ObjectMissing, RepositoryError
+from backupfs.errors import DamagedObject, ObjectMissing, RepositoryError, UnknownVersion
 from backupfs.ids import ChunkId, ObjectId
 from backupfs.repository import layout
 from backupfs.repository.objects import load_object
@@ -60,6 +60,7 @@ class Index:
         self._is_rebuilt = self._rebuilding_paid = False
         self._changing = threading.Lock()
         self.damaged: dict[str, str] = {}  # keys of segments that did not open → what is wrong
+        self.newer: set[str] = set()  # keys of those among them that a newer program can read
 
     @property
     def count(self) -> int:
@@ -148,6 +149,8 @@ class Index:
         except (RepositoryError, ObjectMissing) as error:
             log.warning("%s; the index goes on without it", error)
             self.damaged[key] = str(error)
+            if isinstance(error, UnknownVersion):
+                self.newer.add(key)
             return None
 
     def add(self, segment: Segment, segment_id: ObjectId) -> None:

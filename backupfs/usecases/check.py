@@ -33,7 +33,7 @@ from backupfs.snapshots.listing import SnapshotList, load_snapshot
 from backupfs.snapshots.notes import load_note
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.stores.requests import RequestCounts
-from backupfs.usecases.check_copies import INDEX_KIND, Copies
+from backupfs.usecases.check_copies import INDEX_KIND, NAMED_ANEW, Copies
 from backupfs.usecases.check_trees import TreeCheck
 from backupfs.usecases.events import Progress, Report
 from backupfs.usecases.findings import Finding, Findings, Severity
@@ -41,6 +41,11 @@ from backupfs.usecases.findings import Finding, Findings, Severity
 # Packs in flight: each is read and unsealed by one thread that holds about 20 MiB.
 _PACKS_AT_ONCE = min(8, workers.CPU_THREADS + 2)
 _PROGRESS_SECONDS = 0.2
+_OF_NOTE = (
+    "what it said is not known, as that a snapshot was forgotten: forget again what shows again, then the object may "
+    "be deleted"
+)
+_OF_SEGMENT = f"the packs are read instead; delete the object, and {NAMED_ANEW}"
 _KINDS = (Kind.TREE_PACK, Kind.DATA_PACK)
 
 
@@ -258,7 +263,7 @@ class _Check:
                 )
                 self._findings.hit(key, short(identity))
             else:
-                self._findings.damage(key, what)
+                self._findings.damage(key, f"{what}; {_OF_NOTE}")
         for key, what in listed.damaged_forgotten.items():
             self._findings.add(Severity.WARNING, key, f"{what}; the snapshot is forgotten, and stays so")
         self._snapshots = [
@@ -319,7 +324,7 @@ class _Check:
         except StoreError as error:
             self._findings.damage(layout.prefix_of(index_kind), f"the index cannot be read: {error}")
         for key, what in index.damaged.items():
-            self._findings.damage(key, what)
+            self._findings.damage(key, what if key in index.newer else f"{what}; {_OF_SEGMENT}")
         self._copies[kind] = Copies(repository, kind, index, self._findings)
 
     async def _read_packs(self, chosen: Callable[[ObjectId], bool]) -> None:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 # No writer makes larger packs; one that is larger is not read whole, or it would break the promise of bounded memory.
 MOST_PACK_SIZE = 128 << 20
 
+NAMED_ANEW = "the next backup of the host that wrote them, or of any a day later, names them anew"
 INDEX_KIND = {Kind.DATA_PACK: Kind.DATA_INDEX, Kind.TREE_PACK: Kind.TREE_INDEX}
 
 
@@ -234,7 +235,8 @@ class Copies:
             self._findings.damage(
                 self.key_of(pack_id),
                 "no index names it, though snapshots need it: an index object is missing or damaged; "
-                "reading goes by the pack's own directory",
+                "reading goes by the pack's own directory; the next backup of the host that wrote it, or of any a day "
+                "later, names it anew once no damaged index object is left",
             )
         others = self.unnamed.packs - len(self._needed_unnamed)
         if others > 0:

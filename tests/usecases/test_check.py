@@ -260,6 +260,46 @@ def test_a_snapshot_that_is_gone_is_damage_until_that_is_known(tmp_path: Path) -
     assert load_snapshots(reopened(repository)).find("latest") == sixth
 
 
+@pytest.mark.expected_log
+@pytest.mark.parametrize("prefix", ["index/data/", "index/tree/"])
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_the_way_out_of_a_damaged_index_segment_is_as_it_says(tmp_path: Path, prefix: str, has_cache: bool) -> None:
+    folders = folders_in(tmp_path) if has_cache else replace(folders_in(tmp_path), cache=None)
+    repository = new_repository(folders=folders)
+    source = build(TREE, tmp_path / "source")
+    back_up(repository, source)
+    key = max(keys_of(repository.store, prefix), key=repository.store.size)
+    count = len(keys_of(repository.store, prefix))
+    repository.store.put(key, repository.store.get(key)[:-1])
+    result = run_check(reopened(repository))
+    [what] = [finding.what for finding in result.findings if finding.key == key]
+    assert "the packs are read instead; delete the object, and the next backup" in what
+    assert result.snapshots_hit == ()
+    assert all("names it anew" in finding.what for finding in result.findings if finding.key != key)
+    repository.store.delete(key)
+    back_up(reopened(repository), source)
+    assert run_check(reopened(repository)).findings == ()
+    assert len(keys_of(repository.store, prefix)) == count
+
+
+@pytest.mark.expected_log
+def test_the_way_out_of_a_damaged_note_is_as_it_says(tmp_path: Path) -> None:
+    repository = new_repository(folders=folders_in(tmp_path))
+    source = build(TREE, tmp_path / "source")
+    first, second = back_up(repository, source), back_up(repository, source)
+    trio.run(forget, repository, [first.snapshot_id.hex()], False)
+    [key] = keys_of(repository.store, "notes/")
+    repository.store.put(key, repository.store.get(key)[:-1])
+    [finding] = run_check(reopened(repository)).findings
+    assert finding.key == key
+    assert "a snapshot was forgotten: forget again what shows again, then the object" in finding.what
+    assert load_snapshots(repository).snapshots == [first, second]
+    trio.run(forget, repository, [first.snapshot_id.hex()], False)
+    repository.store.delete(key)
+    assert run_check(reopened(repository)).findings == ()
+    assert load_snapshots(repository).snapshots == [second]
+
+
 def test_backups_of_a_host_that_run_at_once_have_numbers_of_their_own(tmp_path: Path) -> None:
     repository = new_repository(folders=folders_in(tmp_path))
     source = build(TREE, tmp_path / "source")
