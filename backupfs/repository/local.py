@@ -80,16 +80,22 @@ def last_seen(state: Path | None, repository_id: bytes) -> dict[bytes, tuple[int
     return found
 
 
-def note_seen(state: Path | None, repository_id: bytes, lasts: Mapping[bytes, tuple[int, bytes]]) -> None:
-    """Remember the last snapshot of each host; one that is earlier than what was seen changes nothing."""
+def note_seen(state: Path | None, repository_id: bytes, lasts: Mapping[bytes, tuple[int, bytes]]) -> bool:
+    """Remember the last snapshot of each host; one that is earlier than what was seen changes nothing.
+
+    Return whether all of it is remembered.
+    """
     if state is None:
-        return
+        return False
     seen = last_seen(state, repository_id)
     merged = {host: max(seen.get(host, (0, b"")), lasts.get(host, (0, b""))) for host in {*seen, *lasts}}
     if merged != seen:
-        with contextlib.suppress(OSError):
-            rows: list[Field] = [[host, number, last] for host, (number, last) in sorted(merged.items())]
+        rows: list[Field] = [[host, number, last] for host, (number, last) in sorted(merged.items())]
+        try:
             write_privately(_seen_path(state, repository_id), encode_record(rows))
+        except OSError:
+            return False
+    return True
 
 
 def _seen_path(state: Path, repository_id: bytes) -> Path:

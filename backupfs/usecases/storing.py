@@ -12,7 +12,7 @@ import trio
 from backupfs import __version__, interrupts, workers
 from backupfs.codec import compression
 from backupfs.codec.sealing import Kind
-from backupfs.errors import BackupfsError
+from backupfs.errors import BackupfsError, shown
 from backupfs.localfs import reading
 from backupfs.repository import layout, local
 from backupfs.repository.index import Index
@@ -329,9 +329,21 @@ class StoringRun:
         )
         snapshot = put_snapshot(self._repository, snapshot)
         self.listed.note_seen()
-        local.note_seen(state, repository_id, {host_id: (snapshot.sequence, snapshot.snapshot_id)})
+        is_seen = local.note_seen(state, repository_id, {host_id: (snapshot.sequence, snapshot.snapshot_id)})
+        self._tell_of_state(host_id, is_seen)
         requests = self._repository.store.requests + counts.requests
         return replace(result, snapshot=snapshot, requests=requests)
+
+    def _tell_of_state(self, host_id: bytes, is_seen: bool) -> None:
+        """Say what it means where this machine keeps nothing of its own. is_seen: it remembers the snapshot."""
+        state = self._repository.local.state
+        if state is None:
+            return
+        means = ["a snapshot that is lost may go unnoticed"] if not is_seen else []
+        if local.host_id(state) != host_id:
+            means.insert(0, "each backup counts as one of another host")
+        if means:
+            self._report(Remark(f"the folder {shown(str(state))} cannot be written: {', and '.join(means)}"))
 
     def result(self, parent: bytes) -> BackupResult:
         """Return what was done so far. parent: id of the snapshot it was compared with, or empty."""

@@ -1,5 +1,6 @@
 """What a backup reads, reuses, leaves out and stores: real files, a repository in memory."""
 
+import errno
 import os
 import shutil
 import stat
@@ -13,6 +14,9 @@ from backupfs.errors import SourceError
 from backupfs.localfs import reading
 from backupfs.localfs.exclude import parse_pattern
 from backupfs.localfs.selection import SelectionRules
+from backupfs.repository import local
+from backupfs.repository.local import LocalFolders
+from backupfs.repository.repository import Repository
 from backupfs.snapshots.node import CHANGED_WHILE_READ, RACY
 from backupfs.snapshots.tree import leaf_pages
 from backupfs.snapshots.walk import find_path, tree_of, walk
@@ -570,3 +574,29 @@ def test_what_lay_in_a_damaged_tree_pack_is_stored_again(
     fresh.load_indexes()
     node = find_path(result.snapshot, os.fsencode(source), fresh.trees.load)
     assert len(list(walk(node, b"", fresh.trees.load))) == 5 + 20 + 100
+
+
+def test_a_folder_of_this_machine_that_cannot_be_written_is_told_with_what_it_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = build({"a": File(b"x")}, tmp_path / "source")
+    repository = new_repository(folders=folders_in(tmp_path))
+
+    def remarks(repository: Repository) -> list[str]:
+        events: list[Event] = []
+        backup(repository, [source], small_options(), events.append)
+        return [event.text for event in events if isinstance(event, Remark)]
+
+    assert remarks(reopened(repository)) == []
+    (tmp_path / "file").write_bytes(b"")
+    nowhere = LocalFolders(tmp_path / "cache", tmp_path / "file" / "state")
+    unnoticed = "a snapshot that is lost may go unnoticed"
+    means = f"each backup counts as one of another host, and {unnoticed}"
+    assert remarks(reopened(repository, nowhere)) == [f"the folder {nowhere.state} cannot be written: {means}"]
+
+    # The host is known, and nothing more is kept.
+    def fail(path: Path, data: bytes) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr(local, "write_privately", fail)
+    assert remarks(reopened(repository)) == [f"the folder {tmp_path}/state cannot be written: {unnoticed}"]
