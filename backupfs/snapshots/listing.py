@@ -222,6 +222,7 @@ class SnapshotList:
                 if snapshot.kind == FILES and (host is None or snapshot.host == host)
             ] or self.images(host)
             if not fitting:
+                self._require_none_lost(name, host)
                 if host is None:
                     raise UnknownSnapshot("the repository has no file snapshot yet; of images give IMAGE:latest")
                 raise UnknownSnapshot(
@@ -240,6 +241,15 @@ class SnapshotList:
         snapshots = {snapshot.snapshot_id: snapshot for snapshot in self.snapshots}
         return snapshots[_that_fits(name, snapshots)]
 
+    def _require_none_lost(self, name: str, host: str | None) -> None:
+        """Raise DamagedObject if a name may mean what is gone or cannot be read; whose that was may not be known."""
+        losses = [str(loss) for loss in self.confirmed_losses() if host is None or loss.host in ("", host)]
+        if missed := [*losses, *self._unnamed()]:
+            raise DamagedObject(
+                f"nothing that can be read fits {shown(name)}, which may mean what is gone or damaged: "
+                f"{'; '.join(missed[:3])}; `backupfs check` says more"
+            )
+
     def find_any(self, name: str) -> SnapshotId:
         """Return the id that a user's name means, which may be that of a snapshot that is damaged or lost, too.
 
@@ -256,10 +266,14 @@ class SnapshotList:
 
     def doubted(self) -> dict[bytes, str]:
         """Return the hosts whose last snapshot may be another than it seems, by id, and why."""
-        named = {snapshot.previous for snapshot in self._loaded.values()}
-        broken = [what for snapshot_id, what in self._unreadable().items() if snapshot_id not in named]
+        broken = self._unnamed()
         found = {snapshot.host_id: broken[0] for snapshot in self._loaded.values()} if broken else {}
         return found | {loss.host_id: str(loss) for loss in self.losses() if loss.is_newest}
+
+    def _unnamed(self) -> list[str]:
+        """Return what is wrong with those that cannot be read and that no other names: whose they are nobody knows."""
+        named = {snapshot.previous for snapshot in self._loaded.values()}
+        return [what for snapshot_id, what in self._unreadable().items() if snapshot_id not in named]
 
     def _unreadable(self) -> dict[SnapshotId, str]:
         keys = [(key, what) for key, what in self.damaged.items() if key.startswith(layout.SNAPSHOTS)]

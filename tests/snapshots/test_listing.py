@@ -225,6 +225,32 @@ def test_what_this_machine_saw_and_is_gone_is_not_hidden(tmp_path: Path) -> None
     assert load_snapshots(repository).find("latest") == stored[1]
 
 
+@pytest.mark.expected_log
+def test_where_all_are_lost_or_damaged_that_is_said(tmp_path: Path) -> None:
+    repository = new_repository(folders=folders_in(tmp_path))
+    alpha = in_a_row(repository, 1)
+    beta = in_a_row(repository, 2, host="beta", host_id=bytes(15) + b"b")
+    load_snapshots(repository).note_seen()
+    with pytest.raises(UnknownSnapshot, match="no file snapshot of a host gamma"):
+        load_snapshots(repository).find("gamma:latest")
+    for snapshot in beta:
+        repository.store.delete(f"snapshots/{snapshot.snapshot_id.hex()}")
+    with pytest.raises(DamagedObject, match=r"fits beta:latest.*snapshots 1 to 2 of the host.*are gone"):
+        load_snapshots(repository).find("beta:latest")
+    assert load_snapshots(repository).find("alpha:latest") == alpha[0]
+    repository.store.delete(f"snapshots/{alpha[0].snapshot_id.hex()}")
+    with pytest.raises(DamagedObject, match=r"fits latest.*snapshot 1 of.*is gone.*snapshots 1 to 2 of.*are gone"):
+        load_snapshots(repository).find("latest")
+    # Who saw nothing knows of nothing; what is there and damaged is told.
+    elsewhere = reopened(repository.store)
+    with pytest.raises(UnknownSnapshot, match="yet"):
+        load_snapshots(elsewhere).find("latest")
+    repository.store.put(f"snapshots/{alpha[0].snapshot_id.hex()}", b"x")
+    for name in ("latest", "alpha:latest"):
+        with pytest.raises(DamagedObject, match=f"fits {name}.*{alpha[0].snapshot_id.hex()} is damaged"):
+            load_snapshots(elsewhere).find(name)
+
+
 def test_what_only_this_machine_knows_to_be_lost_it_does_not_unlearn(tmp_path: Path) -> None:
     repository = new_repository(folders=folders_in(tmp_path))
     stored = in_a_row(repository, 3)
