@@ -59,9 +59,12 @@ def open_filesystem(read: Read, size: int) -> Filesystem | None:
     found = detect.detect(volume)
     if found is None:
         return None
-    layer = found.driver.open(volume, tree.Context(cache=cache.Cache(), stats=stats.Stats()), found.hint)
     name = found.driver.__module__.rpartition("fs_explorer.filesystems.")[2].split(".")[0]
-    if not isinstance(layer, tree.Tree) or name not in _FORMS:
+    # A format of virtual machines in a volume is nothing to open: it may name files of this host.
+    if name not in _FORMS:
+        return None
+    layer = found.driver.open(volume, tree.Context(cache=cache.Cache(), stats=stats.Stats()), found.hint)
+    if not isinstance(layer, tree.Tree):
         return None
     if name == "btrfs":
         # Its addresses are logical, and the library does not say where they are.

@@ -1,18 +1,24 @@
 """Reading disks in formats of virtual machines: qemu-nbd serves the file on a socket, and this is its client.
 
-Each process has a connection of its own. Source: the NBD protocol of the NetworkBlockDevice project, doc/proto.md,
-as far as reading takes it; qemu-nbd(8), qemu-img(1), sd_listen_fds(3).
+Each process has a connection of its own. qemu reads what somebody hostile may have written: its processes have limits,
+no network where the system lets us, and only the files that were opened before (chain.py).
+Source: the NBD protocol of the NetworkBlockDevice project, doc/proto.md, as far as reading takes it; qemu-nbd(8),
+qemu-img(1), sd_listen_fds(3).
 """
 
+import ctypes
 import json
 import os
+import resource
 import shutil
 import socket
 import struct
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 
+from backupfs.disks.chain import Chain
 from backupfs.errors import SourceError, shown
 from backupfs.forked import end_with_parent
 
@@ -25,34 +31,29 @@ _READ = 0
 _FIRST_PASSED_FD = 3  # by sd_listen_fds(3)
 _MOST_READ = 4 << 20
 _CHECK_DAMAGED = 2
+# Bytes of address space of a process of qemu, and more for each file: 64 threads, and caches of 32 MiB.
+_MEMORY, _MEMORY_PER_FILE = 2 << 30, 64 << 20
+_CPU_S = 3600  # of what only looks at tables; a server reads as long as there is something to read
+_CLONE_NEWNET, _CLONE_NEWUSER = 0x40000000, 0x10000000
+_MOST_RANGES = 1 << 20  # a few hundred bytes of memory each
 
 
 class NbdServer:
     """A running qemu-nbd, and this process's connection to it."""
 
-    def __init__(self, path: bytes, form: str) -> None:
-        """Start it. Raises: SourceError."""
+    def __init__(self, path: bytes, form: str, chain: Chain) -> None:
+        """Start it.
+
+        chain: what the disk is made of; it is closed with this, and if this fails.
+        Raises: SourceError.
+        """
         self._path = path
-        self._form = form
-        for program in ("qemu-nbd", "qemu-img"):
-            if shutil.which(program) is None:
-                raise SourceError(
-                    f"the disk {shown(path)} is in the format {form}, which takes {program} to read: "
-                    "install the package qemu-utils"
-                )
-        listener, self._socket_fd = _nameless_listener()
-        with listener:
-
-            def pass_listener() -> None:
-                end_with_parent()
-                os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-                os.dup2(listener.fileno(), _FIRST_PASSED_FD)
-
-            self._process = subprocess.Popen(
-                ["qemu-nbd", "--read-only", "--persistent", "--shared=64", f"--format={form}", path],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-                close_fds=False, preexec_fn=pass_listener,
-            )  # fmt: skip
+        self._chain = chain
+        try:
+            self._start(form)
+        except BaseException:
+            chain.close()
+            raise
         self._connection: socket.socket | None = None
         self._pid = 0
         self.size = 0
@@ -61,6 +62,32 @@ class NbdServer:
         except BaseException:
             self.close()
             raise
+
+    def _start(self, form: str) -> None:
+        for program in ("qemu-nbd", "qemu-img"):
+            if shutil.which(program) is None:
+                raise SourceError(
+                    f"the disk {shown(self._path)} is in the format {form}, which takes {program} to read: "
+                    "install the package qemu-utils"
+                )
+        listener, self._socket_fd = _nameless_listener()
+        with listener:
+            confine = _confine(self._chain)
+
+            def prepare() -> None:
+                confine()
+                os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+                os.dup2(listener.fileno(), _FIRST_PASSED_FD)
+
+            try:
+                self._process = subprocess.Popen(
+                    ["qemu-nbd", "--read-only", "--persistent", "--shared=64", self._chain.name],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                    start_new_session=True, close_fds=False, preexec_fn=prepare,
+                )  # fmt: skip
+            except BaseException:
+                os.close(self._socket_fd)
+                raise
 
     def connection(self) -> int:
         """Connect this process, if it is not; return the descriptor. Raises: SourceError."""
@@ -102,7 +129,7 @@ class NbdServer:
             self._process.wait(1)
         except subprocess.TimeoutExpired:
             return ""
-        return shown(self._process.stderr.read().strip().rpartition(b"\n")[2])
+        return self._chain.named(self._process.stderr.read().strip().rpartition(b"\n")[2])
 
     def _greet(self, connection: socket.socket) -> tuple[socket.socket, int]:
         magic, option, flags = struct.unpack(">QQH", _receive(connection, 18))
@@ -141,40 +168,46 @@ class NbdServer:
                 ) from error
 
     def remarks(self) -> tuple[str, ...]:
-        """Return what the format's own check finds wrong."""
-        done = subprocess.run(
-            ["qemu-img", "check", "--force-share", "-f", self._form, self._path],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
+        """Return what files it is made of, and what the format's own check finds wrong."""
+        with self._asking("check", stdout=subprocess.DEVNULL) as process:
+            process.wait()
         # 2 is damage; 3 is space that is lost, 63 a format without a check.
-        if done.returncode != _CHECK_DAMAGED:
-            return ()
+        if process.returncode != _CHECK_DAMAGED:
+            return self._chain.remarks
         return (
+            *self._chain.remarks,
             f"the disk {shown(self._path)} is damaged by the word of `qemu-img check`: what is lost reads as zeros",
         )
 
     def data_ranges(self) -> list[tuple[int, int]]:
         """Return (start, end) of what is not zero by the word of the format, in order. Raises: SourceError."""
-        done = subprocess.run(
-            ["qemu-img", "map", "--output=json", "--force-share", "-f", self._form, self._path],
-            capture_output=True,
-            check=False,
-        )
-        if done.returncode:
-            why = done.stderr.strip().rpartition(b"\n")[2]
-            raise SourceError(f"the disk {shown(self._path)} cannot be read: {shown(why)}")
         found: list[tuple[int, int]] = []
-        for one in json.loads(done.stdout):
-            start, end = one["start"], one["start"] + one["length"]
-            if one["zero"]:
-                continue
-            if found and found[-1][1] == start:
-                found[-1] = (found[-1][0], end)
-            else:
-                found.append((start, end))
+        with tempfile.TemporaryFile() as words:
+            with self._asking("map", "--output=json", stderr=words.fileno()) as process:
+                assert process.stdout is not None
+                try:
+                    # One line for each range: who wrote the disk decides how many there are.
+                    for line in process.stdout:
+                        _add_range(found, line)
+                except (ValueError, KeyError, TypeError) as error:
+                    process.kill()
+                    raise SourceError(
+                        f"the disk {shown(self._path)} cannot be read: qemu-img speaks another language"
+                    ) from error
+            if process.returncode:
+                words.seek(0)
+                why = self._chain.named(words.read(1 << 16).strip().rpartition(b"\n")[2])
+                raise SourceError(f"the disk {shown(self._path)} cannot be read: {why or 'qemu-img was ended'}")
         return found
+
+    def _asking(
+        self, *words: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.DEVNULL
+    ) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            ["qemu-img", *words, "--force-share", self._chain.name],
+            stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, close_fds=False,
+            preexec_fn=_confine(self._chain, _CPU_S),
+        )  # fmt: skip
 
     def close(self) -> None:
         """End it."""
@@ -183,6 +216,49 @@ class NbdServer:
         self._process.kill()
         self._process.communicate()
         os.close(self._socket_fd)
+        self._chain.close()
+
+
+def _add_range(found: list[tuple[int, int]], line: bytes) -> None:
+    """Add to the ranges what a line of `qemu-img map` says."""
+    text = line.strip(b"[], \n")
+    if not text:
+        return
+    one = json.loads(text)
+    start, end = one["start"], one["start"] + one["length"]
+    if one["zero"]:
+        return
+    # Zeros between ranges may be read, too.
+    if found and (found[-1][1] == start or len(found) == _MOST_RANGES):
+        found[-1] = (found[-1][0], end)
+    else:
+        found.append((start, end))
+
+
+def _confine(chain: Chain, cpu_s: int = 0) -> Callable[[], None]:
+    """Return what a process does before it becomes a program of qemu.
+
+    cpu_s: of processor time; 0: without limit.
+    """
+    library = ctypes.CDLL(None)
+    limits = [(resource.RLIMIT_AS, _MEMORY + len(chain.paths) * _MEMORY_PER_FILE), (resource.RLIMIT_CORE, 0)]
+    limits += [(resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_CPU, cpu_s)] if cpu_s else []
+
+    def confine() -> None:
+        end_with_parent()
+        # Each thread would have its own: 64 MiB of addresses.
+        os.environ["MALLOC_ARENA_MAX"] = "2"
+        for limit, most in limits:
+            hard = resource.getrlimit(limit)[1]
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(limit, (most, most))
+        # Where the kernel does not allow it, what qemu may open is named all the same. Root would lose rights over
+        # files in a namespace of users.
+        if library.unshare(_CLONE_NEWNET) and os.geteuid():
+            library.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+        chain.pass_on()
+
+    return confine
 
 
 def _nameless_listener() -> tuple[socket.socket, int]:

@@ -1,7 +1,7 @@
 """A disk as bytes: a block device, a file that holds one as it is, or one in a format of virtual machines.
 
 Formats other than raw are read by qemu, which knows them best: `qemu-nbd` serves the file on a socket, `qemu-img` says
-where there is data (nbd.py).
+where there is data (nbd.py). Which files it reads is decided before (chain.py).
 """
 
 import abc
@@ -9,23 +9,21 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from backupfs.disks.chain import RAW, Chain, is_raw_by_name, looks_like
 from backupfs.disks.nbd import NbdServer
 from backupfs.errors import SourceError, UsageError, shown
-
-RAW = "raw"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 # What the names of files with disks in them end in, and the disk's does not.
 _SUFFIXES = (".raw", ".img", ".dd", ".iso", ".qcow2", ".vmdk", ".vhd", ".vhdx", ".vdi")
-# Format by what stands at an offset in the file; qemu's names.
-_MAGICS = (
-    (0, b"QFI\xfb", "qcow2"), (0, b"KDMV", "vmdk"), (0, b"COWD", "vmdk"), (0, b"# Disk DescriptorFile", "vmdk"),
-    (0, b"vhdxfile", "vhdx"), (0x40, b"\x7f\x10\xda\xbe", "vdi"), (0, b"conectix", "vpc"),
-)  # fmt: skip
-_VHD_FOOTER = 512  # at the end of a file; one of fixed size has it only there
+# What the names of files in a format end in.
+_ENDINGS = {
+    "qcow2": (b".qcow2", b".qcow"), "vmdk": (b".vmdk",), "vpc": (b".vhd", b".vpc"), "vhdx": (b".vhdx",),
+    "vdi": (b".vdi",),
+}  # fmt: skip
 
 
 class DiskSource(abc.ABC):
@@ -141,14 +139,22 @@ class RawDisk(DiskSource):
 class ServedDisk(DiskSource):
     """A disk in a format that qemu reads for us."""
 
-    def __init__(self, name: str, path: bytes, form: str) -> None:
-        """Start the server. Raises: SourceError."""
+    def __init__(self, name: str, path: bytes, form: str, folders: Sequence[bytes] = ()) -> None:
+        """Open all files of it and start the server.
+
+        folders: as for Chain.
+        Raises: SourceError.
+        """
         super().__init__(name, path)
         self.form = form
-        self._server = NbdServer(path, form)
+        self._server = NbdServer(path, form, Chain(path, form, folders))
         self.size = self._server.size
-        self._data = self._server.data_ranges()
-        self.remarks = self._server.remarks()
+        try:
+            self._data = self._server.data_ranges()
+            self.remarks = self._server.remarks()
+        except BaseException:
+            self._server.close()
+            raise
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer."""
@@ -171,11 +177,12 @@ class ServedDisk(DiskSource):
         self._server.close()
 
 
-def open_disk(path: bytes, name: str = "") -> DiskSource:
+def open_disk(path: bytes, name: str = "", form: str = "", folders: Sequence[bytes] = ()) -> DiskSource:
     """Open a block device, or a file with a disk in it, whatever its format.
 
-    name: for the snapshot; empty: what the device or file is called.
-    Raises: SourceError; UsageError for a name that cannot be one.
+    name: for the snapshot; empty: what the device or file is called. form: of a file, by qemu's name; empty: what its
+    name says if that is raw, else what it begins like. folders: where files that it is made of may lie, too.
+    Raises: SourceError; UsageError for a name that cannot be one, and for a device in a format.
     """
     path = os.path.abspath(path)
     name = name or default_name(path)
@@ -196,11 +203,19 @@ def open_disk(path: bytes, name: str = "") -> DiskSource:
                 f"NAME={shown(path)}"
             )
         # What a device holds may look like anything; only files are in formats.
-        form = _form_of(fd, status.st_size) if stat.S_ISREG(status.st_mode) else RAW
+        if not stat.S_ISREG(status.st_mode):
+            if form not in ("", RAW):
+                raise UsageError(f"{shown(path)} is a device, whose bytes are the disk: --format is for files")
+            form = RAW
+        seen = "" if form else looks_like(fd)
+        form = form or (RAW if is_raw_by_name(path) else seen)
         if form == RAW:
             fd, kept = -1, fd
-            return RawDisk(name, path, kept)
-        return ServedDisk(name, path, form)
+            disk: DiskSource = RawDisk(name, path, kept)
+        else:
+            disk = ServedDisk(name, path, form, folders)
+        disk.remarks += _doubts(path, name, form, seen)
+        return disk
     finally:
         if fd >= 0:
             os.close(fd)
@@ -211,11 +226,20 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def _form_of(fd: int, size: int) -> str:
-    for offset, magic, form in _MAGICS:
-        if os.pread(fd, len(magic), offset) == magic:
-            return form
-    return "vpc" if size > _VHD_FOOTER and os.pread(fd, 8, size - _VHD_FOOTER) == b"conectix" else RAW
+def _doubts(path: bytes, name: str, form: str, seen: str) -> tuple[str, ...]:
+    """Say where the format of a file is a guess that may be wrong. seen: what it begins like, if that was asked."""
+    if seen in ("", RAW):
+        return ()
+    if form == RAW:
+        remark = f"begins like {seen} and is stored as a raw disk, as its name says: --format {name}={seen} reads it so"
+    elif path.lower().endswith(_ENDINGS[seen]):
+        return ()
+    else:
+        remark = (
+            f"is read as {seen} because it begins like one: if it is a raw disk, whose guest could write that, say "
+            f"--format {name}=raw"
+        )
+    return (f"{shown(path)} {remark}",)
 
 
 def default_name(path: bytes) -> str:

@@ -91,10 +91,35 @@ def test_images_are_listed_and_read_by_name(cli: Cli, disk: Path) -> None:
         (["/nosuch"], "cannot be opened: No such file"),
         (["/"], "is no disk"),
         (["a b=/etc/passwd"], "cannot be the name of a disk"),
+        (["/etc/passwd", "--format", "qcow"], "the format is one of raw, qcow2, "),
+        (["/etc/passwd", "--format", "vda=qcow2"], "there is no disk vda among those given"),
     ],
 )
 def test_bad_words_get_one_line(cli: Cli, words: list[str], says: str) -> None:
     assert says in cli("image", *words, code=1)
+
+
+def test_a_file_is_read_in_the_format_that_is_said_and_names_what_is_allowed(cli: Cli, tmp_path: Path) -> None:
+    folder, bases = tmp_path / "disks", tmp_path / "bases"
+    folder.mkdir()
+    bases.mkdir()
+    (bases / "base.raw").write_bytes(b"base" * MIB)
+    top = folder / "guest.raw"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", bases / "base.raw", "-F", "raw", top], check=True)
+    said = cli("image", top, "--name", "raw")
+    assert "begins like qcow2 and is stored as a raw disk" in said
+    assert "--format guest=qcow2" in said
+    cli("export", "raw:latest:guest", tmp_path / "raw")
+    assert (tmp_path / "raw").read_bytes() == top.read_bytes()
+    for option in ("qcow2", "guest=qcow2"):
+        assert f"--backing-folder {bases} allows that" in cli("image", top, "--format", option, code=1)
+    other = f"other={bases / 'base.raw'}"
+    said = cli("image", top, other, "--name", "q", "--format", "guest=qcow2", "--backing-folder", bases)
+    assert f"is made of {top}, {bases / 'base.raw'}" in said
+    cli("export", "q:latest:guest", tmp_path / "read")
+    assert (tmp_path / "read").read_bytes() == (bases / "base.raw").read_bytes()
+    said = cli("image", top, other, "--format", "raw", "--format", "other=raw")
+    assert "begins like" not in said
 
 
 def test_a_disk_goes_back_to_where_it_came_from(cli: Cli, disk: Path, tmp_path: Path) -> None:

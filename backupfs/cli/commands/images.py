@@ -79,6 +79,23 @@ def with_luks(command: Callable[..., object]) -> Callable[..., object]:
 @click.option("--before", metavar="COMMAND", help="Run COMMAND before disks are opened: to freeze, or to snapshot.")
 @click.option("--after", metavar="COMMAND", help="Run COMMAND when disks were read, or could not be.")
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
+@click.option(
+    "--format",
+    "forms",
+    multiple=True,
+    type=PATH,
+    metavar="[DISK=]FORMAT",
+    help="The format of a file, or of all: raw, qcow2, vmdk, vhd, vhdx or vdi. (Default: raw for names that end in "
+    ".raw, .img, .dd and .iso; else what the file begins like.)",
+)
+@click.option(
+    "--backing-folder",
+    multiple=True,
+    type=PATH,
+    metavar="DIR",
+    help="Let files name others in DIR and below that they are made of (backing files, extents); by themselves they "
+    "may name those in their own folder and below.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Read and count, store nothing.")
 @with_luks
 @with_settings
@@ -97,6 +114,8 @@ def image_command(
     before: str | None,
     after: str | None,
     compression: str,
+    forms: tuple[bytes, ...],
+    backing_folder: tuple[bytes, ...],
     dry_run: bool,
     luks_passphrases: tuple[bytes, ...],
 ) -> int:
@@ -122,13 +141,14 @@ def image_command(
 
     if hints_since and not hints:
         raise UsageError("--hints-since says what --hints counts from, which is not given")
+    given = [_named(words) for words in disks]
+    formats = _formats(forms, given)
     report = Reporter(settings)
     with contextlib.ExitStack() as opened:
         failed = opened.enter_context(_between(before, after))
         sources = []
-        for words in disks:
-            disk, path = _named(words)
-            source = open_disk(path, disk)
+        for (disk, path), form in zip(given, formats, strict=True):
+            source = open_disk(path, disk, form, backing_folder)
             opened.callback(source.close)
             sources.append(source)
         options = ImageOptions(
@@ -198,6 +218,23 @@ def export_command(settings: Settings, what: bytes, file: bytes, form: str) -> i
     report.clear()
     tell_restore_image(settings, result, verb="exported")
     return 0
+
+
+def _formats(words: tuple[bytes, ...], disks: list[tuple[str, bytes]]) -> list[str]:
+    """Return the format of each disk by qemu's name, or nothing, as options [DISK=]FORMAT say. Raises: UsageError."""
+    from backupfs.disks.chain import FORMATS
+    from backupfs.disks.source import default_name
+
+    by_name: dict[str, str] = {}
+    for one in words:
+        name, _, form = os.fsdecode(one).rpartition("=")
+        if form not in FORMATS:
+            raise UsageError(f"--format {shown(one)}: the format is one of {', '.join(FORMATS)}")
+        by_name[name] = FORMATS[form]
+    names = [name or default_name(os.path.abspath(path)) for name, path in disks]
+    for name in by_name.keys() - {"", *names}:
+        raise UsageError(f"--format {shown(name)}={by_name[name]}: there is no disk {shown(name)} among those given")
+    return [by_name.get(name, by_name.get("", "")) for name in names]
 
 
 def _named(words: bytes) -> tuple[str, bytes]:
