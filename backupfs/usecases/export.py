@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 
 from backupfs.errors import SourceError, UsageError, shown
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.usecases.events import Report
+from backupfs.usecases.own_folders import require_elsewhere
 from backupfs.usecases.restore_image import RestoreImageResult, restore_image
 
 # What users say, and what qemu calls it.
@@ -16,16 +18,24 @@ FORMATS = {"raw": "raw", "qcow2": "qcow2", "vmdk": "vmdk", "vhd": "vpc", "vhdx":
 
 
 def export(
-    repository: Repository, snapshot: Snapshot, name: str, target: bytes, form: str, report: Report
+    repository: Repository,
+    snapshot: Snapshot,
+    name: str,
+    target: bytes,
+    form: str,
+    report: Report,
+    own_folders: Sequence[bytes] = (),
 ) -> RestoreImageResult:
     """Write a disk to a file that is not there yet, and compare the file with the disk.
 
     name: of the disk; empty: the only one. form: one of FORMATS.
+    own_folders: of the repository and the cache, where it cannot be.
     What is not raw is a sparse raw file for a while, in the same folder.
     Indexes must be loaded. Raises: PathNotFound; SourceError; UsageError; DamagedObject; StoreError.
     """
     if form not in FORMATS:
         raise UsageError(f"--format {shown(form)}: choose one of {', '.join(FORMATS)}")
+    require_elsewhere(target, own_folders)
     if os.path.lexists(target):
         raise SourceError(f"{shown(target)} is there already: name a new file, or restore with `restore --image`")
     if form == "raw":

@@ -26,6 +26,7 @@ from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.stores.requests import RequestCounts
 from backupfs.stores.spool import Spool
 from backupfs.usecases.events import Progress, Remark, Report
+from backupfs.usecases.own_folders import require_elsewhere
 from backupfs.usecases.restore_files import Restorer
 from backupfs.usecases.restore_items import BY_NUMBER, OVERWRITE, RestoreOptions, Use
 from backupfs.usecases.restore_outcome import Outcome
@@ -76,6 +77,7 @@ async def restore(
     """
     if options.overwrite not in OVERWRITE:
         raise UsageError(f"--overwrite {options.overwrite}: choose one of {', '.join(OVERWRITE)}")
+    require_elsewhere(target, options.own_folders)
     started = time.monotonic_ns()
     repository.load_indexes()
     node = find_path(snapshot, path, repository.trees.load)

@@ -10,7 +10,7 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from backupfs.snapshots.volumes import Volume
 from backupfs.stores.requests import RequestCounts
 from backupfs.stores.together import threads
 from backupfs.usecases.events import Progress, Report
+from backupfs.usecases.own_folders import require_elsewhere
 
 _WINDOW = 4 << 20
 _BLOCK_DEVICES = Path("/sys/block")
@@ -57,16 +58,24 @@ def disk_of(snapshot: Snapshot, name: str) -> tuple[Disk, Volume]:
 
 
 def restore_image(
-    repository: Repository, snapshot: Snapshot, name: str, target: bytes, dry_run: bool, report: Report
+    repository: Repository,
+    snapshot: Snapshot,
+    name: str,
+    target: bytes,
+    dry_run: bool,
+    report: Report,
+    own_folders: Sequence[bytes] = (),
 ) -> RestoreImageResult:
     """Make a device or a file equal to a disk of an image.
 
-    name: of the disk; empty: the only one. target: a block device that nothing uses, or a file, which is made.
-    dry_run: only compare.
-    Indexes must be loaded. Raises: PathNotFound; SourceError if the target cannot take the disk; DamagedObject;
-    StoreError.
+    name: of the disk; empty: the only one. target: a block device that nothing uses, a file of the disk's size, or one
+    that is not there, which is made. dry_run: only compare. own_folders: of the repository and the cache, where it
+    cannot be.
+    Indexes must be loaded. Raises: PathNotFound; SourceError if the target cannot take the disk; UsageError for one in
+    a folder of our own; DamagedObject; StoreError.
     """
     started = time.monotonic_ns()
+    require_elsewhere(target, own_folders)
     _, volume = disk_of(snapshot, name)
     fd = _open(target, volume.size, dry_run)
     try:
@@ -180,9 +189,7 @@ def _open(target: bytes, size: int, dry_run: bool) -> int:
     except FileNotFoundError:
         if os.path.dirname(target) in _DEVICE_FOLDERS or dry_run:
             raise SourceError(f"there is no {name}") from None
-        fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.truncate(fd, size)
-        return fd
+        return _make(target, size)
     except OSError as error:
         raise SourceError(f"{name} cannot be used: {error.strerror}") from error
     is_device = stat.S_ISBLK(status.st_mode)
@@ -204,8 +211,26 @@ def _open(target: bytes, size: int, dry_run: bool) -> int:
     if is_device and there < size:
         os.close(fd)
         raise SourceError(f"{name} is too small: it has {there:,} bytes, the disk {size:,}; nothing was written")
-    if not is_device and there != size and not dry_run:
+    if not is_device and there != size:
+        os.close(fd)
+        raise SourceError(
+            f"{name} is there and no copy of the disk: it has {there:,} bytes, the disk {size:,}; remove it first, or "
+            "name another file; nothing was written"
+        )
+    return fd
+
+
+def _make(target: bytes, size: int) -> int:
+    try:
+        fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SourceError(f"{shown(target)} cannot be made: {error.strerror}") from error
+    try:
         os.truncate(fd, size)
+    except OSError as error:
+        os.close(fd)
+        os.unlink(target)
+        raise SourceError(f"{shown(target)} cannot have {size:,} bytes: {error.strerror}") from error
     return fd
 
 

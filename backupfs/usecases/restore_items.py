@@ -25,7 +25,7 @@ class RestoreOptions:
     verify: bool = False  # read everything back afterwards
     sparse: bool = False  # make holes of long runs of zeros, too; holes of the source are always holes
     owner: str = BY_NAME  # the ids of the names where this machine has them; or BY_NUMBER
-    own_folders: tuple[bytes, ...] = ()  # paths of the repository and the cache, never deleted
+    own_folders: tuple[bytes, ...] = ()  # paths of the repository and the cache, never deleted, never the target
 
 
 @dataclass(slots=True)

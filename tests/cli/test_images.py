@@ -138,6 +138,27 @@ def test_a_disk_goes_back_to_where_it_came_from(cli: Cli, disk: Path, tmp_path: 
     assert "no disk vda" in cli("restore", "--image", "web:latest:vda", tmp_path / "out", code=1)
 
 
+def test_nothing_is_written_into_the_repository_or_the_cache(cli: Cli, disk: Path, tmp_path: Path) -> None:
+    cli("image", disk, "--name", "web")
+    repository, cache, state = cli.repository, tmp_path / "cache", tmp_path / "state" / "backupfs"
+    assert cache.is_dir()
+    assert state.is_dir()
+    (tmp_path / "link").symlink_to(repository)
+    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
+    for target in (
+        repository / "config", repository / "new", tmp_path / "link" / "config", repository / "packs" / "new" / "x",
+        repository, cache / "new", state / "new",
+    ):  # fmt: skip
+        for words in (
+            ("restore", "--image", "web:latest", target), ("restore", "web:latest:/disks", target),
+            ("export", "web:latest", target), ("export", "web:latest", target, "--format", "qcow2"),
+        ):  # fmt: skip
+            assert "backupfs's own" in cli(*words, code=1)
+    # Beside it is fine.
+    cli("export", "web:latest", repository.parent / "beside.raw")
+    assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
+
+
 def test_commands_run_before_disks_are_opened_and_after_they_were_read(cli: Cli, disk: Path, tmp_path: Path) -> None:
     # The first one makes the disk, as a snapshot of a volume would be made.
     snapshot, log = tmp_path / "snapshot.raw", tmp_path / "log"

@@ -46,9 +46,9 @@ def test_only_what_differs_is_written(imaged: Imaged, tmp_path: Path) -> None:
     changed = bytearray(plain)
     for at in (9, 3 * MIB, 3 * MIB + DISK_CHUNK, len(plain) - 1):
         changed[at] ^= 1
-    target.write_bytes(changed + b"and more")
+    target.write_bytes(changed)
     assert run(repository, snapshot, target, dry_run=True).written > 0
-    assert target.read_bytes() == changed + b"and more"
+    assert target.read_bytes() == changed
     result = run(repository, snapshot, target)
     assert target.read_bytes() == plain
     # Of holes all is written that a window has of one.
@@ -82,6 +82,22 @@ def test_targets_that_cannot_take_a_disk_are_refused(imaged: Imaged, tmp_path: P
             run(repository, snapshot, target)
     with pytest.raises(SourceError, match="there is no"):
         run(repository, snapshot, tmp_path / "nosuch", dry_run=True)
+
+
+@pytest.mark.parametrize("size", [0, 11, 30 * MIB + 512 * 8])
+def test_a_file_of_another_size_stays_as_it_is(size: int, imaged: Imaged, tmp_path: Path) -> None:
+    repository, snapshot, _ = imaged
+    (tmp_path / "out").write_bytes(b"x" * size)
+    for dry_run in (False, True):
+        with pytest.raises(SourceError, match=f"it has {size:,} bytes, the disk 31,460,864; remove it first"):
+            run(repository, snapshot, tmp_path / "out", dry_run=dry_run)
+    assert (tmp_path / "out").read_bytes() == b"x" * size
+
+
+def test_a_file_that_cannot_be_made_is_said_in_a_line(imaged: Imaged, tmp_path: Path) -> None:
+    repository, snapshot, _ = imaged
+    with pytest.raises(SourceError, match="nosuch/out cannot be made: No such file"):
+        run(repository, snapshot, tmp_path / "nosuch" / "out")
 
 
 def test_disks_are_named_where_there_are_several(tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ def restore_command(
 
     Everything comes back: owners, times, attributes, links, holes. Each file is written under a temporary name and
     renamed when it is whole. No symlink in TARGET is followed. Patterns go by paths from the restored folder on.
-    With --image only blocks that differ are written, and all are read back; a device that is mounted is refused.
+    With --image only blocks that differ are written, and all are read back. Refused are a device that is mounted or too
+    small and a file that is there with another size than the disk's.
     """
     from backupfs.cli import values
     from backupfs.localfs.sources import normalise
@@ -160,7 +161,7 @@ def restore_command(
 
 
 def _restore_image(settings: Settings, what: bytes, target: bytes, dry_run: bool) -> int:
-    from backupfs.cli.values import split_disk
+    from backupfs.cli.values import own_folders, split_disk
 
     name, disk = split_disk(what)
     repository = settings.open_repository("backupfs.usecases.restore_image")
@@ -171,7 +172,8 @@ def _restore_image(settings: Settings, what: bytes, target: bytes, dry_run: bool
 
     snapshot = load_all(repository).find(name)
     report = Reporter(settings)
-    result = restore_image(repository, snapshot, disk, os.path.abspath(target), dry_run, report)
+    own = own_folders(settings.folders(), repository.store)
+    result = restore_image(repository, snapshot, disk, os.path.abspath(target), dry_run, report, own)
     report.clear()
     tell_restore_image(settings, result, dry_run)
     return 0

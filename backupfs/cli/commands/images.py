@@ -203,7 +203,7 @@ def index_command(settings: Settings, name: str, force: bool, luks_passphrases: 
 @with_settings
 def export_command(settings: Settings, what: bytes, file: bytes, form: str) -> int:
     """Write a disk of an image to the new file FILE, for a virtual machine, and compare it with the image."""
-    from backupfs.cli.values import split_disk
+    from backupfs.cli.values import own_folders, split_disk
 
     name, disk = split_disk(what)
     repository = settings.open_repository("backupfs.usecases.export")
@@ -214,7 +214,8 @@ def export_command(settings: Settings, what: bytes, file: bytes, form: str) -> i
 
     snapshot = load_all(repository).find(name)
     report = Reporter(settings)
-    result = export(repository, snapshot, disk, os.path.abspath(file), form, report)
+    own = own_folders(settings.folders(), repository.store)
+    result = export(repository, snapshot, disk, os.path.abspath(file), form, report, own)
     report.clear()
     tell_restore_image(settings, result, verb="exported")
     return 0
