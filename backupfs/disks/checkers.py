@@ -11,8 +11,17 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-_TIMEOUT_S = 6 * 3600
+CHECK_S = 6 * 3600.0  # for one program; a large file system takes hours
 _MOST_WORDS = 64 << 10
+# What the programs say of a sound file system, too, and sums at the end.
+_ROUTINE = re.compile(
+    rb"(e2fsck|fsck\.\w+|exfatprogs|xfs_repair)( version)?:? v?\d|(Pass|Phase) \d|- |\[\d+/\d+\]|"
+    rb"(Open|Check)ing filesystem|UUID: |Cannot get host filesystem geometry|Repair may fail if there is a sector|"
+    rb"the image and the host filesystem|.*: recovering journal|.*check forced|Mounting volume\.\.\. OK|"
+    rb".*WARNING: Filesystem still has errors|Leaving filesystem unchanged|No modify flag set|"
+    rb".*: \d+/\d+ (files|clusters)|.*: \d+ files, \d+/\d+ clusters"
+)
+_QUESTION = re.compile(rb"\s*\b[A-Z][a-z ]*\?( (yes|no))?$")  # that nobody answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +83,16 @@ def form_of(path: Path, size: int) -> str:
     return checker.form if checker is not None else ""
 
 
-def check_volume(path: Path, size: int, is_writable: bool = True) -> Checked:
+def check_volume(path: Path, size: int, is_writable: bool = True, timeout_s: float = CHECK_S) -> Checked:
     """Check the file system in a scratch copy of a volume. Raises: OSError where it cannot be read.
 
-    is_writable: a journal may be replayed.
+    is_writable: a journal may be replayed. timeout_s: for each program that is run.
     """
     with open(path, "rb") as file:
         fd = file.fileno()
         checker = _checker_of(fd, size)
         if checker is not None:
-            return _run(checker if is_writable else replace(checker, replay=()), path)
+            return _run(checker if is_writable else replace(checker, replay=()), path, timeout_s)
         for form, place, mark in _OTHERS:
             if _stands_at(fd, size, place, mark):
                 return Checked(form, None, f"{form}: there is no program that checks it", b"")
@@ -105,18 +114,18 @@ def _stands_at(fd: int, size: int, place: int, mark: bytes) -> bool:
     return 0 <= place <= size - len(mark) and os.pread(fd, len(mark), place) == mark
 
 
-def _run(checker: Checker, path: Path) -> Checked:
+def _run(checker: Checker, path: Path, timeout_s: float) -> Checked:
     if shutil.which(checker.program) is None:
         return Checked(
             checker.form, None, f"{checker.form}: {checker.program} is missing: install {checker.package}", b""
         )
     output, replayed = b"", ""
     if checker.replay:
-        code, output = _said_by([*checker.replay, str(path)])
+        code, output = _said_by([*checker.replay, str(path)], timeout_s)
         if code not in checker.replay_codes:
-            return Checked(checker.form, False, f"{checker.form}: {_last_line(output, path)}", output)
+            return Checked(checker.form, False, f"{checker.form}: {_complaint(output, path)}", output)
         replayed = ", after its journal was replayed" if b"recovering journal" in output else ""
-    code, words = _said_by([checker.program, *checker.arguments, str(path)])
+    code, words = _said_by([checker.program, *checker.arguments, str(path)], timeout_s)
     output += words
     if checker.unclear and checker.unclear in words:
         return Checked(
@@ -125,25 +134,26 @@ def _run(checker: Checker, path: Path) -> Checked:
         )  # fmt: skip
     if code == 0:
         return Checked(checker.form, True, f"{checker.form}: {checker.program} finds nothing wrong{replayed}", output)
-    return Checked(checker.form, False, f"{checker.form}: {_last_line(words, path)}", output)
+    return Checked(checker.form, False, f"{checker.form}: {_complaint(words, path)}", output)
 
 
-def _said_by(command: list[str]) -> tuple[int, bytes]:
+def _said_by(command: list[str], timeout_s: float) -> tuple[int, bytes]:
     environment = {**os.environ, "LC_ALL": "C"}
     heard = b"$ " + os.fsencode(" ".join(command[:-1])) + b"\n"
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
-            timeout=_TIMEOUT_S, check=False,
+            timeout=timeout_s, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return 1, heard + b"it took more than %d hours\n" % (_TIMEOUT_S // 3600)
+        return 1, heard + b"it took more than %d s\n" % timeout_s
     return done.returncode, heard + done.stdout[-_MOST_WORDS:]
 
 
-def _last_line(output: bytes, path: Path) -> str:
-    """Return what a program said last that is worth a line."""
+def _complaint(output: bytes, path: Path) -> str:
+    """Return the first line of what a program said that complains of something; the last one if none does."""
     lines = [re.sub(rb"[^\x20-\x7e]", b"?", line).strip() for line in output.replace(b"\r", b"\n").splitlines()]
     worth = [line for line in lines[1:] if line]
-    text = worth[-1].decode() if worth else "it says nothing"
-    return text.replace(f"{path}:", "").strip()
+    first = next((line for line in worth if not _ROUTINE.match(line)), worth[-1] if worth else b"it says nothing")
+    # A question can stand alone on a line.
+    return (_QUESTION.sub(b"", first) or first).decode().replace(f"{path}:", "").strip()

@@ -115,6 +115,15 @@ def firmware_of(disk: Path) -> str:
     return "uefi" if kinds & {_ESP, "ef"} and _BIOS_BOOT not in kinds and not has_code else "bios"
 
 
+def bus_of(disk: MachineDisk) -> str:
+    """Return where a disk was: what it is called says so. Windows knows nothing of virtual buses."""
+    if disk.name.startswith("nvme"):
+        return "nvme"
+    if _kinds_of(disk.path) & _WINDOWS:
+        return "sata"
+    return "scsi" if disk.name.startswith(("sd", "hd")) else "virtio"
+
+
 class Machine:
     """A running machine. Belongs to one thread."""
 
@@ -294,15 +303,6 @@ class _Monitor:
         self._socket.close()
 
 
-def _bus_of(disk: MachineDisk) -> str:
-    """Return where a disk was: what it is called says so. Windows knows nothing of virtual buses."""
-    if disk.name.startswith("nvme"):
-        return "nvme"
-    if _kinds_of(disk.path) & _WINDOWS:
-        return "sata"
-    return "scsi" if disk.name.startswith(("sd", "hd")) else "virtio"
-
-
 def _drives(disks: Sequence[MachineDisk], bus: str) -> list[str]:
     words = ["-device", "ich9-ahci,id=sata", "-device", "virtio-scsi-pci,id=scsi"]
     for number, disk in enumerate(disks):
@@ -313,7 +313,7 @@ def _drives(disks: Sequence[MachineDisk], bus: str) -> list[str]:
             "scsi": "scsi-hd,bus=scsi.0",
             "nvme": f"nvme,serial=disk{number}",
             "virtio": "virtio-blk-pci",
-        }[_bus_of(disk) if bus == "auto" else bus]
+        }[bus_of(disk) if bus == "auto" else bus]
         words += ["-device", f"{device},drive=d{number},bootindex={number + 1}"]
     return words
 

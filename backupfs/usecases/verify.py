@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from backupfs import __version__, forked, interrupts
-from backupfs.disks.checkers import check_volume
-from backupfs.disks.machine import Machine, MachineDisk, MachineOptions, require_qemu
+from backupfs.disks.checkers import CHECK_S, check_volume
+from backupfs.disks.machine import Machine, MachineDisk, MachineOptions, bus_of, require_qemu
 from backupfs.errors import UsageError, shown
 from backupfs.ids import short
 from backupfs.repository.repository import Repository
@@ -39,7 +39,7 @@ from backupfs.snapshots.verification import (
 )
 from backupfs.snapshots.volumes import bases_of
 from backupfs.snapshots.walk import shown_volumes
-from backupfs.usecases.boot_watch import watch
+from backupfs.usecases.boot_watch import Watched, watch
 from backupfs.usecases.check import CheckOptions, CheckResult, check
 from backupfs.usecases.events import Progress, Report
 from backupfs.usecases.findings import Severity
@@ -49,6 +49,7 @@ from backupfs.usecases.scratch import scratch_mount
 from backupfs.usecases.umount import umount
 
 BOOT_S = 900.0
+_LEAST_BOOT_S = 5.0  # in which it is worth to try once more
 _READ = 1 << 20
 _MOST_NAMED = 20
 _MOST_CONSOLE = 1 << 20
@@ -61,7 +62,8 @@ class VerifyOptions:
 
     level: int = CONTENT
     marker: str = ""  # text on the console that says that the machine is up; empty: a login prompt
-    timeout_s: float = BOOT_S
+    timeout_s: float = BOOT_S  # for booting
+    check_s: float = CHECK_S  # for each program that checks a file system
     machine: MachineOptions = field(default_factory=MachineOptions)
 
 
@@ -100,6 +102,10 @@ def record(repository: Repository, verified: Verified) -> None:
     tree = store_directory(repository, verified.left, made.time_ns)
     made = replace(made, tree=tree)
     put_note(repository, notes.Note(made.snapshot_id, VERIFY, made.time_ns, made.host, encode_verification(made)))
+
+
+class _UnreadableDisk(Exception):
+    """A disk of an image cannot be read; with the reason."""
 
 
 class _Run:
@@ -168,7 +174,7 @@ class _Run:
                 volume = volumes[number]
                 self._report(Progress("check", 0, 0, current=volume.name.encode()))
                 try:
-                    checked = check_volume(scratch.volume(volume.name), volume.size)
+                    checked = check_volume(scratch.volume(volume.name), volume.size, timeout_s=self._options.check_s)
                 except OSError as error:
                     words = f"it cannot be read: {error.strerror}; {scratch.last_words()}"
                     self._add(CONTENT, volume.name, Result.FAILED, words)
@@ -191,25 +197,52 @@ class _Run:
     # Level 3.
 
     def _boot(self) -> None:
+        """Boot; if it does not come up with a bus that is a guess by the names of disks, with another one, too."""
         name = self._snapshot.disks[0].name
+        options = self._options
+        started = time.monotonic()
+        try:
+            first, bus, words = self._boot_once(options.machine, options.timeout_s)
+            kept = first
+            if first.result == Result.FAILED and options.machine.bus == "auto":
+                other = "sata" if bus == "virtio" else "virtio"
+                left_s = options.timeout_s - (time.monotonic() - started)
+                if left_s < _LEAST_BOOT_S:
+                    words += f"; its disks were on {bus}, which is a guess: try --bus {other}"
+                else:
+                    second, _, again = self._boot_once(replace(options.machine, bus=other), left_s)
+                    kept = second if second.result == Result.PASSED else first
+                    if kept is second:
+                        words = f"{again}; its disks are on {other} then (--bus {other}): on {bus}, {words}"
+                    else:
+                        words += f"; its disks were on {bus}, and on {other}, {again}"
+        except _UnreadableDisk as error:
+            self._add(BOOT, name, Result.FAILED, str(error))
+            return
+        self._add(BOOT, name, kept.result, words)
+        self.left[b"console.log"] = kept.console[-_MOST_CONSOLE:]
+        if kept.screen:
+            self.left[b"screen.txt"] = kept.screen.encode() + b"\n"
+        if kept.picture:
+            self.left[b"screen.png"] = kept.picture
+
+    def _boot_once(self, options: MachineOptions, timeout_s: float) -> tuple[Watched, str, str]:
+        """Boot on copies of the disks; return how that went, the bus of the first one, and all in words.
+
+        Raises: _UnreadableDisk.
+        """
         with scratch_mount(self._repository, self._snapshot) as scratch:
             disks = [MachineDisk(disk.name, scratch.disk(disk.name)) for disk in self._snapshot.disks]
             try:
-                machine = Machine(disks, self._options.machine, scratch.beside("machine"))
+                bus = bus_of(disks[0]) if options.bus == "auto" else options.bus
+                machine = Machine(disks, options, scratch.beside("machine"))
             except OSError as error:
-                words = f"it cannot be read: {error.strerror}; {scratch.last_words()}"
-                self._add(BOOT, name, Result.FAILED, words)
-                return
+                raise _UnreadableDisk(f"it cannot be read: {error.strerror}; {scratch.last_words()}") from error
             try:
-                watched = watch(machine, self._options.marker, self._options.timeout_s, self._report)
+                watched = watch(machine, self._options.marker, timeout_s, self._report)
             finally:
                 machine.end()
-        self._add(BOOT, name, watched.result, f"{watched.words} ({machine.firmware}, {machine.accelerator})")
-        self.left[b"console.log"] = watched.console[-_MOST_CONSOLE:]
-        if watched.screen:
-            self.left[b"screen.txt"] = watched.screen.encode() + b"\n"
-        if watched.picture:
-            self.left[b"screen.png"] = watched.picture
+        return watched, bus, f"{watched.words} ({machine.firmware}, {machine.accelerator})"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """verify, boot: proving that a snapshot is of use, and using it at once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -19,7 +20,7 @@ _MACHINE = (
     ),
     click.option(
         "--bus", type=click.Choice(["auto", "virtio", "scsi", "sata", "nvme"]), default="auto", show_default=True,
-        help="How the machine has its disks; auto goes by their names.",
+        help="How the machine has its disks; auto goes by their names, and `verify` then tries another, if need be.",
     ),
     click.option(
         "--accelerator", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True,
@@ -38,7 +39,12 @@ def _with_machine(function: Callable[..., object]) -> Callable[..., object]:
 @click.argument("snap", metavar="SNAP")
 @click.option("--level", default=2, show_default=True, metavar="N", help="How far to go: 0 to 3, of files to 2.")
 @click.option("--marker", default="", metavar="TEXT", help="Level 3: this on the console means that it is up.")
-@click.option("--timeout", default=900, show_default=True, metavar="SECONDS", help="Level 3: how long that may take.")
+@click.option(
+    "--timeout",
+    type=int,
+    metavar="SECONDS",
+    help="How long booting may take, and each program of level 2 (default: 900, and 6 hours).",
+)
 @click.option("--no-record", is_flag=True, help="Store no record of it.")
 @_with_machine
 @with_settings
@@ -47,7 +53,7 @@ def verify_command(
     snap: str,
     level: int,
     marker: str,
-    timeout: int,
+    timeout: int | None,
     no_record: bool,
     memory: str,
     firmware: str,
@@ -78,7 +84,9 @@ def verify_command(
 
     snapshot = load_all(repository).find(snap)
     report = Reporter(settings)
-    options = VerifyOptions(level, marker, timeout, machine)
+    options = VerifyOptions(level, marker, machine=machine)
+    if timeout is not None:
+        options = replace(options, timeout_s=timeout, check_s=timeout)
     verified = verify(repository, snapshot, options, report)
     made = verified.made
     report.clear()

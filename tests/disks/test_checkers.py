@@ -1,0 +1,52 @@
+"""What the programs that check file systems say, in a line."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from backupfs.disks.checkers import check_volume
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    path = tmp_path / "volume"
+    with open(path, "wb") as file:
+        file.truncate(8 * MIB)
+    return path
+
+
+def test_the_reason_is_the_first_complaint_and_not_the_sum(volume: Path) -> None:
+    subprocess.run(["mkfs.ext4", "-q", volume], check=True)
+    subprocess.run(["debugfs", "-w", "-R", "clri <11>", volume], check=True, capture_output=True)
+    checked = check_volume(volume, volume.stat().st_size)
+    assert checked.sound is False
+    assert checked.words == "ext2/3/4: Entry 'lost+found' in / (2) has deleted/unused inode 11."
+
+
+def test_the_reason_of_others_is_their_first_complaint_too(volume: Path) -> None:
+    os.truncate(volume, 40 * MIB)
+    subprocess.run(["mkfs.vfat", volume], check=True, capture_output=True)
+    with open(volume, "r+b") as file:
+        file.seek(2100)
+        file.write(b"\xff\xff\x01")
+    assert check_volume(volume, 40 * MIB).words.startswith("FAT: FATs differ")
+    os.truncate(volume, 400 * MIB)
+    subprocess.run(["mkfs.xfs", "-q", "-f", volume], check=True)
+    subprocess.run(
+        ["xfs_db", "-x", "-c", "inode 128", "-c", "write core.nlinkv2 9", volume], check=True, capture_output=True
+    )
+    assert check_volume(volume, 400 * MIB).words == "XFS: would have reset inode 128 nlinks from 9 to 2"
+
+
+def test_a_program_that_takes_too_long_is_ended(volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(["mkfs.ext4", "-q", volume], check=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "e2fsck").write_text("#!/bin/sh\nexec sleep 100\n")
+    (tmp_path / "bin" / "e2fsck").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    checked = check_volume(volume, volume.stat().st_size, timeout_s=1)
+    assert (checked.sound, checked.words) == (False, "ext2/3/4: it took more than 1 s")
