@@ -24,6 +24,7 @@ _ENDINGS = {
     "qcow2": (b".qcow2", b".qcow"), "vmdk": (b".vmdk",), "vpc": (b".vhd", b".vpc"), "vhdx": (b".vhdx",),
     "vdi": (b".vdi",),
 }  # fmt: skip
+_TELLING = (*(os.fsencode(suffix) for suffix in _SUFFIXES), *(one for some in _ENDINGS.values() for one in some))
 
 
 class DiskSource(abc.ABC):
@@ -208,13 +209,15 @@ def open_disk(path: bytes, name: str = "", form: str = "", folders: Sequence[byt
                 raise UsageError(f"{shown(path)} is a device, whose bytes are the disk: --format is for files")
             form = RAW
         seen = "" if form else looks_like(fd)
-        form = form or (RAW if is_raw_by_name(path) else seen)
+        # A link may have a name that says nothing.
+        telling = path if path.lower().endswith(_TELLING) else os.path.realpath(path)
+        form = form or (RAW if is_raw_by_name(telling) else seen)
         if form == RAW:
             fd, kept = -1, fd
             disk: DiskSource = RawDisk(name, path, kept)
         else:
             disk = ServedDisk(name, path, form, folders)
-        disk.remarks += _doubts(path, name, form, seen)
+        disk.remarks += _doubts(telling, name, form, seen)
         return disk
     finally:
         if fd >= 0:

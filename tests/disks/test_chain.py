@@ -299,6 +299,21 @@ def test_a_raw_disk_by_name_is_raw_whatever_its_guest_wrote(name: str, folder: P
     assert contents(folder / name, "qcow2") == (bytes(4 * MIB), ())
 
 
+def test_a_link_without_a_telling_name_is_what_it_leads_to(folder: Path) -> None:
+    over(folder / "evil", str(folder.parent / "secret"), "raw").rename(folder / "guest.raw")
+    (folder / "current").symlink_to("guest.raw")
+    plain, [remark] = contents(folder / "current")
+    assert plain == (folder / "guest.raw").read_bytes()
+    assert f"{folder / 'guest.raw'} begins like qcow2" in remark
+    create(folder / "some.qcow2", "-f", "qcow2")
+    (folder / "other").symlink_to("some.qcow2")
+    assert contents(folder / "other") == (bytes(4 * MIB), ())
+    # A name that says something is the user's word.
+    create(folder / "cloud.img", "-f", "qcow2")
+    (folder / "web.qcow2").symlink_to("cloud.img")
+    assert contents(folder / "web.qcow2") == (bytes(4 * MIB), ())
+
+
 def _refused_as(path: Path, form: str) -> str:
     with pytest.raises(SourceError) as caught:
         open_disk(os.fsencode(path), form=form)
