@@ -11,6 +11,10 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from backupfs.disks import superblocks
+from backupfs.disks.filesystem import Read
+from backupfs.disks.superblocks import BTRFS, EXFAT, EXT, FAT, NTFS, XFS
+
 CHECK_S = 6 * 3600.0  # for one program; a large file system takes hours
 _MOST_WORDS = 64 << 10
 # What the programs say of a sound file system, too, and sums at the end.
@@ -47,31 +51,17 @@ class Checked:
     output: bytes  # of the programs
 
 
-_EXT = Checker(
-    "ext2/3/4", "e2fsck", "e2fsprogs", ("-fn",), ("e2fsck", "-p"), (0, 1)
-)  # fmt: skip
-_XFS = Checker(
-    "XFS", "xfs_repair", "xfsprogs", ("-n", "-f"), unclear=b"metadata changes in a log which is being ignored"
-)
-_BTRFS = Checker("btrfs", "btrfs", "btrfs-progs", ("check", "--readonly"))
-_NTFS = Checker("NTFS", "ntfsfix", "ntfs-3g", ("-n",))
-_FAT = Checker("FAT", "fsck.fat", "dosfstools", ("-n",))
-_EXFAT = Checker("exFAT", "fsck.exfat", "exfatprogs", ("-n",))
-
-# Checker, offset of a mark and the mark; several places: the first is where it should be, the others hold copies.
-_MARKS: tuple[tuple[Checker, tuple[int, ...], bytes], ...] = (
-    (_EXT, (0x438, (32768 << 12) + 0x38, (16384 << 11) + 0x38, (8193 << 10) + 0x38), b"\x53\xef"),
-    (_XFS, (0,), b"XFSB"),
-    (_BTRFS, (0x10040, (64 << 20) + 0x40), b"_BHRfS_M"),
-    (_NTFS, (3, -509), b"NTFS    "),
-    (_EXFAT, (3, 12 * 512 + 3), b"EXFAT   "),
-    (_FAT, (82, 6 * 512 + 82), b"FAT32   "),
-    (_FAT, (54,), b"FAT16   "),
-    (_FAT, (54,), b"FAT12   "),
-)
-# What is no file system that could be checked, by the same rule.
+_CHECKERS = {checker.form: checker for checker in (
+    Checker(EXT, "e2fsck", "e2fsprogs", ("-fn",), ("e2fsck", "-p"), (0, 1)),
+    Checker(XFS, "xfs_repair", "xfsprogs", ("-n", "-f"), unclear=b"metadata changes in a log which is being ignored"),
+    Checker(BTRFS, "btrfs", "btrfs-progs", ("check", "--readonly")),
+    Checker(NTFS, "ntfsfix", "ntfs-3g", ("-n",)),
+    Checker(FAT, "fsck.fat", "dosfstools", ("-n",)),
+    Checker(EXFAT, "fsck.exfat", "exfatprogs", ("-n",)),
+)}  # fmt: skip
+# What is no file system that could be checked: a place and a mark.
 _OTHERS = (
-    ("LUKS", 0, b"LUKS\xba\xbe"), ("a physical volume of LVM", 536, b"LVM2 001"), ("swap", 4086, b"SWAPSPACE2"),
+    ("LUKS", 0, b"LUKS\xba\xbe"), ("a physical volume of LVM", 536, b"LVM2 001"),
     ("squashfs", 0, b"hsqs"), ("ISO 9660", 0x8001, b"CD001"),
 )  # fmt: skip
 
@@ -79,8 +69,7 @@ _OTHERS = (
 def form_of(path: Path, size: int) -> str:
     """Return what a volume is called that has a checker; empty for others. Raises: OSError."""
     with open(path, "rb") as file:
-        checker = _checker_of(file.fileno(), size)
-    return checker.form if checker is not None else ""
+        return superblocks.form_of(_reader(file.fileno(), size))
 
 
 def check_volume(path: Path, size: int, is_writable: bool = True, timeout_s: float = CHECK_S) -> Checked:
@@ -89,29 +78,24 @@ def check_volume(path: Path, size: int, is_writable: bool = True, timeout_s: flo
     is_writable: a journal may be replayed. timeout_s: for each program that is run.
     """
     with open(path, "rb") as file:
-        fd = file.fileno()
-        checker = _checker_of(fd, size)
-        if checker is not None:
+        read = _reader(file.fileno(), size)
+        form = superblocks.form_of(read)
+        if form:
+            checker = _CHECKERS[form]
             return _run(checker if is_writable else replace(checker, replay=()), path, timeout_s)
         for form, place, mark in _OTHERS:
-            if _stands_at(fd, size, place, mark):
+            if read(place, len(mark)) == mark:
                 return Checked(form, None, f"{form}: there is no program that checks it", b"")
-        for checker, places, mark in _MARKS:
-            for place in places[1:]:
-                if _stands_at(fd, size, place, mark):
-                    return Checked(
-                        checker.form, False, f"{checker.form}: its superblock is gone, a copy is at byte {place:,}", b""
-                    )
+        if superblocks.is_swap(read):
+            return Checked("swap", None, "swap: there is nothing in it to be checked", b"")
+        copy = superblocks.copy_in(read, size)
+        if copy is not None:
+            return Checked(copy.form, False, f"{copy.form}: {copy.words}", b"")
     return Checked("", None, "no file system that is known", b"")
 
 
-def _checker_of(fd: int, size: int) -> Checker | None:
-    return next((checker for checker, places, mark in _MARKS if _stands_at(fd, size, places[0], mark)), None)
-
-
-def _stands_at(fd: int, size: int, place: int, mark: bytes) -> bool:
-    place = place if place >= 0 else size + place
-    return 0 <= place <= size - len(mark) and os.pread(fd, len(mark), place) == mark
+def _reader(fd: int, size: int) -> Read:
+    return lambda offset, length: os.pread(fd, max(0, min(length, size - offset)), offset)
 
 
 def _run(checker: Checker, path: Path, timeout_s: float) -> Checked:

@@ -52,8 +52,13 @@ class Verification:
 
     @property
     def result(self) -> Result:
-        """The worst of all outcomes; what was skipped does not count beside what passed."""
+        """The worst of all outcomes; what was skipped does not count beside what passed at the level asked for.
+
+        Where all of that level was skipped, no more was proven than before it.
+        """
         found = {outcome.result for outcome in self.outcomes}
+        if Result.FAILED not in found and any(outcome.level == self.level for outcome in self.outcomes):
+            found = {outcome.result for outcome in self.outcomes if outcome.level == self.level}
         return next((one for one in (Result.FAILED, Result.PASSED) if one in found), Result.SKIPPED)
 
 
