@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
+from backupfs.disks.free_space_ntfs import is_unmounted
 
 # Drivers of file systems, by the names that users know.
 _FORMS = {
@@ -70,7 +71,8 @@ def open_filesystem(read: Read, size: int) -> Filesystem | None:
         # Its addresses are logical, and the library does not say where they are.
         layer.lra.physical_ranges = partial(_ranges_of_btrfs, layer.lra)
         layer._entry_node = partial(_entry_of_btrfs, layer, layer._entry_node)
-    return _ExplorerFilesystem(layer, getattr(layer, "format", "") or _FORMS[name])
+    is_clean = not layer.sb.log_root if name == "btrfs" else name != "ntfs" or is_unmounted(read, size)
+    return _ExplorerFilesystem(layer, getattr(layer, "format", "") or _FORMS[name], is_clean)
 
 
 def _volume(read: Read, size: int) -> Any:
@@ -95,12 +97,11 @@ def _volume(read: Read, size: int) -> Any:
 class _ExplorerFilesystem:
     """Adapts a tree of the library."""
 
-    def __init__(self, tree: Any, form: str) -> None:
+    def __init__(self, tree: Any, form: str, is_clean: bool) -> None:
         self._tree = tree
         self.form = form
-        recovers = form == "btrfs" and tree.sb.log_root
         self.remarks: tuple[str, ...] = (
-            ("it was not unmounted: files are shown as of before its journal is replayed",) if recovers else ()
+            () if is_clean else ("it was not unmounted: files are shown as of before its journal is replayed",)
         )
 
     def top(self) -> Entry:

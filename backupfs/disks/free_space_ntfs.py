@@ -26,6 +26,21 @@ def free_ranges(read: Read, size: int) -> Iterator[tuple[int, int]] | None:
     return _Ntfs(read, size, boot).free()
 
 
+class _NotUnmounted(Unreadable):
+    """Something is still to be done by whoever mounts it."""
+
+
+def is_unmounted(read: Read, size: int) -> bool:
+    """Tell whether it was unmounted, as far as that can be read."""
+    try:
+        _Ntfs(read, size, read(0, 512))
+    except _NotUnmounted:
+        return False
+    except (Unreadable, struct.error):
+        return True
+    return True
+
+
 class _Ntfs:
     def __init__(self, read: Read, size: int, boot: bytes) -> None:
         self._read = read
@@ -44,7 +59,7 @@ class _Ntfs:
             raise Unreadable("its boot sector makes no sense, or it is larger than its volume")
         _, information = self._attribute(_VOLUME, _VOLUME_INFORMATION)
         if len(information) < 12 or struct.unpack_from("<H", information, 10)[0] & _UNSOUND:
-            raise Unreadable("it is marked as not unmounted, or as to be repaired")
+            raise _NotUnmounted("it is marked as not unmounted, or as to be repaired")
         self._require_clean_log()
 
     def free(self) -> Iterator[tuple[int, int]]:
@@ -70,7 +85,7 @@ class _Ntfs:
             raise Unreadable("its journal makes no sense")
         in_use, flags = struct.unpack_from("<HH", page, place + 12)
         if in_use != _NO_CLIENT and not flags & _IS_CLEAN:
-            raise Unreadable("it was not unmounted")
+            raise _NotUnmounted("it was not unmounted")
 
     def _content(self, number: int) -> Iterator[bytes]:
         """Yield the bytes of a file, as far as they were ever written."""

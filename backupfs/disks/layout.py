@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from backupfs.disks.filesystem import Unreadable
 from backupfs.disks.logical import add_groups
-from backupfs.disks.luks import open_luks, read_luks
+from backupfs.disks.luks import NotOpened, open_luks, read_luks
 from backupfs.disks.lvm import NotLvm, PhysicalVolume, read_physical_volume
-from backupfs.disks.partitions import partition_name, partitions_of
+from backupfs.disks.partitions import partition_name, read_table
 from backupfs.disks.source import DiskSource
 from backupfs.disks.table import Decrypted, LaidOut, VolumeReader, VolumeTable
 from backupfs.disks.thin import Thin
@@ -19,6 +19,12 @@ from backupfs.snapshots.volumes import Range, Ranges
 
 # How often what was found is looked into again: a physical volume may lie in a logical one.
 _MOST_ROUNDS = 4
+_ISO_PLACE, _ISO_MARK = (0x8001, 5), b"CD001"
+# Types of partitions without files: BIOS boot, Microsoft reserved, PReP boot (MBR: 41), Linux swap (MBR: 82).
+_PLAIN_KINDS = frozenset({
+    "21686148-6449-6e6f-744e-656564454649", "e3c9e316-0b5c-4db8-817d-f92df00215ae",
+    "9e1a2d38-c612-4316-aa26-8b49521e5a8b", "41", "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f", "82",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,14 @@ class Layout:
 
     table: VolumeTable
     undivided: tuple[int, ...]  # numbers of volumes, disks included, that may hold a file system
-    remarks: tuple[str, ...]
+    remarks: tuple[str, ...]  # what is not shown, and why
+    problems: tuple[tuple[str, str], ...] = ()  # (volume, reason): the same, where something is damaged or was wrong
+    plain: frozenset[int] = frozenset()  # numbers of volumes in which nobody expects a file system
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """All that is not shown of volumes as wholes."""
+        return (*self.remarks, *(f"{name}: {reason}" for name, reason in self.problems))
 
     @property
     def volumes(self) -> list[LaidOut]:
@@ -62,18 +75,32 @@ def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = (), keys
     table = VolumeTable(disks)
     divided: set[int] = set()
     remarks: list[str] = []
+    problems: list[tuple[str, str]] = []
+    plain: set[int] = set()
     for number, source in enumerate(disks):
-        for part in partitions_of(source.read, source.size):
+        parted = read_table(source.read, source.size)
+        for part in parted.partitions:
             divided.add(number)
-            table.add(partition_name(source.name, part.number), Ranges([(part.length, number, part.start)]))
+            added = table.add(partition_name(source.name, part.number), Ranges([(part.length, number, part.start)]))
+            if part.kind in _PLAIN_KINDS:
+                plain.add(added)
+        if parted.damage:
+            problems.append((source.name, parted.damage))
+        if parted.is_there:
+            plain.add(number)
+            # An image of a CD may have a table, too.
+            if source.read(*_ISO_PLACE) != _ISO_MARK:
+                divided.add(number)
     members: list[tuple[int, PhysicalVolume]] = []
     groups: set[str] = set()
+    used: set[bytes] = set()
+    closed: list[tuple[str, str]] = []
     number = 0
     for _ in range(_MOST_ROUNDS):
         while number < len(table):
             if number not in divided and _is_shown(table, number):
                 try:
-                    if _open_encrypted(table, number, passphrases, keys):
+                    if _open_encrypted(table, number, passphrases, keys, used):
                         divided.add(number)
                     elif (member := read_physical_volume(VolumeReader(table, number).read)) is not None:
                         divided.add(number)
@@ -81,16 +108,26 @@ def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = (), keys
                     elif form := unread_form(VolumeReader(table, number).read):
                         divided.add(number)
                         remarks.append(f"{table.name(number)}: {form}")
+                except NotOpened as error:
+                    divided.add(number)
+                    closed.append((table.name(number), str(error)))
                 except (NotLvm, Unreadable) as error:
                     divided.add(number)
                     remarks.append(f"{table.name(number)}: {error}")
             number += 1
         remarks += add_groups(table, members, groups)
+    # Where each passphrase opened something, none was given for the others.
+    if used.issuperset(passphrases):
+        remarks += [f"{name}: {reason}" for name, reason in closed]
+    else:
+        problems += closed
     undivided = tuple(number for number in range(len(table)) if number not in divided and _is_shown(table, number))
-    return Layout(table, undivided, tuple(remarks))
+    return Layout(table, undivided, tuple(remarks), tuple(problems), frozenset(plain))
 
 
-def _open_encrypted(table: VolumeTable, number: int, passphrases: Sequence[bytes], keys: Sequence[bytes]) -> bool:
+def _open_encrypted(
+    table: VolumeTable, number: int, passphrases: Sequence[bytes], keys: Sequence[bytes], used: set[bytes]
+) -> bool:
     """Add what is in a volume if it is encrypted; tell whether it is. Raises: Unreadable if it cannot be opened."""
     reader = VolumeReader(table, number)
     header = read_luks(reader.read, table.size(number))
@@ -98,7 +135,7 @@ def _open_encrypted(table: VolumeTable, number: int, passphrases: Sequence[bytes
         return False
     if any(isinstance(table.made_of(below), Decrypted) for below in table.below(number)):
         raise Unreadable("it is encrypted twice, which is not read")
-    cipher = open_luks(reader.read, header, passphrases, keys)
+    cipher = open_luks(reader.read, header, passphrases, keys, used)
     table.add(f"{table.name(number)}_crypt", Decrypted((header.size, number, header.start), cipher))
     return True
 

@@ -47,6 +47,10 @@ _MOST_SECONDS = 120  # of all slots
 _HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "whirlpool", "sha3-256", "sha3-512")
 
 
+class NotOpened(Unreadable):
+    """No passphrase that was given is one of the volume."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Slot:
     """How a passphrase gives the key."""
@@ -174,10 +178,16 @@ def _slot_2(slot: dict[str, Any]) -> _Slot:
     )  # fmt: skip
 
 
-def open_luks(read: Read, header: LuksHeader, passphrases: Sequence[bytes], keys: Sequence[bytes] = ()) -> SectorCipher:
+def open_luks(
+    read: Read,
+    header: LuksHeader,
+    passphrases: Sequence[bytes],
+    keys: Sequence[bytes] = (),
+    used: set[bytes] | None = None,
+) -> SectorCipher:
     """Return how the volume is encrypted, by the first passphrase that opens it.
 
-    keys: of volumes; one may be this one's. Raises: Unreadable, if nothing opens it.
+    keys: of volumes; one may be this one's. used: gets the passphrase. Raises: Unreadable, if nothing opens it.
     """
     for key in keys:
         if len(key) == header.key_size and _is_key(header, key):
@@ -196,8 +206,10 @@ def open_luks(read: Read, header: LuksHeader, passphrases: Sequence[bytes], keys
                 hindrance = f" ({error})"
                 continue
             if found is not None and found[: len(found) // 2] != found[len(found) // 2 :]:
+                if used is not None:
+                    used.add(passphrase)
                 return SectorCipher(found, header.sector, header.first)
-    raise Unreadable(f"none of the passphrases given opens it{hindrance}")
+    raise NotOpened(f"none of the passphrases given opens it{hindrance}")
 
 
 def _key_of(read: Read, header: LuksHeader, slot: _Slot, passphrase: bytes) -> bytes | None:

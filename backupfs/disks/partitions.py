@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from backupfs.disks.superblocks import form_of
+
 Read = Callable[[int, int], bytes]  # (offset, length) → bytes, fewer at the end of the disk
 
 _SECTORS = (512, 4096)
@@ -24,6 +26,7 @@ _MBR_ENTRY = struct.Struct("<B3sB3sII")
 _EXTENDED = frozenset({0x05, 0x0F, 0x85})
 _PROTECTIVE = 0xEE
 _MOST_LOGICAL = 256
+_MOST_NAMED = 8
 
 
 class Partition(NamedTuple):
@@ -41,23 +44,48 @@ class Partition(NamedTuple):
         return self.start + self.length
 
 
-def partitions_of(read: Read, size: int) -> list[Partition]:
-    """Return the partitions of a disk by number; none where there is no table.
+class Table(NamedTuple):
+    """What a disk says of its partitions."""
+
+    partitions: list[Partition]  # by number
+    is_there: bool  # one may have no partitions
+    damage: str = ""  # why partitions may be missing
+
+
+_NO_TABLE = Table([], is_there=False)
+_LOST = "the partition table is damaged: no copy of the GPT is whole, so no partitions are shown"
+
+
+def read_table(read: Read, size: int) -> Table:
+    """Return the partition table of a disk.
 
     read: of the disk. size: its bytes.
     """
     boot = read(0, 512)
     is_mbr = len(boot) == 512 and boot[510:] == b"\x55\xaa"
-    if not is_mbr or _PROTECTIVE in {entry[2] for entry in _MBR_ENTRY.iter_unpack(boot[_MBR_ENTRIES:510])}:
-        for sector in _SECTORS:
-            for place in (sector, size - sector):
-                found = _read_gpt(read, size, sector, place)
-                if found is not None:
-                    return found
-    return _read_mbr(read, size, boot) if is_mbr and _is_table(boot) else []
+    is_protective = is_mbr and _PROTECTIVE in {entry[2] for entry in _MBR_ENTRY.iter_unpack(boot[_MBR_ENTRIES:510])}
+    if not is_mbr and form_of(read):
+        # What the disk had before it was made one file system: the copy at its end often stays.
+        return _NO_TABLE
+    if not is_mbr or is_protective:
+        places = [(sector, place) for sector in _SECTORS for place in (sector, size - sector)]
+        for sector, place in places:
+            found = _read_gpt(read, size, sector, place)
+            if found is not None:
+                return found
+        if is_protective or any(read(place, 8) == _GPT_SIGNATURE for _, place in places if place > 0):
+            # Of what an MBR protects with one entry, its other entries tell some at most.
+            others = _read_mbr(read, size, boot) if is_protective and _is_table(boot) else _NO_TABLE
+            return Table([one for one in others.partitions if one.kind != f"{_PROTECTIVE:02x}"], True, _LOST)
+    return _read_mbr(read, size, boot) if is_mbr and _is_table(boot) else _NO_TABLE
 
 
-def _read_gpt(read: Read, size: int, sector: int, place: int) -> list[Partition] | None:
+def partitions_of(read: Read, size: int) -> list[Partition]:
+    """Return the partitions of a disk by number; none where there is no table."""
+    return read_table(read, size).partitions
+
+
+def _read_gpt(read: Read, size: int, sector: int, place: int) -> Table | None:
     """Return what one copy of a GPT says; None if it is none, or damaged."""
     block = read(place, sector) if 0 < place <= size - sector else b""
     if block[:8] != _GPT_SIGNATURE:
@@ -72,16 +100,27 @@ def _read_gpt(read: Read, size: int, sector: int, place: int) -> list[Partition]
     entries = read(entries_lba * sector, count * entry_size)
     if zlib.crc32(header) != crc or zlib.crc32(entries) != entries_crc:
         return None
-    found = []
+    found: list[Partition] = []
+    outside: list[int] = []
     for number in range(count):
         kind, _, first, last, _, label = _GPT_ENTRY.unpack_from(entries, number * entry_size)
-        if kind == bytes(16) or last < first or (last + 1) * sector > size:
+        if kind == bytes(16):
+            continue
+        if last < first or (last + 1) * sector > size:
+            outside.append(number + 1)
             continue
         text = label.decode("utf-16-le", "replace").partition("\0")[0]
         found.append(
             Partition(number + 1, first * sector, (last + 1 - first) * sector, text, str(uuid.UUID(bytes_le=kind)))
         )
-    return found
+    return Table(found, True, _outside(outside))
+
+
+def _outside(numbers: list[int]) -> str:
+    if not numbers:
+        return ""
+    named = ", ".join(map(str, numbers[:_MOST_NAMED])) + (" and others" if len(numbers) > _MOST_NAMED else "")
+    return f"the partition table is damaged, or the disk cut short: {named} of its partitions lie beyond its end"
 
 
 def _is_table(boot: bytes) -> bool:
@@ -90,37 +129,50 @@ def _is_table(boot: bytes) -> bool:
     return all(entry[0] in (0, 0x80) for entry in entries) and any(entry[2] and entry[5] for entry in entries)
 
 
-def _read_mbr(read: Read, size: int, boot: bytes) -> list[Partition]:
+def _read_mbr(read: Read, size: int, boot: bytes) -> Table:
     found: list[Partition] = []
+    outside: list[int] = []
+    is_whole = True
     for number, (_, _, kind, _, start, length) in enumerate(_MBR_ENTRY.iter_unpack(boot[_MBR_ENTRIES:510]), 1):
-        if not kind or not length or (start + length) * 512 > size:
+        if not kind or not length:
             continue
-        if kind in _EXTENDED:
-            found += _logical(read, size, start)
+        if (start + length) * 512 > size:
+            outside.append(number)
+        elif kind in _EXTENDED:
+            logical, is_whole = _logical(read, size, start)
+            found += logical
         else:
             found.append(Partition(number, start * 512, length * 512, "", f"{kind:02x}"))
-    return sorted(found)
+    damage = _outside(outside)
+    if not damage and not is_whole:
+        damage = "the partition table is damaged: its chain of logical partitions breaks off"
+    return Table(sorted(found), True, damage)
 
 
-def _logical(read: Read, size: int, first: int) -> list[Partition]:
+def _logical(read: Read, size: int, first: int) -> tuple[list[Partition], bool]:
+    """Return the logical partitions, and whether the chain of them is whole."""
     found: list[Partition] = []
+    is_inside = True
     seen = set()
     at = first
     while at not in seen and len(found) < _MOST_LOGICAL:
         seen.add(at)
         table = read(at * 512, 512)
         if len(table) < 512 or table[510:] != b"\x55\xaa":
-            break
+            # One that was never filled has no first table.
+            return found, at == first and not table.strip(b"\0")
         following = None
         for _, _, kind, _, start, length in list(_MBR_ENTRY.iter_unpack(table[_MBR_ENTRIES:510]))[:2]:
             if kind in _EXTENDED:
                 following = first + start
             elif kind and length and (at + start + length) * 512 <= size:
                 found.append(Partition(5 + len(found), (at + start) * 512, length * 512, "", f"{kind:02x}"))
+            elif kind and length:
+                is_inside = False
         if following is None:
-            break
+            return found, is_inside
         at = following
-    return found
+    return found, False
 
 
 def partition_name(disk: str, number: int) -> str:

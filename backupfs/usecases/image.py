@@ -18,6 +18,7 @@ from backupfs.usecases.image_free import find_free
 from backupfs.usecases.image_freeze import frozen
 from backupfs.usecases.image_hints import image_of_hints
 from backupfs.usecases.image_scan import DiskRoot, image_scan
+from backupfs.usecases.image_unread import tell_lacks
 from backupfs.usecases.image_walk import load_readers
 from backupfs.usecases.scanner import Root, Scanner
 from backupfs.usecases.scanners import scanner_count
@@ -82,8 +83,9 @@ def _read(
 ) -> DiskRoot:
     """Read and store all disks; return `/`."""
     layout = read_layout(disks, options.luks_passphrases, options.luks_keys)
-    for remark in (*(remark for source in disks for remark in source.remarks), *layout.remarks):
+    for remark in (remark for source in disks for remark in source.remarks):
         report(Remark(remark))
+    tell_lacks(layout, report)
     free = find_free(layout, report) if options.skips_free else {}
 
     def scan(scanner: Scanner, slots: Slots, begins: bool) -> Root | None:

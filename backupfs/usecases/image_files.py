@@ -16,13 +16,14 @@ from backupfs.snapshots.tree import TreeBuilder
 from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_files import FileStorer
 from backupfs.usecases.events import FileSkipped, Remark
-from backupfs.usecases.image_unread import unread_line
+from backupfs.usecases.image_unread import unread_line, volume_line
 from backupfs.usecases.image_walk import (
     MESSAGES,
     Closed,
     Found,
     Listed,
     Node,
+    Nothing,
     Part,
     PartsEnd,
     Problem,
@@ -59,7 +60,8 @@ class Looked:
     """What was found in a volume when it was looked through."""
 
     tree: VolumeTree | None  # None: nothing that can be read
-    unread: tuple[bytes, ...] = ()  # lines: what could not be read, and why
+    unread: tuple[bytes, ...] = ()  # lines: what could not be read, and what is to be known of the whole
+    nothing: str = ""  # why there are no files, if that may well be
     in_free: str = ""  # what lies where nothing should be in use
 
 
@@ -79,7 +81,7 @@ class VolumeFiles:
         self._contents: dict[int, Content] = {}
         self._top: VolumeTree | None = None
         self._unread: list[bytes] = []
-        self._in_free = ""
+        self._in_free = self._nothing = ""
 
     def store(self) -> Looked:
         """Walk the volume and store its tree."""
@@ -99,7 +101,7 @@ class VolumeFiles:
             self._top = None
         finally:
             process.kill()
-        return Looked(self._top, tuple(self._unread), self._in_free)
+        return Looked(self._top, tuple(self._unread), self._nothing, self._in_free)
 
     def _take_all(self, messages: Iterator[object]) -> None:
         is_known = False
@@ -109,6 +111,9 @@ class VolumeFiles:
                     is_known = True
                     for remark in remarks:
                         self._context.scanner.send(Remark(f"{self._place.name} ({form}): {remark}"))
+                        self._unread.append(volume_line(self._place.name, remark))
+                case Nothing(reason):
+                    self._nothing = f"{reason}"
                 case Listed(nodes):
                     for node in nodes:
                         self._add(node)

@@ -73,8 +73,8 @@ def _require_alone(layout: Layout, number: int) -> None:
     if not table.on_disks(number):
         raise Unreadable("its bytes lie scattered over its disks, or encrypted")
     # An old snapshot of LVM, which is not shown, has what it did not keep itself from the volume that it is one of.
-    if layout.remarks and any(_is_of_lvm(layout, base) for base in table.below(number) - {number}):
-        raise Unreadable(f"what else is in its volume group is not known: {layout.remarks[0]}")
+    if layout.lacks and any(_is_of_lvm(layout, base) for base in table.below(number) - {number}):
+        raise Unreadable(f"what else is in its volume group is not known: {layout.lacks[0]}")
 
 
 def _is_of_lvm(layout: Layout, number: int) -> bool:

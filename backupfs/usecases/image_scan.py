@@ -37,7 +37,7 @@ from backupfs.usecases.events import Remark
 from backupfs.usecases.image_files import Looked, Place, VolumeFiles, VolumeTree
 from backupfs.usecases.image_free import free_of_disk
 from backupfs.usecases.image_hints import DiskBefore, DiskHints, look, volume_before
-from backupfs.usecases.image_unread import UNREAD, unread_before, unread_content
+from backupfs.usecases.image_unread import UNREAD, lines_of, split_lines, unread_before, unread_content, volume_line
 from backupfs.usecases.image_volumes import recorded
 from backupfs.usecases.scanner import Root, Scanner
 from backupfs.usecases.stored_disk import StoredDisk
@@ -196,6 +196,11 @@ class DiskStorer:
         for number in known.keys() - looked.keys():
             looked[number] = known[number]
             self._tell_known(volumes[number].name, known[number])
+        for number, found in looked.items():
+            # What is all zeros was never made anything.
+            if found.nothing and number not in layout.plain and volumes[number].data_size:
+                looked[number] = self._with_nothing(volumes[number].name, found)
+        self._context.counts.files_skipped += len(layout.problems)
         by_name = {volumes[number].name.encode(): looked[number] for number in looked}
         return self._root(shown, by_name, volumes, has_left_out, taken_ns)
 
@@ -244,24 +249,33 @@ class DiskStorer:
             return {}
         same = {number for number, volume in enumerate(volumes) if parent.volumes[number : number + 1] == (volume,)}
         found: dict[int, Looked] = {}
+        told = frozenset(lines_of(self._layout))
         for number in numbers:
             if self._layout.table.below(number) <= same:
                 with contextlib.suppress(PathNotFound, DamagedObject, StoreError):
                     node = find_path(parent, b"/files/" + volumes[number].name.encode(), self._load)
                     tree = VolumeTree(tree_of(node), node.row, self._context.save_xattrs(node.xattrs))
                     self._count(node)
-                    found[number] = Looked(tree, unread_before(parent, volumes[number].name, self._load))
+                    lines = unread_before(parent, volumes[number].name, self._load)
+                    found[number] = Looked(tree, tuple(line for line in lines if line not in told))
         return found
 
     def _tell_known(self, name: str, known: Looked) -> None:
         """Say of a volume that is not looked through again what could not be read in it."""
-        if known.unread:
-            self._context.counts.files_skipped += len(known.unread)
-            count = len(known.unread)
+        remarks, count = split_lines(known.unread, name)
+        for remark in remarks:
+            self._context.scanner.send(Remark(remark))
+        if count:
+            self._context.counts.files_skipped += count
             self._context.scanner.send(Remark(
                 f"{shown(name)} is as it was, and {count:,} of it could not be read then: files/.unread in the image "
                 "lists what and why"
             ))  # fmt: skip
+
+    def _with_nothing(self, name: str, found: Looked) -> Looked:
+        """Say of a volume that it has no files, and note it."""
+        self._context.scanner.send(Remark(f"{shown(name)}: {shown(found.nothing)}"))
+        return replace(found, unread=(*found.unread, volume_line(name, found.nothing)))
 
     def _count(self, top: Node) -> None:
         """Count what a tree of the parent holds, as its walk would have."""
@@ -298,7 +312,8 @@ class DiskStorer:
                 self._context.add_plain(builder, name, _row(stat.S_IFREG | 0o400, size, inode, taken_ns), content)
             folders[folder_name] = builder.finish()
         builder = self._context.builder()
-        unread = [line for _, found in sorted(looked.items()) for line in found.unread]
+        unread = lines_of(self._layout)
+        unread += [line for _, found in sorted(looked.items()) for line in found.unread]
         if unread:
             content, size = unread_content(unread, self._context.save_tree)
             row = _row(stat.S_IFREG | 0o400, size, inode + 1, taken_ns)

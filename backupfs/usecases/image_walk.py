@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from backupfs.disks import explorer, readers, sandbox
+from backupfs.disks import explorer, readers, sandbox, superblocks
 from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
 from backupfs.disks.ranges import Ranges, overlapping
 from backupfs.forked import Line
@@ -31,6 +31,12 @@ class Found(NamedTuple):
 
     form: str
     remarks: tuple[str, ...]
+
+
+class Nothing(NamedTuple):
+    """There is no file system in the volume that can be read, and nothing says that one was lost."""
+
+    reason: str
 
 
 class Node(NamedTuple):
@@ -100,7 +106,7 @@ class Touched(NamedTuple):
     offset: int
 
 
-MESSAGES = (Found, Listed, Closed, Part, PartsEnd, Problem, Touched, Node)
+MESSAGES = (Found, Nothing, Listed, Closed, Part, PartsEnd, Problem, Touched, Node)
 
 
 def load_readers(report: Report) -> None:
@@ -117,7 +123,7 @@ def load_readers(report: Report) -> None:
 
 
 def walk_volume(line: Line, read_all: Read, size: int, kept: list[int], free: Ranges) -> None:
-    """Be the process: find the file system in a volume and send all that is in it; nothing if there is none.
+    """Be the process: find the file system in a volume and send all that is in it, or that there is none.
 
     kept: descriptors that `read_all` needs. free: what nothing should lead to.
     """
@@ -138,12 +144,25 @@ def walk_volume(line: Line, read_all: Read, size: int, kept: list[int], free: Ra
     except Exception as error:
         line.send(Problem(b"/", f"its file system cannot be read: {_reason(error)}"))
         return
-    if filesystem is not None:
-        is_open = True
-        line.send(Found(filesystem.form, filesystem.remarks))
-        _Walk(line, filesystem).run()
-        if touched:
-            line.send(Touched(touched[0]))
+    if filesystem is None:
+        _tell_nothing(line, read, size)
+        return
+    is_open = True
+    line.send(Found(filesystem.form, filesystem.remarks))
+    _Walk(line, filesystem).run()
+    if touched:
+        line.send(Touched(touched[0]))
+
+
+def _tell_nothing(line: Line, read: Read, size: int) -> None:
+    """Say why nothing is shown of a volume, where something might be."""
+    form = superblocks.form_of(read)
+    if form:
+        lacks = "which cannot be read" if explorer.is_installed() else "and the library that reads it is missing"
+        line.send(Nothing(f"it holds {form}, {lacks}"))
+    elif not superblocks.is_swap(read):
+        copy = superblocks.copy_in(read, size)
+        line.send(Nothing("no file system that is known") if copy is None else Problem(b"/", copy.words))
 
 
 class _Walk:

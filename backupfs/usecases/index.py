@@ -22,8 +22,9 @@ from backupfs.snapshots.tree import nodes
 from backupfs.snapshots.volumes import keys_of
 from backupfs.snapshots.walk import find_path, tree_of, walk
 from backupfs.stores.requests import RequestCounts
-from backupfs.usecases.events import Remark, Report
+from backupfs.usecases.events import Report
 from backupfs.usecases.image_scan import DiskRoot, image_scan
+from backupfs.usecases.image_unread import tell_lacks
 from backupfs.usecases.image_walk import load_readers
 from backupfs.usecases.scanner import Root, Scanner
 from backupfs.usecases.scanners import scanner_count
@@ -82,8 +83,7 @@ def index(
     notes.require_right(repository, notes.INDEX)
     disks: list[DiskSource] = [StoredDisk(repository, snapshot, disk.volume) for disk in snapshot.disks]
     layout = read_layout(disks, options.luks_passphrases, keys_of(snapshot.volumes))
-    for remark in layout.remarks:
-        report(Remark(remark))
+    tell_lacks(layout, report)
     names = [disk.name for disk in disks] + [volume.name for volume in layout.volumes]
     undivided = {names[number] for number in layout.undivided}
     before = _trees_of(repository, snapshot)

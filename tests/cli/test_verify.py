@@ -94,10 +94,10 @@ def test_a_broken_superblock_passes_what_reads_bytes_and_fails_what_reads_files(
     assert outcomes(summary) == [(0, None, "passed"), (1, None, "passed"), (2, "vda1", "failed")]
     # Wiped altogether, a copy further on still says what was there.
     change(disk, MIB, bytes(2048))
-    cli("image", disk, "--name", "web")
+    assert "its superblock is damaged, a copy is at byte" in cli("image", disk, "--name", "web", code=3)
     *_, summary = cli.json("verify", "web:latest", code=1)
     assert outcomes(summary)[2] == (2, "vda1", "failed")
-    assert "its superblock is gone, a copy is at byte" in summary["outcomes"][2]["words"]
+    assert "its superblock is damaged, a copy is at byte" in summary["outcomes"][2]["words"]
     assert "failed" in cli("snapshots", "--verbose")
 
 

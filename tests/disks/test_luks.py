@@ -92,8 +92,14 @@ def test_without_its_passphrase_a_volume_is_named_and_stored(
     repository, events = new_repository(), list[Event]()
     snapshot = run_image(repository, path, report=events.append, luks_passphrases=passphrases).snapshot
     assert snapshot is not None
-    [remark] = [event.text for event in events if isinstance(event, Remark)]
+    # A passphrase that opens nothing is a fault: the run ends with exit code 3.
+    [remark] = [event.text for event in events if isinstance(event, Remark)] or [
+        f"disk: {event.reason}" for event in events if isinstance(event, FileSkipped)
+    ]
     assert says in remark
+    assert any(isinstance(event, FileSkipped) for event in events) == bool(passphrases)
+    assert snapshot.statistics.files_skipped == len(passphrases)
+    assert bytes_of(repository, snapshot, "/files/.unread").decode() == f"{remark}\n"
     assert bytes_of(repository, snapshot, "/disks/disk.raw") == volume[1]
     assert len(snapshot.volumes) == 1
 
@@ -158,7 +164,9 @@ def test_files_on_lvm_in_an_encrypted_partition_are_shown(tmp_path: Path) -> Non
     repository, events = new_repository(), list[Event]()
     snapshot = run_image(repository, path, report=events.append, luks_passphrases=(PASSPHRASE,)).snapshot
     assert snapshot is not None
-    assert not [event for event in events if isinstance(event, (FileSkipped, Remark))]
+    assert [event for event in events if isinstance(event, (FileSkipped, Remark))] == [
+        Remark("vg0-data: no file system that is known")
+    ]
     names = [volume.name for volume in snapshot.volumes]
     assert names == ["disk", "disk1", "disk1_crypt", "vg0-data", "vg0-root"]
     assert bytes_of(repository, snapshot, "/volumes/vg0-root.raw") == fs

@@ -144,7 +144,7 @@ def test_volumes_are_restored_and_verified(tmp_path: Path) -> None:
     snapshot = make_image(repository, path)
     options = RestoreOptions(verify=True)
     result = trio.run(partial(restore, repository, snapshot, b"/", os.fsencode(tmp_path / "out"), options, ignore))
-    assert (result.errors, result.damaged, result.files) == (0, 0, 3)
+    assert (result.errors, result.damaged, result.files) == (0, 0, 4)
     assert (tmp_path / "out/disks/disk.raw").read_bytes() == path.read_bytes()
     assert (tmp_path / "out/volumes/disk2.raw").read_bytes() == path.read_bytes()[6 * MIB : 46 * MIB]
     assert (tmp_path / "out/disks/disk.raw").stat().st_blocks * 512 < 20 * MIB
@@ -204,7 +204,7 @@ def test_disks_that_are_not_in_the_image_are_named(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(image_module, "attached_disks", lambda: {"vdz": 5 << 30})
     # A file's own disks are another machine's.
     run_image(new_repository(), disk_in(tmp_path / "disk"), report=events.append)
-    assert not [event for event in events if isinstance(event, Remark)]
+    assert not [event for event in events if isinstance(event, Remark) and "attached" in event.text]
     monkeypatch.setattr(RawDisk, "device", 5)
     run_image(new_repository(), tmp_path / "disk", report=events.append)
-    assert ["vdz (5.0 GiB) is attached" in event.text for event in events if isinstance(event, Remark)] == [True]
+    assert sum("vdz (5.0 GiB) is attached" in event.text for event in events if isinstance(event, Remark)) == 1
