@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
+from backupfs.disks import explorer_ntfs as ntfs
+from backupfs.disks.filesystem import READ, Entry, Extent, Filesystem, Read, Unreadable, append_extent
 from backupfs.disks.free_space_ntfs import is_unmounted
 
 # Drivers of file systems, by the names that users know.
@@ -100,6 +101,7 @@ class _ExplorerFilesystem:
     def __init__(self, tree: Any, form: str, is_clean: bool) -> None:
         self._tree = tree
         self.form = form
+        self._opened: tuple[Entry, Any, list[Extent]] | None = None
         self.remarks: tuple[str, ...] = (
             () if is_clean else ("it was not unmounted: files are shown as of before its journal is replayed",)
         )
@@ -161,39 +163,69 @@ class _ExplorerFilesystem:
         return sorted(found)
 
     def extents(self, file: Entry) -> list[Extent] | None:
-        if file.size == 0:
-            return []
-        source = self._tree.open_file(file.handle)
-        ranges = getattr(source, "physical_ranges", lambda _start, _length: None)(0, file.size)
-        if ranges is None:
-            return None
-        found: list[Extent] = []
-        left = file.size
-        for fd, offset, length in ranges:
-            length = min(length, left)
-            if length <= 0:
-                break
-            left -= length
-            at = None if fd is None else offset
-            if found and at is None and found[-1][1] is None:
-                found[-1] = (found[-1][0] + length, None)
-            elif found and at is not None and found[-1][1] is not None and found[-1][0] + found[-1][1] == at:
-                found[-1] = (found[-1][0] + length, found[-1][1])
-            else:
-                found.append((length, at))
-        if left:
-            found.append((left, None))
-        return found
+        return self._open(file)[1] if file.size else []
 
     def data(self, file: Entry) -> Iterator[bytes]:
-        source = self._tree.open_file(file.handle)
-        at = 0
-        while at < file.size:
-            part = source.read_at(at, min(_STEP, file.size - at))
-            if not part:
-                raise Unreadable(f"it ends at {at} instead of {file.size}")
-            yield bytes(part)
-            at += len(part)
+        source, extents = self._open(file)
+        start = 0
+        for length, place in extents:
+            at, start = start, start + length
+            while place == READ and at < start:
+                part = source.read_at(at, min(_STEP, start - at))
+                if not part:
+                    raise Unreadable(f"it ends at {at} instead of {file.size}")
+                yield bytes(part)
+                at += len(part)
+
+    def _open(self, file: Entry) -> tuple[Any, list[Extent]]:
+        """Return what gives a file's bytes, and its extents; the last one is kept, as it is asked for twice."""
+        if self._opened is None or self._opened[0] is not file:
+            source = self._tree.open_file(file.handle)
+            found: list[Extent] = []
+            for length, place in self._parts(source, file):
+                append_extent(found, length, place)
+            append_extent(found, file.size - sum(length for length, _ in found), None)
+            self._opened = file, source, found
+        return self._opened[1], self._opened[2]
+
+    def _parts(self, source: Any, file: Entry) -> Iterator[Extent]:
+        """Yield where the bytes of a file lie; what is missing at its end is a hole."""
+        if self.form == "ntfs" and (compressed := ntfs.compressed_data(self._tree, file.handle)) is not None:
+            yield from ntfs.parts_of_compressed(self._tree, compressed, file.size)
+            return
+        ranges = source.data_ranges()
+        if hasattr(source, "extents"):
+            # Those of one file may be of different kinds: compressed ones, ones in a tree, and what lies as it is.
+            for _, length, extent in source._pieces(0, min(file.size, source.size)):
+                if extent is None or extent.ra is None:
+                    yield length, None
+                else:
+                    yield from _physical(extent.ra, extent.roff, length)
+        elif ranges is not None:
+            at = 0
+            for start, length in ranges:
+                length = min(length, file.size - start)
+                if start < at or length <= 0:
+                    break
+                yield start - at, None
+                yield from _physical(source, start, length)
+                at = start + length
+        else:
+            yield from _physical(source, 0, file.size)
+
+
+def _physical(source: Any, offset: int, length: int) -> Iterator[Extent]:
+    """Yield where a range of what the library reads lies in the volume; READ if it has another form there."""
+    ranges = source.physical_ranges(offset, length)
+    if ranges is None:
+        yield length, READ
+        return
+    for descriptor, place, count in ranges:
+        count = min(count, length)
+        length -= count
+        yield count, None if descriptor is None else place
+    # The library makes zeros of what is missing.
+    yield length, None
 
 
 class _Empty(NamedTuple):

@@ -11,11 +11,33 @@ from typing import Any, Protocol
 
 Read = Callable[[int, int], bytes]  # (offset, length) → bytes of the volume, fewer at its end
 
-Extent = tuple[int, int | None]  # (length, offset in the volume; None: a hole)
+READ = -1
+Extent = tuple[int, int | None]  # (length, offset in the volume; None: a hole; READ: `data` gives the bytes)
+
+
+def append_extent(found: list[Extent], length: int, place: int | None) -> None:
+    """Add an extent to those of a file, if it has bytes; as a part of the last one if it goes on where that ends."""
+    if length <= 0:
+        return
+    if found:
+        last, at = found[-1]
+        goes_on = at == place if {at, place} & {None, READ} else place == (at or 0) + last
+        if goes_on:
+            found[-1] = last + length, at
+            return
+    found.append((length, place))
 
 
 class Unreadable(Exception):
     """What is asked for cannot be read; the message says why."""
+
+
+class PartlyUnreadable(Unreadable):
+    """Some extended attributes cannot be had; those that can are in `found`."""
+
+    def __init__(self, text: str, found: list[tuple[bytes, bytes]]) -> None:
+        super().__init__(text)
+        self.found = found
 
 
 @dataclass(slots=True)
@@ -63,10 +85,13 @@ class Filesystem(Protocol):
         """Return what tells a directory from all others."""
 
     def xattrs(self, entry: Entry) -> list[tuple[bytes, bytes]]:
-        """Return extended attributes as the kernel would show them to root, in byte order of names."""
+        """Return extended attributes as the kernel would show them to root, in byte order of names.
+
+        Raises: PartlyUnreadable where some of them cannot be shown.
+        """
 
     def extents(self, file: Entry) -> list[Extent] | None:
-        """Return where a file's bytes lie, in order; None if they lie nowhere as they are."""
+        """Return where a file's bytes lie, in order; None if none of them lies anywhere as it is."""
 
     def data(self, file: Entry) -> Iterator[bytes]:
-        """Yield a file's bytes."""
+        """Yield the bytes of each extent that is READ, in order, those of two apart; all where there are none."""

@@ -65,8 +65,12 @@ class FileStorer:
     def store_stream(self, read_into: Callable[[memoryview], int]) -> tuple[Content, int]:
         """Save a stream; return (content, size)."""
         builder = ContentBuilder(self._save_tree)
-        self._add_pieces(builder, self._cutter.cut(read_into))
+        self.add_stream(builder, read_into)
         return builder.finish(), builder.length
+
+    def add_stream(self, builder: ContentBuilder, read_into: Callable[[memoryview], int]) -> None:
+        """Save a stream as the next part of a content."""
+        self._add_pieces(builder, self._cutter.cut(read_into))
 
     def store(self, name: bytes, dir_fd: int, path: bytes, status: os.stat_result) -> FileRead:
         """Save a regular file of an open directory. Raises: OSError."""

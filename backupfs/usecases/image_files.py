@@ -3,9 +3,10 @@
 import os
 import pickle
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from backupfs.disks.filesystem import Extent
 from backupfs.disks.ranges import Ranges, overlapping
 from backupfs.disks.table import VolumeReader
 from backupfs.errors import shown
@@ -21,6 +22,7 @@ from backupfs.usecases.image_walk import (
     MESSAGES,
     Closed,
     Found,
+    Gap,
     Listed,
     Node,
     Nothing,
@@ -126,8 +128,8 @@ class VolumeFiles:
                         self._trees[number] = tree
                     else:
                         self._top = VolumeTree(tree, top.row, self._context.save_xattrs(top.xattrs))
-                case Part(data):
-                    self._store_parts(data, messages)
+                case Part() | Gap():
+                    self._store_parts(message, messages)
                 case PartsEnd(number, ""):
                     self._contents[number] = b""
                 case PartsEnd():
@@ -139,29 +141,29 @@ class VolumeFiles:
         if is_known and self._top is None:
             self._skip(b"/", "its reader ended before its work did, for want of memory or time perhaps")
 
-    def _store_parts(self, first: bytes, messages: Iterator[object]) -> None:
-        """Store the bytes of a file that comes in parts."""
-        waiting = memoryview(first)
-        end: PartsEnd | None = None
+    def _store_parts(self, first: Part | Gap, messages: Iterator[object]) -> None:
+        """Store a file that comes in parts: runs of bytes, and extents between them."""
+        waiting = memoryview(b"")
+        current: object = first
 
         def read_into(buffer: memoryview) -> int:
-            nonlocal waiting, end
-            while not waiting and end is None:
-                match next(messages, None):
-                    case Part(data):
-                        waiting = memoryview(data)
-                    case PartsEnd() as found:
-                        end = found
-                    case _:
-                        end = PartsEnd(0, "its reader ended")
+            nonlocal waiting, current
+            while not waiting and isinstance(current, Part):
+                waiting, current = memoryview(current.data), next(messages, None)
             count = min(len(buffer), len(waiting))
             buffer[:count], waiting = waiting[:count], waiting[count:]
             return count
 
-        content, _ = self._files.store_stream(read_into)
-        assert end is not None
-        if not end.problem:
-            self._contents[end.number] = content
+        builder = ContentBuilder(self._context.save_tree)
+        while isinstance(current, Part | Gap):
+            if isinstance(current, Part):
+                self._files.add_stream(builder, read_into)
+            else:
+                # There are no names here: what lies in free space is told by its place.
+                self._add_extents(builder, current.extents, "")
+                current = next(messages, None)
+        if isinstance(current, PartsEnd) and not current.problem:
+            self._contents[current.number] = builder.finish()
 
     def _add(self, node: Node) -> None:
         if self._builder is None:
@@ -186,14 +188,20 @@ class VolumeFiles:
 
     def _extents(self, node: Node) -> Content:
         builder = ContentBuilder(self._context.save_tree)
-        for length, offset in node.extents or ():
+        self._add_extents(builder, node.extents or (), f"the file {shown(node.name)}")
+        return builder.finish()
+
+    def _add_extents(self, builder: ContentBuilder, extents: Iterable[Extent], name: str) -> None:
+        """Add extents to a content; name: of the file, to tell that it lies where nothing should be in use."""
+        for length, offset in extents:
+            if length < 0:
+                raise ValueError(f"an extent of {length} bytes")
             if offset is None:
                 builder.add([length, HOLE])
             else:
                 builder.add([length, EXTENT, self._place.number, offset])
                 if not self._in_free and next(overlapping(self._place.free, offset, offset + length), None):
-                    self._in_free = f"the file {shown(node.name)}"
-        return builder.finish()
+                    self._in_free = name or f"byte {offset:,}"
 
     def _skip(self, path: bytes, text: str) -> None:
         path = os.fsencode(self._place.name) + b":" + path

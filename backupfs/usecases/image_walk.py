@@ -5,12 +5,14 @@ receives builds each tree at once. What cannot be read is named and passed over.
 """
 
 import errno
+import resource
 import stat
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from backupfs.disks import explorer, readers, sandbox, superblocks
-from backupfs.disks.filesystem import Entry, Extent, Filesystem, Read, Unreadable
+from backupfs.disks.filesystem import READ, Entry, Extent, Filesystem, PartlyUnreadable, Read, Unreadable
 from backupfs.disks.ranges import Ranges, overlapping
 from backupfs.forked import Line
 from backupfs.snapshots.content import MOST_INLINE
@@ -22,6 +24,12 @@ _MOST_DEPTH = 2048
 _MOST_ENTRIES = 1 << 28
 _MOST_PROBLEMS = 1000
 _MOST_SIZE = 1 << 62
+# Bytes that are read of a volume through its parser. 32 is what btrfs can make of a block, NTFS of a cluster 16.
+_MOST_RATIO = 32
+_LEAST_READ = 4 << 30
+# Shares of the processor time that a reader may have: behind the first none is spent on contents any more, behind the
+# second on nothing, so that what was found before is not lost with it.
+_READING_SHARE, _WALKING_SHARE = 0.8, 0.95
 # What fits into a stat row.
 _MOST_TIME_NS = (1 << 62) * NANOSECONDS
 
@@ -81,13 +89,19 @@ class Closed(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Bytes of a file that lie nowhere as they are."""
+    """The next bytes of a file, which lie nowhere as they are."""
 
     data: bytes
 
 
+class Gap(NamedTuple):
+    """The next extents of a file of which other parts are sent as bytes."""
+
+    extents: tuple[Extent, ...]
+
+
 class PartsEnd(NamedTuple):
-    """All bytes of the file were sent, under a number; or they could not be."""
+    """All of the file was sent, under a number; or they could not be."""
 
     number: int
     problem: str = ""
@@ -106,7 +120,7 @@ class Touched(NamedTuple):
     offset: int
 
 
-MESSAGES = (Found, Nothing, Listed, Closed, Part, PartsEnd, Problem, Touched, Node)
+MESSAGES = (Found, Nothing, Listed, Closed, Part, Gap, PartsEnd, Problem, Touched, Node)
 
 
 def load_readers(report: Report) -> None:
@@ -149,7 +163,7 @@ def walk_volume(line: Line, read_all: Read, size: int, kept: list[int], free: Ra
         return
     is_open = True
     line.send(Found(filesystem.form, filesystem.remarks))
-    _Walk(line, filesystem).run()
+    _Walk(line, filesystem, size).run()
     if touched:
         line.send(Touched(touched[0]))
 
@@ -168,9 +182,14 @@ def _tell_nothing(line: Line, read: Read, size: int) -> None:
 class _Walk:
     """One walk through a file system, without recursion."""
 
-    def __init__(self, line: Line, filesystem: Filesystem) -> None:
+    def __init__(self, line: Line, filesystem: Filesystem, size: int) -> None:
+        """Take the parts. size: of the volume."""
         self._line = line
         self._filesystem = filesystem
+        self._most_read = max(_MOST_RATIO * size, _LEAST_READ)
+        self._left = self._most_read
+        limit = resource.getrlimit(resource.RLIMIT_CPU)[0]
+        self._time = limit if limit != resource.RLIM_INFINITY else sandbox.CPU_SECONDS
         self._numbers = 0
         self._entries = 0
         self._problems = 0
@@ -189,6 +208,9 @@ class _Walk:
                 if stack:
                     stack[-1].numbers[current.entry.name] = number
                 else:
+                    if self._problems > _MOST_PROBLEMS:
+                        more = self._problems - _MOST_PROBLEMS
+                        self._line.send(Problem(b"/", f"{more:,} more could not be read, and are not listed"))
                     self._line.send(Closed(number, self._node(current.entry, b"/", number)))
             elif self._may_enter(child, current.path + b"/" + child.name, len(stack)):
                 path = current.path + b"/" + child.name
@@ -197,8 +219,10 @@ class _Walk:
     def _list(self, directory: Entry, path: bytes) -> list[Entry]:
         found: dict[bytes, Entry] = {}
         try:
+            self._check_time(_WALKING_SHARE)
             for entry in self._filesystem.entries(directory):
                 self._entries += 1
+                self._check_time(_WALKING_SHARE)
                 if self._entries > _MOST_ENTRIES:
                     raise Unreadable("the file system has more entries than are believed")
                 if entry.name in (b"", b".", b"..") or b"/" in entry.name or b"\0" in entry.name:
@@ -249,6 +273,9 @@ class _Walk:
     def _node(self, entry: Entry, path: bytes, number: int) -> Node | None:
         try:
             xattrs = tuple(self._filesystem.xattrs(entry))
+        except PartlyUnreadable as error:
+            self._problem(path, _reason(error))
+            xattrs = tuple(error.found)
         except Exception as error:
             self._problem(path, f"its attributes cannot be read: {_reason(error)}")
             xattrs = ()
@@ -273,25 +300,62 @@ class _Walk:
             return Node(entry.name, _row_of(entry, 0), xattrs, device)
         if not entry.is_file or size == 0:
             return Node(entry.name, _row_of(entry, 0), xattrs)
+        self._check_time(_WALKING_SHARE)
         extents = self._filesystem.extents(entry)
-        if extents is not None:
-            return Node(entry.name, _row_of(entry, size), xattrs, extents=tuple(extents))
-        return self._read(entry, xattrs)
+        if extents is None:
+            extents = [(size, READ)]
+        if any(place == READ for _, place in extents):
+            return self._read(entry, xattrs, extents)
+        return Node(entry.name, _row_of(entry, size), xattrs, extents=tuple(extents))
 
-    def _read(self, entry: Entry, xattrs: tuple[tuple[bytes, bytes], ...]) -> Node:
+    def _read(self, entry: Entry, xattrs: tuple[tuple[bytes, bytes], ...], extents: list[Extent]) -> Node:
+        """Send a file of which some or all is to be read through the parser."""
         row = _row_of(entry, entry.size)
-        if entry.size <= MOST_INLINE:
-            return Node(entry.name, row, xattrs, b"".join(self._filesystem.data(entry)))
+        count = sum(length for length, place in extents if place == READ)
+        self._check_time(_READING_SHARE)
+        if count > self._left:
+            raise Unreadable(
+                f"{count:,} bytes of it would have to be unpacked, and {self._most_read:,} is the most in this volume"
+            )
+        self._left -= count
+        data = self._filesystem.data(entry)
+        if count == entry.size <= MOST_INLINE:
+            return Node(entry.name, row, xattrs, b"".join(data))
         self._numbers += 1
         number = self._numbers
         try:
-            for part in self._filesystem.data(entry):
-                self._line.send(Part(part))
+            self._send_parts(extents, data)
         except Exception as error:
             self._line.send(PartsEnd(number, _reason(error)))
             raise
         self._line.send(PartsEnd(number))
         return Node(entry.name, row, xattrs, data=number)
+
+    def _send_parts(self, extents: list[Extent], data: Iterator[bytes]) -> None:
+        gap: list[Extent] = []
+        for length, place in extents:
+            if place != READ:
+                gap.append((length, place))
+                if len(gap) < _BATCH:
+                    continue
+            if gap:
+                self._line.send(Gap(tuple(gap)))
+                gap = []
+            left = length if place == READ else 0
+            while left > 0:
+                self._check_time(_READING_SHARE)
+                part = next(data, b"")
+                if not 0 < len(part) <= left:
+                    raise Unreadable("its reader gives other bytes than it said")
+                self._line.send(Part(part))
+                left -= len(part)
+        if gap:
+            self._line.send(Gap(tuple(gap)))
+
+    def _check_time(self, share: float) -> None:
+        """Raises: Unreadable when the process has used this share of the processor time that it may have."""
+        if time.process_time() > share * self._time:
+            raise Unreadable("the reader of its volume had no time left")
 
     def _problem(self, path: bytes, text: str) -> None:
         self._problems += 1

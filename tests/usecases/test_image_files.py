@@ -17,7 +17,7 @@ import trio
 import zstandard
 
 from backupfs.disks import explorer, readers
-from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable
+from backupfs.disks.filesystem import READ, Entry, Extent, Read, Unreadable
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import find_path, walk
@@ -187,6 +187,9 @@ class Made:
 
     def data(self, file: Entry) -> Iterator[bytes]:
         found = self._contents[file.name]
+        if isinstance(found, list):
+            yield from (bytes([(at + 1) % 256]) * length for at, (length, place) in enumerate(found) if place == READ)
+            return
         assert isinstance(found, bytes)
         yield found[: len(found) // 2]
         if file.name == b"cut":
@@ -259,6 +262,66 @@ def test_what_has_no_place_in_the_volume_is_stored_as_a_file(imaged: Image, tmp_
     assert (tmp_path / "out/d/inner").read_bytes() == large[:3000]
     assert (tmp_path / "out/pieces").read_bytes() == plain[150_001:151_001] + bytes(2000) + plain[7:2007]
     assert found[b"has xattrs"].xattrs == ((b"user.a", b"1"),)
+
+
+def test_what_has_a_place_in_the_volume_in_part_is_stored_in_part_and_holes_take_nothing(
+    imaged: Image, tmp_path: Path
+) -> None:
+    plain = random.Random(3).randbytes(200_000)
+    extents = {
+        b"mixed": [(70_000, READ), (40 * MIB, None), (1000, 7), (5, READ), (300, None)],
+        b"behind": [(40 * MIB, None), (2000, READ)],
+        b"small": [(100, None), (200, READ)],
+        b"pieces": [(1, None) if at % 2 else (1, READ) for at in range(9999)],
+    }
+    sizes = {name: sum(length for length, _ in found) for name, found in extents.items()}
+    entries = [file(name, size) for name, size in sizes.items()]
+    repository, snapshot, events = imaged(Made({1: entries}, extents))
+    assert not problems_of(events)
+    restored(repository, snapshot, "/files/disk", tmp_path / "out")
+    wanted = b"\1" * 70_000, plain[7:1007] + b"\4" * 5 + bytes(300)
+    with open(tmp_path / "out/mixed", "rb") as found:
+        assert found.read(70_001) == wanted[0] + b"\0"
+        found.seek(70_000 + 40 * MIB)
+        assert found.read() == wanted[1]
+    with open(tmp_path / "out/behind", "rb") as found:
+        assert os.lseek(found.fileno(), 0, os.SEEK_DATA) >= 40 * MIB - 4096
+        found.seek(40 * MIB)
+        assert found.read() == b"\2" * 2000
+    assert (tmp_path / "out/small").read_bytes() == bytes(100) + b"\2" * 200
+    assert (tmp_path / "out/pieces").read_bytes() == bytes((at + 1) % 256 * (1 - at % 2) for at in range(9999))
+
+
+def test_more_than_a_volume_can_hold_is_not_unpacked_and_costs_its_file_only(
+    imaged: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_walk, "_LEAST_READ", 0)
+    extents = {
+        b"a": [(5_000_000, READ)], b"bomb": [(1 << 40, READ)], b"c": [(1 << 40, None), (1_000_000, READ)],
+        b"d": [(500_000, READ)], b"e": [(1 << 40, None), (300_000, READ)],
+    }  # fmt: skip
+    entries = [file(name, sum(length for length, _ in found)) for name, found in extents.items()]
+    repository, snapshot, events = imaged(Made({1: entries}, extents))
+    # 32 times 200,000 bytes.
+    says = "bytes of it would have to be unpacked, and 6,400,000 is the most in this volume"
+    assert problems_of(events) == {b"disk:/bomb": f"{1 << 40:,} {says}", b"disk:/d": f"500,000 {says}"}
+    top = find_path(snapshot, b"/files/disk", repository.trees.load)
+    assert [name for name, _ in walk(top, b"", repository.trees.load)] == [b"/a", b"/c", b"/e"]
+
+
+@pytest.mark.parametrize(("share", "kept"), [("_READING_SHARE", [b"/d", b"/d/deep", b"/lies"]), ("_WALKING_SHARE", [])])
+def test_what_was_found_is_kept_when_a_reader_has_no_time_left(
+    share: str, kept: list[bytes], imaged: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_walk, share, 0)
+    entries = {1: [file(b"lies", 5), file(b"packed", 1000), folder(b"d", 2)], 2: [file(b"deep", 7)]}
+    extents = {b"lies": [(5, 0)], b"packed": [(1000, READ)], b"deep": [(7, 0)]}
+    repository, snapshot, events = imaged(Made(entries, extents))
+    said = problems_of(events)
+    assert said.keys() == {b"disk:/packed" if kept else b"disk:/"}
+    assert "had no time left" in " ".join(said.values())
+    top = find_path(snapshot, b"/files/disk", repository.trees.load)
+    assert [name for name, _ in walk(top, b"", repository.trees.load)] == kept
 
 
 def test_names_and_loops_that_cannot_be_are_told_and_passed_over(imaged: Image, tmp_path: Path) -> None:
@@ -576,7 +639,7 @@ class Takeover:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("what", ["code", "numbers", "type"])
+@pytest.mark.parametrize("what", ["code", "numbers", "type", "extents", "parts"])
 def test_a_reader_that_was_taken_over_can_do_nothing_here(
     what: str, imaged: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -584,6 +647,8 @@ def test_a_reader_that_was_taken_over_can_do_nothing_here(
     sent = {
         "code": Takeover(tmp_path / "made"),
         "numbers": image_walk.Listed((image_walk.Node(b"a", row, (), directory=77),)),
+        "extents": image_walk.Listed((image_walk.Node(b"a", row, (), extents=((None, None),)),)),  # type: ignore[arg-type]
+        "parts": image_walk.Gap(((-5, None),)),
         "type": image_walk.Listed((image_walk.Node(b"a", b"short", ()),)),
     }[what]
     monkeypatch.setattr(image_files, "walk_volume", lambda line, *_: line.send(sent))

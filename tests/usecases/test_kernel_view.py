@@ -156,3 +156,54 @@ def test_every_file_of_every_file_system_is_as_the_kernel_shows_it(tmp_path: Pat
         assert min(len(compared["xfs"]), len(compared["btrfs"])) // 2 > 3000
     finally:
         cli("umount", view)
+
+
+def packed_files(place: Path) -> None:
+    """Write what is packed, what is not, and holes."""
+    for name, size in (("half", 20 * MIB), ("large", 1 << 40)):
+        with open(place / name, "wb") as file:
+            file.write(b"text " * 100_000 + random.Random(1).randbytes(300_000))
+            file.seek(10 * MIB)
+            file.write(b"more " * 50_000)
+            file.truncate(size)
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "ntfs"])
+def test_packed_files_have_the_holes_that_the_kernel_shows(kind: str, tmp_path: Path) -> None:
+    if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+        pytest.fail("comparing with the kernel takes root and loop devices")
+    disk, place, view = (tmp_path / name for name in ("vda.raw", "kernel", "view"))
+    view.mkdir()
+    with open(disk, "wb") as file:
+        file.truncate(200 * MIB)
+    make = ["mkfs.btrfs", "-q", "--mixed"] if kind == "btrfs" else ["mkfs.ntfs", "-q", "-F"]
+    subprocess.run([*make, disk], check=True, capture_output=True)
+    options = ("-o", "loop,compress=zstd") if kind == "btrfs" else ("-t", "ntfs-3g", "-o", "compression")
+    with mounted(disk, place, *options):
+        (place / "packed").mkdir()
+        if kind == "ntfs":
+            os.setxattr(place / "packed", "system.ntfs_attrib", (0x800).to_bytes(4, "little"))  # compress what is new
+        packed_files(place / "packed")
+    cli = Cli(tmp_path)
+    cli("init")
+    assert "problem" not in cli("image", "--name", "one", disk)
+    cli("mount", view)
+    try:
+        ours = view / "images/one/latest/files/vda/packed"
+        with mounted(disk, place, *((*options[:-1], "loop,ro") if kind == "btrfs" else options)):
+            theirs = place / "packed"
+            sizes = {path.name: (path.stat().st_size, path.stat().st_blocks) for path in theirs.iterdir()}
+            for name, (size, blocks) in sizes.items():
+                status = (ours / name).stat()
+                assert status.st_size == size
+                # In units of compression of 64 KiB; ntfs-3g counts what they are packed to.
+                assert blocks <= status.st_blocks <= max(blocks, (2 * MIB) // 512)
+                with open(theirs / name, "rb") as one, open(ours / name, "rb") as other:
+                    for at in (0, 9 * MIB):
+                        one.seek(at)
+                        other.seek(at)
+                        assert one.read(10 * MIB) == other.read(10 * MIB)
+                    if kind == "btrfs":
+                        assert blocks == status.st_blocks
+    finally:
+        cli("umount", view)
