@@ -107,7 +107,9 @@ class _ExplorerFilesystem:
         )
 
     def top(self) -> Entry:
-        return self._entry(self._tree.root())
+        node = self._tree.root()
+        # The library does not look at the top of NTFS.
+        return self._entry(node if node.statted else self._tree.stat(node))
 
     def entries(self, directory: Entry) -> Iterator[Entry]:
         if isinstance(directory.handle, _Empty):
@@ -156,6 +158,8 @@ class _ExplorerFilesystem:
         found: list[tuple[bytes, bytes]] = []
         if isinstance(entry.handle, _Empty):
             return found
+        if self.form == "ntfs":
+            return ntfs.attributes(self._tree, entry)
         for name, value in self._tree.xattrs(entry.handle).items():
             key = os.fsencode(name)
             if b"." in key:
