@@ -17,6 +17,7 @@ from backupfs.errors import DamagedObject, UnknownVersion
 
 MAGIC = b"BKFSCFG1"
 FORMAT = 1
+REMEDY = "put it back from a copy of the repository, of any age"  # it is never written again
 
 # Features this program knows. A repository with an unknown incompatible feature is not opened, one with an unknown
 # read-compatible feature is not written to; compatible ones may be ignored.
@@ -61,12 +62,15 @@ def read_config(data: bytes) -> tuple[Config, bytes]:
     Raises: UnknownVersion for a repository from the future; DamagedObject.
     """
     if data[: len(MAGIC) - 1] != MAGIC[:-1]:
-        raise DamagedObject("the object config is damaged: it does not start as a config of backupfs")
+        raise _damaged("it does not start as a config of backupfs")
     if data[: len(MAGIC)] != MAGIC:
         raise UnknownVersion("this repository has a newer format than this backupfs knows: upgrade backupfs")
-    fields = decode_record(data[len(MAGIC) :], "the object config")
+    try:
+        fields = decode_record(data[len(MAGIC) :], "the object config")
+    except DamagedObject as error:
+        raise DamagedObject(f"{error}; {REMEDY}") from error
     if not fields or not isinstance(fields[0], int):
-        raise DamagedObject("the object config is damaged")
+        raise _damaged("its fields are not those of a config")
     if fields[0] != FORMAT:
         raise UnknownVersion(
             f"this repository has format {fields[0]}, this backupfs knows format {FORMAT}: upgrade backupfs"
@@ -84,9 +88,9 @@ def read_config(data: bytes) -> tuple[Config, bytes]:
         ]:
             pass
         case _:
-            raise DamagedObject("the object config is damaged: its fields are not those of format 1")
+            raise _damaged("its fields are not those of format 1")
     if len(repository_id) != 16 or not can_cut(low, mean, high):
-        raise DamagedObject("the object config is damaged: its values are impossible")
+        raise _damaged("its values are impossible")
     config = Config(
         repository_id,
         created_ns,
@@ -96,6 +100,10 @@ def read_config(data: bytes) -> tuple[Config, bytes]:
         tuple(str(feature) for feature in incompatible),
     )
     return config, mac
+
+
+def _damaged(what: str) -> DamagedObject:
+    return DamagedObject(f"the object config is damaged: {what}; {REMEDY}")
 
 
 def unknown_features(config: Config, added: Iterable[tuple[str, str]]) -> tuple[set[str], set[str]]:

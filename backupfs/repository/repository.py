@@ -28,7 +28,7 @@ from backupfs.errors import (
 from backupfs.ids import ObjectId, short
 from backupfs.repository import layout
 from backupfs.repository.chunks import ChunkReader
-from backupfs.repository.config import Config, check_mac, encode_config, read_config, unknown_features
+from backupfs.repository.config import REMEDY, Config, check_mac, encode_config, read_config, unknown_features
 from backupfs.repository.index import Index
 from backupfs.repository.local import LocalFolders, known_slot, note_slot
 from backupfs.repository.objects import get_named
@@ -337,7 +337,7 @@ def _open_slots(
             continue
         if check_mac(config, mac, keyring):
             return slot_id, keyring
-        damage.append(f"{what} opens, but the object config was not written with its keys")
+        damage.append(f"{what} opens, but the object config is not what was written with its keys; {REMEDY}")
     if damage:
         raise DamagedObject("the password opens no key slot, and some are damaged: " + "; ".join(damage))
     if newer:
