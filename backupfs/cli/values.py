@@ -19,6 +19,7 @@ def read_input(name: str) -> bytes:
     """Return the bytes of a file, or of standard input for `-`. Raises: UsageError."""
     try:
         if name == "-":
+            require_input()
             return sys.stdin.buffer.read()
         with open(name, "rb") as file:
             return file.read()
@@ -72,6 +73,12 @@ def moment_ns(text: str) -> int:
     if not 0 <= found < 1 << 63:
         raise UsageError(f"{shown(text)} is out of reach: a snapshot's time is between 1970 and 2262")
     return found
+
+
+def require_input() -> None:
+    """Raise UsageError if this process was started with its standard input closed."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed, so nothing can be read from it: give it a pipe or a file")
 
 
 def file_path(text: bytes) -> bytes:

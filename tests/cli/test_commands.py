@@ -512,6 +512,14 @@ def test_closed_streams_are_no_fault(cli: Cli, words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("words", [["--stdin", "dump"], ["--files-from", "-"]])
+def test_a_closed_standard_input_that_is_to_be_read_is_told_in_one_line(cli: Cli, words: list[str]) -> None:
+    command = " ".join([sys.executable, "-m", "backupfs", "backup", *words])
+    done = subprocess.run(["sh", "-c", f"{command} <&-"], env=cli.environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"standard input is closed" in done.stderr
+
+
 def test_a_repository_that_lost_its_config_is_not_told_to_be_made(cli: Cli, source: Path) -> None:
     cli("backup", source)
     (cli.repository / "config").unlink()

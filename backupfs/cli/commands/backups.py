@@ -94,6 +94,8 @@ def backup_command(
     sources = values.absolute_paths(paths, files_from)
     if stdin_name is not None and sources:
         raise UsageError("give paths to back up, or --stdin NAME, not both")
+    if stdin_name is not None:
+        values.require_input()
     if stdin_name is None and not sources:
         raise UsageError("what to back up? give a PATH")
 
