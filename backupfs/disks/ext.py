@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from backupfs.disks.crc32c import SEED, crc32c
 from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable
 
 _MAGIC = 0xEF53
@@ -24,6 +25,7 @@ _CLUSTERS = 0x200
 _RO_COMPAT_OF_4 = 0x8 | 0x10 | 0x20 | 0x40 | _CLUSTERS | 0x400 | 0x2000 | 0x8000  # huge_file … metadata_csum …
 _HAS_JOURNAL, _SPARSE_SUPER_2 = 0x4, 0x200
 _SPARSE_SUPER, _HUGE_FILE = 0x1, 0x8
+_METADATA_SUMS, _HAS_SEED = 0x400, 0x2000
 
 _ENCRYPTED, _COUNTS_IN_BLOCKS, _EXTENT_TREE, _IS_VALUE, _IS_INLINE = 0x800, 0x40000, 0x80000, 0x200000, 0x10000000
 # mode, uid, size, ctime, mtime, gid, links, blocks, flags, i_block, attributes' block, high half of the size, high
@@ -117,6 +119,12 @@ class Ext:
         self._blocks, self._first, self._blocks_per_group = blocks, first, per_group
         self._first_meta = struct.unpack_from("<I", block, 0x104)[0] if incompat & _META_GROUPS else 1 << 32
         self._incompat, self._ro_compat = incompat, ro_compat
+        self._seed: int | None = None
+        if ro_compat & _METADATA_SUMS:
+            has_seed = incompat & _HAS_SEED
+            self._seed = (
+                struct.unpack_from("<I", block, 0x270)[0] if has_seed else crc32c(SEED, bytes(block[0x68:0x78]))
+            )
         self._copies = {0, *struct.unpack_from("<II", block, 0x24C)} if compat & _SPARSE_SUPER_2 else None
         self._tables: dict[int, list[int]] = {}
         self._windows: dict[tuple[int, int], bytes] = {}
@@ -188,7 +196,31 @@ class Ext:
         raw = data[at : at + self._inode_size]
         if len(raw) < self._inode_size:
             raise Unreadable(_BEHIND)
+        # One that is not in use may never have been written.
+        if self._seed is not None and raw[26:28] != b"\0\0":
+            self._require_sum(number, raw)
         return self._parsed(number, raw)
+
+    # Sums.
+
+    def _require_sum(self, number: int, raw: bytes) -> None:
+        """Compare an inode's sum. Raises: Unreadable."""
+        assert self._seed is not None
+        data = number.to_bytes(4, "little") + raw[0x64:0x68] + raw[:0x7C] + b"\0\0" + raw[0x7E:0x80]
+        wanted, mask = raw[0x7C] | raw[0x7D] << 8, 0xFFFF
+        if len(raw) > _PLAIN_INODE:
+            if raw[0x80] | raw[0x81] << 8 >= 4:
+                wanted, mask = wanted | raw[0x82] << 16 | raw[0x83] << 24, SEED
+                data += raw[0x80:0x82] + b"\0\0" + raw[0x84:]
+            else:
+                data += raw[0x80:]
+        if crc32c(self._seed, data) & mask != wanted:
+            raise Unreadable(f"its inode {number} has a wrong checksum")
+
+    def _sum_below(self, inode: _Inode, data: bytes) -> int:
+        """Return the sum of what belongs to an inode."""
+        assert self._seed is not None
+        return crc32c(self._seed, inode.number.to_bytes(4, "little") + inode.raw[0x64:0x68] + data)
 
     def _parsed(self, number: int, raw: bytes) -> _Inode:
         (
@@ -275,6 +307,11 @@ class Ext:
                 magic, number, _, under = _HEADER.unpack_from(child)
                 if magic != _TREE_MAGIC or under != depth - 1 or number * 12 + 12 > len(child) or nodes > _MOST_NODES:
                     raise Unreadable("a block of its tree of extents is none")
+                if self._seed is not None:
+                    end_of_node = 12 + 12 * int.from_bytes(child[4:6], "little")
+                    wanted = child[end_of_node : end_of_node + 4]
+                    if self._sum_below(inode, child[:end_of_node]).to_bytes(4, "little") != wanted:
+                        raise Unreadable("a block of its tree of extents has a wrong checksum")
                 below.append((child, number, under))
             stack += reversed(below)
         return found
@@ -462,6 +499,10 @@ class Ext:
                 magic, _, count = struct.unpack_from("<III", block)
                 if magic != _ATTRIBUTES_MAGIC or count != 1:
                     raise Unreadable("the block of its attributes is none")
+                if self._seed is not None:
+                    summed = inode.attributes_at.to_bytes(8, "little") + block[:16] + bytes(4) + block[20:]
+                    if crc32c(self._seed, summed) != int.from_bytes(block[16:20], "little"):
+                        raise Unreadable("the block of its attributes has a wrong checksum")
                 shared = list(self._attributes_in(block, 32, 0))
                 if len(self._attributes) >= _MOST_ATTRIBUTE_BLOCKS:
                     self._attributes.clear()

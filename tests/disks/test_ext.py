@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from backupfs.disks.crc32c import SEED, crc32c, plain_crc32c
 from backupfs.disks.ext import Ext, _device, _Runs, open_ext
 from backupfs.disks.filesystem import Entry, Read, Unreadable
 from tests.builders import File, Sparse, Symlink, build
@@ -357,3 +358,37 @@ def test_one_that_was_not_unmounted_says_so(tmp_path: Path) -> None:
         copy.write_bytes(path.read_bytes())
     assert "not unmounted" in opened(copy).remarks[0]
     assert opened(path).remarks == ()
+
+
+def test_a_wrong_checksum_is_told_and_never_read_over(tmp_path: Path) -> None:
+    tree = {"file": File(b"x" * 9000), "dir": {b"n%03d" % number: File(b"y" * 5000) for number in range(400)}}
+    path = volume_of(Path(os.fsdecode(build(tree, tmp_path / "source"))), tmp_path / "v", "ext4", size=32 * MIB)
+    whole = path.read_bytes()
+    entries = dict(walked(opened(path)))
+    inode = whole.index(entries[b"file"].handle.raw)
+
+    def problems(at: int) -> set[str]:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        found = open_ext(lambda at, length: bytes(damaged[at : at + length]), len(damaged))
+        assert found is not None
+        told: set[str] = set()
+        stack = [found.top()]
+        while stack:
+            try:
+                for entry in found.entries(stack.pop()):
+                    told.add(entry.problem)
+                    stack += [entry] if entry.is_directory else []
+            except Unreadable as error:
+                told.add(str(error))
+        return told - {""}
+
+    # The first block of the only extent, in the inode.
+    assert problems(inode + 40 + 12 + 8) == {f"its inode {entries[b'file'].inode} has a wrong checksum"}
+
+
+def test_sums_are_those_of_others_with_the_library_and_without() -> None:
+    assert plain_crc32c(SEED, b"123456789") ^ SEED == 0xE3069283
+    for length in range(40):
+        data = random.Random(length).randbytes(length)
+        assert plain_crc32c(length, data) == crc32c(length, data)
