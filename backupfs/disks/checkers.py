@@ -54,7 +54,7 @@ class Checked:
 _CHECKERS = {checker.form: checker for checker in (
     Checker(EXT, "e2fsck", "e2fsprogs", ("-fn",), ("e2fsck", "-p"), (0, 1)),
     Checker(XFS, "xfs_repair", "xfsprogs", ("-n", "-f"), unclear=b"metadata changes in a log which is being ignored"),
-    Checker(BTRFS, "btrfs", "btrfs-progs", ("check", "--readonly")),
+    Checker(BTRFS, "btrfs", "btrfs-progs", ("check", "--readonly", "--check-data-csum")),
     Checker(NTFS, "ntfsfix", "ntfs-3g", ("-n",)),
     Checker(FAT, "fsck.fat", "dosfstools", ("-n",)),
     Checker(EXFAT, "fsck.exfat", "exfatprogs", ("-n",)),

@@ -50,3 +50,19 @@ def test_a_program_that_takes_too_long_is_ended(volume: Path, tmp_path: Path, mo
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     checked = check_volume(volume, volume.stat().st_size, timeout_s=1)
     assert (checked.sound, checked.words) == (False, "ext2/3/4: it took more than 1 s")
+
+
+def test_data_that_is_not_what_its_sum_says_is_a_complaint_of_btrfs(volume: Path, tmp_path: Path) -> None:
+    data = os.urandom(300_000)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "file").write_bytes(data)
+    os.truncate(volume, 120 * MIB)
+    subprocess.run(["mkfs.btrfs", "-q", "-r", tmp_path / "source", volume], check=True)
+    assert check_volume(volume, 120 * MIB).sound
+    place = volume.read_bytes().index(data[100_000:100_500])
+    with open(volume, "r+b") as file:
+        file.seek(place)
+        file.write(bytes([data[100_000] ^ 1]))
+    checked = check_volume(volume, 120 * MIB)
+    assert checked.sound is False
+    assert "csum" in checked.words
