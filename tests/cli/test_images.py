@@ -224,7 +224,7 @@ def test_what_is_encrypted_is_shown_to_those_who_give_the_passphrase(cli: Cli, t
     key.write_bytes(PASSPHRASE)
     file.write_bytes(PASSPHRASE + b"\nanother line\n")
     assert "no passphrase was given" in cli("image", disk, "--name", "web")
-    assert "none of the passphrases" in cli("image", disk, "--name", "web", BACKUPFS_LUKS_PASSPHRASE="another")
+    assert "none of the passphrases" in cli("image", disk, "--name", "web", code=3, BACKUPFS_LUKS_PASSPHRASE="another")
     assert "web1_crypt" in cli("dump", "web:latest:/volumes/web1_crypt.raw", code=1)
     for words, environment in (
         (["--luks-passphrase-file", file], {}),

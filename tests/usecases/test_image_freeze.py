@@ -217,4 +217,5 @@ def test_where_nothing_is_mounted_nothing_is_frozen_and_that_is_said(tmp_path: P
     path.write_bytes(os.urandom(100_000))
     events: list[Event] = []
     run_image(new_repository(), path, freezes=True, report=events.append)
-    assert ["nothing is frozen" in event.text for event in events if isinstance(event, Remark)] == [True]
+    told = [event.text for event in events if isinstance(event, Remark)]
+    assert sum("nothing is frozen" in text for text in told) == 1
