@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from backupfs.disks.crc32c import SEED, crc32c
 from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable
 
 _MAGIC = b"XFSB"
@@ -24,6 +25,8 @@ _FLAG_REALTIME = 1
 _BIGTIME_EPOCH_S = 1 << 31
 _DEVICE, _LOCAL, _EXTENTS, _BTREE = range(4)
 _BMAP_MAGICS = {b"BMAP": 24, b"BMA3": 72}  # with the sizes of their headers
+# Where the sum of a block or inode is, in version 5.
+_SUM_OF_INODE, _SUM_OF_BMAP, _SUM_OF_DIRECTORY, _SUM_OF_ATTRIBUTES = 100, 64, 4, 12
 _DIRECTORY_MAGICS = {b"XD2B": 16, b"XD2D": 16, b"XDB3": 64, b"XDD3": 64}
 _BLOCK_DIRECTORIES = (b"XD2B", b"XDB3")
 _LEAF_OFFSET = 1 << 35  # where a directory's entries end and its hash tables begin
@@ -33,7 +36,8 @@ _MOST_EXTENTS = 1 << 24
 _MOST_LINK = 1024
 _MOST_VALUE = 1 << 16
 _HEADER_OF_DATA = 56  # of a block of a remote value or symlink, in version 5
-_DATA_MAGICS = (b"XARM", b"XSLM")
+_VALUE_MAGIC = b"XARM"
+_DATA_MAGICS = (_VALUE_MAGIC, b"XSLM")
 _PREFIXES = {0: b"user.", 2: b"trusted.", 4: b"security."}
 _ACLS = {b"trusted.SGI_ACL_FILE": b"system.posix_acl_access", b"trusted.SGI_ACL_DEFAULT": b"system.posix_acl_default"}
 _LOG_MAGIC = 0xFEEDBABE
@@ -130,6 +134,12 @@ class Xfs:
         (operations,) = struct.unpack_from(">I", record, 40)
         return operations == 1 and len(record) == 1024 and bool(record[512 + 9] & _UNMOUNT)
 
+    def _require_sum(self, data: bytes, place: int, what: str) -> None:
+        """Compare the sum at a place in what version 5 sums. Raises: Unreadable."""
+        found = crc32c(SEED, data[:place] + bytes(4) + data[place + 4 :]) ^ SEED
+        if found.to_bytes(4, "little") != data[place : place + 4]:
+            raise Unreadable(f"{what} has a wrong checksum")
+
     # Inodes.
 
     def _inode(self, number: int) -> _Inode:
@@ -137,6 +147,8 @@ class Xfs:
         raw = self._read(self._place(block) + within * self._inode_size, self._inode_size)
         if raw[:2] != _INODE_MAGIC:
             raise Unreadable(f"its inode {number} is none")
+        if self._is_5:
+            self._require_sum(raw, _SUM_OF_INODE, f"its inode {number}")
         (mode,) = struct.unpack_from(">H", raw, 2)
         version, form = raw[4], raw[5]
         (size,) = struct.unpack_from(">Q", raw, 56)
@@ -197,6 +209,8 @@ class Xfs:
             header = _BMAP_MAGICS.get(data[:4])
             if header is None:
                 raise Unreadable("a block of a tree of extents is none")
+            if self._is_5:
+                self._require_sum(data, _SUM_OF_BMAP, "a block of a tree of extents")
             level, records = struct.unpack_from(">HH", data, 4)
             most = (self._block_size - header) // 16
             total += records
@@ -259,6 +273,8 @@ class Xfs:
         while len(found) < length:
             part = self._content(extents, block * self._block_size, self._block_size)
             header = _HEADER_OF_DATA if self._is_5 and part[:4] in _DATA_MAGICS else 0
+            if header and part[:4] == _VALUE_MAGIC:
+                self._require_sum(part, _SUM_OF_ATTRIBUTES, "the value of an attribute")
             found += part[header:][: length - len(found)]
             block += 1
         return found
@@ -311,6 +327,8 @@ class Xfs:
         header = _DIRECTORY_MAGICS.get(block[:4])
         if header is None:
             raise Unreadable("a block of a directory is none")
+        if self._is_5:
+            self._require_sum(block, _SUM_OF_DIRECTORY, "a block of a directory")
         end = len(block)
         if block[:4] in _BLOCK_DIRECTORIES:
             count, _ = struct.unpack_from(">II", block, end - 8)
@@ -386,6 +404,8 @@ class Xfs:
                 known = _ATTRIBUTE_LEAVES.get(int.from_bytes(block[8:10], "big"))
                 # Others are nodes above the leaves, and values.
                 if known is not None and self._is_5 == (known[0] == 56):
+                    if self._is_5:
+                        self._require_sum(block, _SUM_OF_ATTRIBUTES, "a block of attributes")
                     yield from self._attributes_in(block, extents, *known)
 
     def _attributes_in(

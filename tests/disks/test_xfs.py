@@ -116,8 +116,42 @@ def test_everything_is_as_the_prototype_says(volume: Path) -> None:
     compare(filesystem.top(), TREE)
 
 
-def test_damage_ends_in_errors_of_its_own(volume: Path) -> None:
-    """Every block that a walk reads is hit some time; a walk ends, whatever it meets."""
+def test_a_wrong_checksum_is_told_and_never_read_over(volume: Path) -> None:
+    whole = volume.read_bytes()
+    filesystem = opened(volume)
+    top = {entry.name: entry for entry in filesystem.entries(filesystem.top())}
+    large, many = top[b"large"], top[b"many"]
+    assert filesystem.extents(many) is not None
+    _, block = filesystem.extents(many)[0]  # type: ignore[index]
+    assert block is not None
+
+    def problems(at: int) -> set[str]:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        found = Xfs(lambda at, length: bytes(damaged[at : at + length]), len(damaged))
+        told = set()
+        for entry in found.entries(found.top()):
+            told.add(entry.problem)
+            try:
+                list(found.entries(entry) if entry.is_directory else ())
+            except Unreadable as error:
+                told.add(str(error))
+        return told - {""}
+
+    if large.handle.raw[4] < 3:
+        # Version 4 has no sums.
+        assert problems(whole.index(large.handle.raw) + 100 + 13) == set()
+        return
+    # The first block of the first extent, in the inode; and a number in the first block of a directory.
+    assert problems(whole.index(large.handle.raw) + 176 + 13) == {f"its inode {large.inode} has a wrong checksum"}
+    assert problems(block + 64 + 7) == {"a block of a directory has a wrong checksum"}
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_damage_ends_in_errors_of_its_own(volume: Path, sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block that a walk reads is hit some time; a walk ends, whatever it meets, also behind the sums."""
+    if not sums:
+        monkeypatch.setattr(Xfs, "_require_sum", lambda *_: None)
     chooser = random.Random(5)
     read = reader_of(volume)
     places: set[int] = set()
