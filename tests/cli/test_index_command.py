@@ -39,11 +39,13 @@ def image_blindly(cli: Cli, disk: Path) -> None:
 
 def test_an_image_taken_without_readers_is_indexed(cli: Cli, disk: Path, tmp_path: Path) -> None:
     image_blindly(cli, disk)
-    assert cli("ls", "web:latest:/files") == ""
+    assert cli("ls", "web:latest:/files") == ".unread\n"
+    assert "the library that reads it is missing" in cli("dump", "web:latest:/files/.unread")
     said = cli("index", "web:latest")
     assert "indexed" in said
     assert "added    web1p1\n" in said
     assert "files    2 in it\n" in said
+    assert cli("ls", "web:latest:/files") == "web1p1/\n"
     assert cli.run("dump", "web:latest:/files/web1p1/hosts").stdout == b"127.0.0.1 localhost\n"
     cli("restore", "--verify", "web:latest:/files/web1p1", tmp_path / "out")
     assert (tmp_path / "out/large").read_bytes() == (tmp_path / "content/large").read_bytes()
@@ -80,11 +82,11 @@ def test_a_live_mount_shows_what_was_found(cli: Cli, disk: Path, tmp_path: Path)
     cli("mount", mountpoint)
     try:
         files = mountpoint / "images/web/latest/files"
-        assert os.listdir(files) == []
+        assert os.listdir(files) == [".unread"]
         with open(mountpoint / "images/web/latest/disks/web1.raw", "rb") as opened:
             cli("index", "web:latest")
             deadline = time.monotonic() + 20
-            while not os.listdir(files) and time.monotonic() < deadline:
+            while not (files / "web1p1").exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
             assert (files / "web1p1/hosts").read_bytes() == b"127.0.0.1 localhost\n"
             # Who has the disk open goes on reading it.
