@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from backupfs.disks.crc32c import SEED, crc32c
-from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable
+from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable, append_extent
 
 _MAGIC = b"XFSB"
 _INODE_MAGIC = b"IN"
@@ -361,12 +361,12 @@ class Xfs:
                 break
             if start < at:
                 raise Unreadable("its extents overlap")
-            _append(found, start - at, None)
+            append_extent(found, start - at, None)
             place = self._place(extent.block)
             self._place(extent.block + extent.blocks - 1)
-            _append(found, length, None if extent.is_unwritten else place)
+            append_extent(found, length, None if extent.is_unwritten else place)
             at = start + length
-        _append(found, file.size - at, None)
+        append_extent(found, file.size - at, None)
         return found
 
     def data(self, file: Entry) -> Iterator[bytes]:
@@ -444,17 +444,6 @@ def _unpacked(data: bytes, at: int) -> _Extent:
     return _Extent(
         high >> 9 & ((1 << 54) - 1), (high & 0x1FF) << 43 | low >> 21, low & ((1 << 21) - 1), bool(high >> 63)
     )  # fmt: skip
-
-
-def _append(found: list[Extent], length: int, place: int | None) -> None:
-    if length <= 0:
-        return
-    if found:
-        before, at = found[-1]
-        if (at is None and place is None) or (at is not None and place == at + before):
-            found[-1] = (before + length, at)
-            return
-    found.append((length, place))
 
 
 def _short_attributes(fork: bytes) -> Iterator[tuple[int, bytes, bytes]]:
