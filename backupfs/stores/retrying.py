@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from backupfs.errors import ObjectExists, StoreFull, StoreMissing, StoreUnavailable
 from backupfs.stores.passing import PassingStore
-from backupfs.stores.store import ArchiveState, ObjectInfo, Store
+from backupfs.stores.store import ArchiveState, LastingListing, ObjectInfo, Store
 
 Result = TypeVar("Result")
 
@@ -74,20 +74,22 @@ class RetryingStore(PassingStore):
         return self._try(lambda: self.inner.size(key))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yield objects; a listing that breaks off is begun anew, and what was yielded is passed over."""
+        """Yield objects; a listing that breaks off goes on, or is begun anew, and what was yielded is passed over."""
         last = ""
+        is_anew = False
         found: Iterator[ObjectInfo] | None = None
 
         def step() -> ObjectInfo | None:
-            nonlocal found
+            nonlocal found, is_anew
             try:
                 if found is None:
                     found = self.inner.list(prefix)
                 for info in found:
-                    if info.key > last:
+                    if not is_anew or info.key > last:
                         return info
             except StoreUnavailable:
-                found = None
+                if not isinstance(found, LastingListing):
+                    found, is_anew = None, True
                 raise
             return None
 

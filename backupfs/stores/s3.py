@@ -32,12 +32,11 @@ from backupfs.stores import s3_answers as answers
 from backupfs.stores.pace import Pace, PacedBody
 from backupfs.stores.requests import RequestCounts, Requests, TooManyRequests
 from backupfs.stores.s3_client import S3Options, make_client
-from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Store, is_key, range_length, validate_key
+from backupfs.stores.s3_pages import Page, Pages
+from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Store, range_length, validate_key
 
 # What servers take of a difference between clocks.
 _MOST_SKEW_S = 15 * 60
-# Pages in a row without a key that comes after all before; real servers give one or two.
-_MOST_IDLE_PAGES = 100
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _KEY_START = re.compile(rf"[A-Za-z0-9._/-]{{0,{MAX_KEY_LENGTH}}}")
 
@@ -201,38 +200,22 @@ class S3Store(Store):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield objects, a page of up to a thousand a request; times are to the second."""
         if not _KEY_START.fullmatch(prefix):
-            return
-        arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
-        client = self._client()
+            return iter(())
         what = f"list the objects under {shown(prefix)}" if prefix else "list the objects"
-        tokens: set[str] = set()
-        last, idle_pages = "", 0
-        while True:
-            with self._translated(what):
-                page = client.list_objects_v2(**arguments)
-                # SeaweedFS goes folder by folder; that differs for names with '-' or '.', of which a repository has
-                # none.
-                found = {info.key: info for info in map(self._entry, page.get("Contents", ()))}
-                entries = sorted(found.values(), key=lambda info: info.key)
-                token = page.get("NextContinuationToken")
-                # Every real answer says whether there is more, also where nothing is listed.
-                if page.get("IsTruncated") != bool(token) or page.get("KeyCount", 0) > len(page.get("Contents", ())):
-                    raise StoreUnavailable(f"cannot {what} in {shown(self.url)}: the answer is no whole listing")
-            for info in entries:
-                if is_key(info.key) and info.key.startswith(prefix):
-                    yield info
-            if token is None:
-                return
-            newest = max(last, entries[-1].key) if entries else last
-            idle_pages = idle_pages + 1 if newest == last else 0
-            if token in tokens or idle_pages >= _MOST_IDLE_PAGES:
-                raise StoreError(
-                    f"cannot {what} in {shown(self.url)}: the listing of the server has no end, the same page comes "
-                    "again and again: its operator must look into that"
-                )
-            tokens.add(token)
-            last = newest
+        return Pages(lambda token: self._page(what, prefix, token), f"cannot {what} in {shown(self.url)}")
+
+    def _page(self, what: str, prefix: str, token: str | None) -> Page:
+        arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        if token is not None:
             arguments["ContinuationToken"] = token
+        with self._translated(what):
+            page = self._client().list_objects_v2(**arguments)
+            found = {info.key: info for info in map(self._entry, page.get("Contents", ()))}
+            following = page.get("NextContinuationToken")
+            # Every real answer says whether there is more, also where nothing is listed.
+            if page.get("IsTruncated") != bool(following) or page.get("KeyCount", 0) > len(page.get("Contents", ())):
+                raise StoreUnavailable(f"cannot {what} in {shown(self.url)}: the answer is no whole listing")
+        return [info for info in found.values() if info.key.startswith(prefix)], following
 
     def _entry(self, entry: Mapping[str, Any]) -> ObjectInfo:
         moment, size = entry["LastModified"], int(entry["Size"])
@@ -254,8 +237,13 @@ class S3Store(Store):
         """Remove an object."""
         validate_key(key)
         # Some servers say so where there is none.
-        with contextlib.suppress(ObjectMissing), self._translated(f"delete object {key}", key):
-            self._client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
+        with contextlib.suppress(ObjectMissing):
+            with self._translated(f"delete object {key}", key):
+                answer = self._client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
+            # What lies between may say "200" to anything.
+            if answer["ResponseMetadata"]["HTTPStatusCode"] != 204:
+                self.size(key)
+                raise StoreUnavailable(f"cannot delete object {key} in {shown(self.url)}: it is there after that")
 
     def archive_state(self, key: str) -> ArchiveState:
         """Ask for an object's class, and whether it is being thawed or was."""
@@ -389,6 +377,8 @@ class S3Store(Store):
             # boto3 wraps whatever happens while it sends.
             if (fault := answers.own_fault(error)) is not None:
                 raise fault from None
+            if answers.is_see_other(error):
+                raise self._elsewhere(about, "") from error
             raise StoreUnavailable(f"{about}: {answers.text_of(error)}") from error
         except boto.BotoCoreError as error:
             raise StoreError(f"{about}: {answers.text_of(error)}") from error

@@ -99,11 +99,20 @@ def own_fault(error: BaseException) -> BaseException | None:
         # Where a part of an answer is missing or is no number, those who read it raise these.
         if isinstance(one, (OSError, BackupfsError, KeyError, ValueError, OverflowError)):
             continue
-        frames = [frame for frame, _ in traceback.walk_tb(one.__traceback__)]
-        is_ours = bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("backupfs.")
-        if is_ours or isinstance(one, RecursionError):
+        if _module_of(one).startswith("backupfs.") or isinstance(one, RecursionError):
             return one
     return None
+
+
+def _module_of(error: BaseException) -> str:
+    """Return the name of the module that raised an error; empty if that is not known."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+
+
+def is_see_other(error: BaseException) -> bool:
+    """Tell whether urllib3 failed at a 303: it follows that unasked, and not with the headers that boto3 sends."""
+    return any(isinstance(one, TypeError) and _module_of(one).startswith("urllib3.") for one in causes_of(error))
 
 
 def causes_of(error: BaseException) -> list[BaseException]:

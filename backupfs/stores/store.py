@@ -40,6 +40,10 @@ class ArchiveState:
     is_thawing: bool = False  # that was asked for and is under way
 
 
+class LastingListing(abc.ABC, Iterator[ObjectInfo]):
+    """A listing that may be asked again after it raised StoreUnavailable, and then goes on where it was."""
+
+
 class Store(abc.ABC):
     """Objects under keys; an object is there whole or not at all.
 

@@ -420,6 +420,20 @@ def test_a_listing_of_many_pages_is_whole(once: S3Store, proxy: FaultProxy, behi
     assert len(proxy.seen) == 3
 
 
+def test_a_listing_that_breaks_off_goes_on_with_the_page_that_failed(
+    once: S3Store, store: RetryingStore, proxy: FaultProxy, behind: S3Store
+) -> None:
+    for number in range(25):
+        behind.put(f"many/{number:03}", b"")
+    client = once._client()
+    real = client.list_objects_v2
+    client.list_objects_v2 = lambda **arguments: real(MaxKeys=5, **arguments)
+    proxy.rule("status", method="GET", skip=3, times=2)
+    assert [info.key for info in store.list("many/")] == [f"many/{number:03}" for number in range(25)]
+    # Five pages, and twice the fourth again.
+    assert len(proxy.seen) == 7
+
+
 def test_a_forked_process_uses_connections_of_its_own(behind: S3Store) -> None:
     assert behind.get("packs/data/old") == DATA
     children = []

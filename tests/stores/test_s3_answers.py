@@ -1,9 +1,11 @@
 """Answers that no server of object storage should give, and what follows from them. Nothing real is asked here."""
 
 import contextlib
+import gc
 import hashlib
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -368,6 +370,18 @@ def test_a_server_that_sends_on_is_told_with_the_place(status: int, store: S3Sto
         assert not isinstance(caught.value, StoreUnavailable)
 
 
+def test_a_303_which_urllib3_follows_unasked_is_told_at_once(store: S3Store, server: Answering) -> None:
+    server.answer = lambda *_: answer("", "Location: https://new.example/", status="303 See Other")
+    with warnings.catch_warnings():
+        # It leaves its connection open.
+        warnings.simplefilter("ignore", ResourceWarning)
+        with pytest.raises(StoreError, match="sends on to another place: see --endpoint-url") as caught:
+            store.get(KEY)
+        assert not isinstance(caught.value, StoreUnavailable)
+        del caught
+        gc.collect()
+
+
 def test_a_server_that_may_speak_another_protocol_is_doubted_until_it_answers(
     store: S3Store, server: Answering
 ) -> None:
@@ -434,3 +448,20 @@ def test_a_server_that_fails_where_it_should_encrypt_may_not_be_able_to(store: S
     with pytest.raises(StoreUnavailable, match=r"or it cannot do --encryption AES256: try without$"):
         encrypting.put(KEY, b"1")
     encrypting.close()
+
+
+def test_a_deletion_that_only_something_between_confirmed_is_tried_again(store: S3Store, server: Answering) -> None:
+    deleted: list[str] = []
+
+    def portal(method: str, _: str) -> bytes:
+        deleted.extend([method] if method == "DELETE" else [])
+        return answer("", length="6") if method == "HEAD" else answer("")
+
+    server.answer = portal
+    with pytest.raises(StoreUnavailable, match=f"cannot delete object {KEY} .*it is there after that"):
+        store.delete(KEY)
+    # Some servers say 200 and did it.
+    server.answer = lambda method, _: answer("", status="404 Not Found") if method == "HEAD" else answer("")
+    with pytest.raises(StoreMissing):
+        store.delete(KEY)
+    assert deleted == ["DELETE"]
