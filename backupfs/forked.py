@@ -15,6 +15,7 @@ import os
 import pickle
 import select
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, NoReturn, TypeVar, cast
 
@@ -28,6 +29,9 @@ _F_SETPIPE_SZ = 1031
 _PIPE_SIZE = 1 << 20  # what an ordinary user may have
 _PR_SET_PDEATHSIG = 1
 _MOST_UNTRUSTED = 256 << 20
+# Small messages that are gathered, in bytes and seconds, before they are written at once: a write wakes up the other.
+_MOST_GATHERED = 64 << 10
+_GATHER_S = 0.1
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -41,6 +45,8 @@ class Line:
     def __init__(self, incoming: int, outgoing: int) -> None:
         self._incoming = incoming
         self._outgoing = outgoing
+        self._gathered = bytearray()
+        self._sent_at = 0.0
 
     @property
     def descriptors(self) -> tuple[int, int]:
@@ -48,11 +54,22 @@ class Line:
         return self._incoming, self._outgoing
 
     def send(self, message: object) -> None:
-        """Tell the leader something. Raises: LeaderGone."""
+        """Tell the leader something, and all that was to be told soon. Raises: LeaderGone."""
+        self._gathered += encoded(message)
+        gathered, self._gathered = self._gathered, bytearray()
         try:
-            _write(self._outgoing, encoded(message))
+            _write(self._outgoing, gathered)
         except BrokenPipeError:
             raise LeaderGone from None
+
+    def send_soon(self, message: object) -> None:
+        """Tell the leader something, together with what comes right after it: `send` ends that. Raises: LeaderGone."""
+        now = time.monotonic()
+        if len(self._gathered) > _MOST_GATHERED or now - self._sent_at > _GATHER_S:
+            self._sent_at = now
+            self.send(message)
+        else:
+            self._gathered += encoded(message)
 
     def receive(self) -> object:
         """Wait for the next message. Raises: LeaderGone."""
@@ -303,7 +320,7 @@ def encoded(message: object) -> bytes:
     return len(data).to_bytes(_LENGTH_SIZE, "little") + data
 
 
-def _write(pipe: int, data: bytes) -> None:
+def _write(pipe: int, data: bytes | bytearray) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(pipe, view) :]

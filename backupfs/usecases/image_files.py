@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from backupfs.errors import shown
 from backupfs.forked import Line, fork
 from backupfs.ids import ChunkId
 from backupfs.snapshots.content import EXTENT, HOLE, INLINE_MARK, Content, ContentBuilder
+from backupfs.snapshots.node import STAT_ROW
 from backupfs.snapshots.tree import TreeBuilder
 from backupfs.usecases.archive_context import ArchiveContext
 from backupfs.usecases.archive_files import FileStorer
@@ -160,7 +162,7 @@ class VolumeFiles:
                 self._files.add_stream(builder, read_into)
             else:
                 # There are no names here: what lies in free space is told by its place.
-                self._add_extents(builder, current.extents, "")
+                self._add_extents(builder, current.extents, b"")
                 current = next(messages, None)
         if isinstance(current, PartsEnd) and not current.problem:
             self._contents[current.number] = builder.finish()
@@ -169,18 +171,18 @@ class VolumeFiles:
         if self._builder is None:
             self._builder = self._context.builder()
         content: Content
+        mode, uid, gid, names, *_ = STAT_ROW.unpack(node.row)
         if node.directory:
             content = self._trees.pop(node.directory)
         elif node.extents is not None:
             content = self._extents(node)
         elif node.data:
             content = self._contents.pop(node.data)
-        elif node.is_file and node.kept:
+        elif node.kept and stat.S_ISREG(mode):
             content = INLINE_MARK + node.kept
         else:
             content = node.kept
-        uid, gid = node.owners
-        filesystem = self._place.number if node.is_shared else 0
+        filesystem = self._place.number if names > 1 and not node.directory else 0
         if not node.directory:
             self._context.counts.files += 1
         xattrs = self._context.save_xattrs(node.xattrs)
@@ -188,10 +190,10 @@ class VolumeFiles:
 
     def _extents(self, node: Node) -> Content:
         builder = ContentBuilder(self._context.save_tree)
-        self._add_extents(builder, node.extents or (), f"the file {shown(node.name)}")
+        self._add_extents(builder, node.extents or (), node.name)
         return builder.finish()
 
-    def _add_extents(self, builder: ContentBuilder, extents: Iterable[Extent], name: str) -> None:
+    def _add_extents(self, builder: ContentBuilder, extents: Iterable[Extent], name: bytes) -> None:
         """Add extents to a content; name: of the file, to tell that it lies where nothing should be in use."""
         for length, offset in extents:
             if length < 0:
@@ -201,7 +203,7 @@ class VolumeFiles:
             else:
                 builder.add([length, EXTENT, self._place.number, offset])
                 if not self._in_free and next(overlapping(self._place.free, offset, offset + length), None):
-                    self._in_free = name or f"byte {offset:,}"
+                    self._in_free = f"the file {shown(name)}" if name else f"byte {offset:,}"
 
     def _skip(self, path: bytes, text: str) -> None:
         path = os.fsencode(self._place.name) + b":" + path

@@ -30,6 +30,8 @@ _LEAST_READ = 4 << 30
 # Shares of the processor time that a reader may have: behind the first none is spent on contents any more, behind the
 # second on nothing, so that what was found before is not lost with it.
 _READING_SHARE, _WALKING_SHARE = 0.8, 0.95
+# To ask for the time costs as much as a small part of an entry.
+_STEPS_PER_LOOK = 32
 # What fits into a stat row.
 _MOST_TIME_NS = (1 << 62) * NANOSECONDS
 
@@ -57,22 +59,6 @@ class Node(NamedTuple):
     extents: tuple[Extent, ...] | None = None
     data: int = 0  # the number of a file that was sent before
     directory: int = 0  # the number of a directory that was sent before
-
-    @property
-    def is_file(self) -> bool:
-        """Tell whether it has bytes."""
-        return stat.S_ISREG(STAT_ROW.unpack(self.row)[0])
-
-    @property
-    def owners(self) -> tuple[int, int]:
-        """Its user and group."""
-        _, uid, gid, *_ = STAT_ROW.unpack(self.row)
-        return uid, gid
-
-    @property
-    def is_shared(self) -> bool:
-        """Tell whether it has more names than one."""
-        return not self.directory and bool(STAT_ROW.unpack(self.row)[3] > 1)
 
 
 class Listed(NamedTuple):
@@ -190,8 +176,9 @@ class _Walk:
         self._left = self._most_read
         limit = resource.getrlimit(resource.RLIMIT_CPU)[0]
         self._time = limit if limit != resource.RLIM_INFINITY else sandbox.CPU_SECONDS
-        self._numbers = 0
-        self._entries = 0
+        self._used = 0.0
+        self._numbers = self._entries = 0
+        self._steps = -1
         self._problems = 0
         self._seen: set[object] = set()
 
@@ -210,7 +197,7 @@ class _Walk:
                 else:
                     if self._problems > _MOST_PROBLEMS:
                         more = self._problems - _MOST_PROBLEMS
-                        self._line.send(Problem(b"/", f"{more:,} more could not be read, and are not listed"))
+                        self._line.send_soon(Problem(b"/", f"{more:,} more could not be read, and are not listed"))
                     self._line.send(Closed(number, self._node(current.entry, b"/", number)))
             elif self._may_enter(child, current.path + b"/" + child.name, len(stack)):
                 path = current.path + b"/" + child.name
@@ -219,10 +206,10 @@ class _Walk:
     def _list(self, directory: Entry, path: bytes) -> list[Entry]:
         found: dict[bytes, Entry] = {}
         try:
-            self._check_time(_WALKING_SHARE)
+            self._check_walking_time()
             for entry in self._filesystem.entries(directory):
                 self._entries += 1
-                self._check_time(_WALKING_SHARE)
+                self._check_walking_time()
                 if self._entries > _MOST_ENTRIES:
                     raise Unreadable("the file system has more entries than are believed")
                 if entry.name in (b"", b".", b"..") or b"/" in entry.name or b"\0" in entry.name:
@@ -258,16 +245,16 @@ class _Walk:
                 # One that was not entered is there, and empty.
                 self._numbers += 1
                 number = self._numbers
-                self._line.send(Closed(number))
+                self._line.send_soon(Closed(number))
             node = self._node(entry, path, number)
             if node is not None:
                 batch.append(node)
         # Files that were read on the way are sent before: then nothing comes between the parts of a directory.
         for at in range(0, len(batch), _BATCH):
-            self._line.send(Listed(tuple(batch[at : at + _BATCH])))
+            self._line.send_soon(Listed(tuple(batch[at : at + _BATCH])))
         self._numbers += 1
         if current.path:
-            self._line.send(Closed(self._numbers))
+            self._line.send_soon(Closed(self._numbers))
         return self._numbers
 
     def _node(self, entry: Entry, path: bytes, number: int) -> Node | None:
@@ -300,7 +287,7 @@ class _Walk:
             return Node(entry.name, _row_of(entry, 0), xattrs, device)
         if not entry.is_file or size == 0:
             return Node(entry.name, _row_of(entry, 0), xattrs)
-        self._check_time(_WALKING_SHARE)
+        self._check_walking_time()
         extents = self._filesystem.extents(entry)
         if extents is None:
             extents = [(size, READ)]
@@ -354,13 +341,20 @@ class _Walk:
 
     def _check_time(self, share: float) -> None:
         """Raises: Unreadable when the process has used this share of the processor time that it may have."""
-        if time.process_time() > share * self._time:
+        self._used = time.process_time()
+        if self._used > share * self._time:
             raise Unreadable("the reader of its volume had no time left")
+
+    def _check_walking_time(self) -> None:
+        """Look at the time now and then. Raises: Unreadable."""
+        self._steps += 1
+        if self._steps % _STEPS_PER_LOOK == 0 or self._used > _WALKING_SHARE * self._time:
+            self._check_time(_WALKING_SHARE)
 
     def _problem(self, path: bytes, text: str) -> None:
         self._problems += 1
         if self._problems <= _MOST_PROBLEMS:
-            self._line.send(Problem(path, text))
+            self._line.send_soon(Problem(path, text))
 
 
 class _Open:
