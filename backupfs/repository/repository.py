@@ -45,6 +45,8 @@ LISTED_FOR_SNAPSHOTS = (layout.SNAPSHOTS, layout.NOTES)
 LISTED_FOR_FILES = (*LISTED_FOR_SNAPSHOTS, layout.prefix_of(Kind.TREE_INDEX), layout.prefix_of(Kind.DATA_INDEX))
 # What trees, snapshots and notes of a store that is far away may take on this machine's disk.
 HOT_CACHE_SIZE = 2 << 30
+# A key slot without a config that is older than this is of an init that was killed. All tries of a put take less.
+_INIT_NS = 5 * 60 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,7 @@ def create_repository(
     slot = keys.seal_slot(keyring, password, slot_name, now, cost)
     slot_id = hash_object(slot)
     store.put(layout.slot_key(slot_id), slot)
+    _require_no_other_init(store, slot_id)
     data = encode_config(config, keyring)
     # A put may come twice, and conditional puts are not atomic on every store: what is there now tells who has won.
     with contextlib.suppress(ObjectExists):
@@ -230,6 +233,28 @@ def create_repository(
         store.delete(layout.slot_key(slot_id))
         raise RepositoryLocked(f"another init made a repository at {store.url} just now: use that one")
     return Repository(store, config, keyring, slot_id, local)
+
+
+def _require_no_other_init(store: Store, own: ObjectId) -> None:
+    """Take the own key slot away and raise RepositoryLocked where another init is under way. Raises: StoreError.
+
+    Each puts its slot, then lists all: of two at once, at least one finds the other's.
+    """
+    if not store.is_far:
+        # There a config is put in one step, and whoever comes second knows it.
+        return
+    slots = {info.key: info.modified_ns for info in store.list(layout.KEYS)}
+    own_key = layout.slot_key(own)
+    own_ns = slots.pop(own_key, None) or store.now()
+    for key, modified_ns in slots.items():
+        # What an init leaves that was killed opens nothing, and stays.
+        if own_ns - modified_ns < _INIT_NS:
+            with contextlib.suppress(StoreError):
+                store.delete(own_key)
+            raise RepositoryLocked(
+                f"another init makes a repository at {store.url}, or was killed in the last {_INIT_NS // 60 // 10**9} "
+                f"minutes: use that one, or try again then (its key slot is {key})"
+            )
 
 
 def _is_in_place(store: Store, data: bytes) -> bool:
