@@ -10,7 +10,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from backupfs.disks.crc32c import SEED, crc32c
+from backupfs.disks import superblocks
+from backupfs.disks.ext_sums import Sums, is_superblock_right
 from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable
 
 _MAGIC = 0xEF53
@@ -25,7 +26,6 @@ _CLUSTERS = 0x200
 _RO_COMPAT_OF_4 = 0x8 | 0x10 | 0x20 | 0x40 | _CLUSTERS | 0x400 | 0x2000 | 0x8000  # huge_file … metadata_csum …
 _HAS_JOURNAL, _SPARSE_SUPER_2 = 0x4, 0x200
 _SPARSE_SUPER, _HUGE_FILE = 0x1, 0x8
-_METADATA_SUMS, _HAS_SEED = 0x400, 0x2000
 
 _ENCRYPTED, _COUNTS_IN_BLOCKS, _EXTENT_TREE, _IS_VALUE, _IS_INLINE = 0x800, 0x40000, 0x80000, 0x200000, 0x10000000
 # mode, uid, size, ctime, mtime, gid, links, blocks, flags, i_block, attributes' block, high half of the size, high
@@ -94,6 +94,11 @@ class Ext:
         compat, incompat, ro_compat = struct.unpack_from("<III", block, 0x5C) if revision else (0, 0, 0)
         if incompat & _JOURNAL_DEVICE:
             raise Unreadable("it is the journal of a file system on another volume")
+        if not is_superblock_right(block, ro_compat):
+            copy = superblocks.copy_of_ext(read, size)
+            where = "" if copy is None else f", a copy is at byte {copy.place:,}"
+            raise Unreadable(f"its superblock has a wrong checksum{where}")
+        self._sums = Sums(block, incompat, ro_compat)
         if incompat & ~_INCOMPAT_KNOWN:
             raise Unreadable(f"it has features of ext4 that are not known ({incompat & ~_INCOMPAT_KNOWN:#x})")
         self._row: int = 32
@@ -119,14 +124,8 @@ class Ext:
         self._blocks, self._first, self._blocks_per_group = blocks, first, per_group
         self._first_meta = struct.unpack_from("<I", block, 0x104)[0] if incompat & _META_GROUPS else 1 << 32
         self._incompat, self._ro_compat = incompat, ro_compat
-        self._seed: int | None = None
-        if ro_compat & _METADATA_SUMS:
-            has_seed = incompat & _HAS_SEED
-            self._seed = (
-                struct.unpack_from("<I", block, 0x270)[0] if has_seed else crc32c(SEED, bytes(block[0x68:0x78]))
-            )
         self._copies = {0, *struct.unpack_from("<II", block, 0x24C)} if compat & _SPARSE_SUPER_2 else None
-        self._tables: dict[int, list[int]] = {}
+        self._tables: dict[int, list[int | None]] = {}
         self._windows: dict[tuple[int, int], bytes] = {}
         self._attributes: dict[int, list[tuple[bytes, bytes]]] = {}
         is_4 = incompat & _INCOMPAT_OF_4 or ro_compat & _RO_COMPAT_OF_4
@@ -164,10 +163,20 @@ class Ext:
                 first = number * per_block
                 at = self._first + first * self._blocks_per_group + self._has_superblock(first)
                 at += not number and self._first < 1024 // self._block_size
-            data = self._block(at)
-            table = [_descriptor(data[row * self._row : (row + 1) * self._row]) for row in range(per_block)]
+            table = self._starts_in(self._block(at), number * per_block, per_block)
             self._tables[number] = table
-        return table[within]
+        start = table[within]
+        if start is None:
+            raise Unreadable(f"the descriptor of its group {group} has a wrong checksum")
+        return start
+
+    def _starts_in(self, data: bytes, first: int, count: int) -> list[int | None]:
+        """Return where the inodes of groups begin, by a block of descriptors; None for one with a wrong sum."""
+        rows = [data[row * self._row : (row + 1) * self._row] for row in range(count)]
+        return [
+            _start_of_inodes(row) if self._sums.is_group_right(group, row) else None
+            for group, row in enumerate(rows, first)
+        ]
 
     def _has_superblock(self, group: int) -> bool:
         if self._copies is not None:
@@ -196,31 +205,8 @@ class Ext:
         raw = data[at : at + self._inode_size]
         if len(raw) < self._inode_size:
             raise Unreadable(_BEHIND)
-        # One that is not in use may never have been written.
-        if self._seed is not None and raw[26:28] != b"\0\0":
-            self._require_sum(number, raw)
+        self._sums.require_inode(number, raw)
         return self._parsed(number, raw)
-
-    # Sums.
-
-    def _require_sum(self, number: int, raw: bytes) -> None:
-        """Compare an inode's sum. Raises: Unreadable."""
-        assert self._seed is not None
-        data = number.to_bytes(4, "little") + raw[0x64:0x68] + raw[:0x7C] + b"\0\0" + raw[0x7E:0x80]
-        wanted, mask = raw[0x7C] | raw[0x7D] << 8, 0xFFFF
-        if len(raw) > _PLAIN_INODE:
-            if raw[0x80] | raw[0x81] << 8 >= 4:
-                wanted, mask = wanted | raw[0x82] << 16 | raw[0x83] << 24, SEED
-                data += raw[0x80:0x82] + b"\0\0" + raw[0x84:]
-            else:
-                data += raw[0x80:]
-        if crc32c(self._seed, data) & mask != wanted:
-            raise Unreadable(f"its inode {number} has a wrong checksum")
-
-    def _sum_below(self, inode: _Inode, data: bytes) -> int:
-        """Return the sum of what belongs to an inode."""
-        assert self._seed is not None
-        return crc32c(self._seed, inode.number.to_bytes(4, "little") + inode.raw[0x64:0x68] + data)
 
     def _parsed(self, number: int, raw: bytes) -> _Inode:
         (
@@ -307,11 +293,7 @@ class Ext:
                 magic, number, _, under = _HEADER.unpack_from(child)
                 if magic != _TREE_MAGIC or under != depth - 1 or number * 12 + 12 > len(child) or nodes > _MOST_NODES:
                     raise Unreadable("a block of its tree of extents is none")
-                if self._seed is not None:
-                    end_of_node = 12 + 12 * int.from_bytes(child[4:6], "little")
-                    wanted = child[end_of_node : end_of_node + 4]
-                    if self._sum_below(inode, child[:end_of_node]).to_bytes(4, "little") != wanted:
-                        raise Unreadable("a block of its tree of extents has a wrong checksum")
+                self._sums.require_extents(inode.number, inode.raw, child)
                 below.append((child, number, under))
             stack += reversed(below)
         return found
@@ -421,9 +403,9 @@ class Ext:
         if inode.flags & _ENCRYPTED:
             raise Unreadable("its names are encrypted")
         problem = ""
-        for part in self._parts_of_directory(inode):
+        for part, fault in self._parts_of_directory(inode):
             names, broken = self._names(part)
-            problem = problem or broken
+            problem = problem or fault or broken
             for name, number in names:
                 try:
                     entry = self._entry(name, number)
@@ -433,19 +415,21 @@ class Ext:
         if problem:
             raise Unreadable(problem)
 
-    def _parts_of_directory(self, inode: _Inode) -> Iterator[bytes]:
-        """Yield what holds entries: no entry goes from one part into another."""
+    def _parts_of_directory(self, inode: _Inode) -> Iterator[tuple[bytes, str]]:
+        """Yield what holds entries, or nothing and what is wrong: no entry goes from one part into another."""
         if inode.flags & _IS_INLINE:
             # Four bytes for the directory above, then entries, which go on in an attribute.
-            yield inode.map[4 : max(4, min(inode.size, len(inode.map)))]
-            yield dict(self._all_attributes(inode)).get(_DATA, b"")
+            yield inode.map[4 : max(4, min(inode.size, len(inode.map)))], ""
+            yield dict(self._all_attributes(inode)).get(_DATA, b""), ""
             return
         left = -(-inode.size // self._block_size)
         for start, block, length in self._runs(inode):
             if start >= left or not block:
                 continue
-            for number in range(block, block + min(length, left - start)):
-                yield self._block(number)
+            for place in range(min(length, left - start)):
+                data = self._block(block + place)
+                fault = self._sums.fault_in_directory(inode.number, inode.raw, start + place, data)
+                yield b"" if fault else data, fault
 
     def _names(self, part: bytes) -> tuple[list[tuple[bytes, int]], str]:
         """Return the names in a part of a directory, each with its inode, and what is wrong with it."""
@@ -499,10 +483,7 @@ class Ext:
                 magic, _, count = struct.unpack_from("<III", block)
                 if magic != _ATTRIBUTES_MAGIC or count != 1:
                     raise Unreadable("the block of its attributes is none")
-                if self._seed is not None:
-                    summed = inode.attributes_at.to_bytes(8, "little") + block[:16] + bytes(4) + block[20:]
-                    if crc32c(self._seed, summed) != int.from_bytes(block[16:20], "little"):
-                        raise Unreadable("the block of its attributes has a wrong checksum")
+                self._sums.require_attributes(inode.attributes_at, block)
                 shared = list(self._attributes_in(block, 32, 0))
                 if len(self._attributes) >= _MOST_ATTRIBUTE_BLOCKS:
                     self._attributes.clear()
@@ -582,11 +563,11 @@ def open_ext(read: Read, size: int) -> Ext | None:
     return Ext(read, size, block)
 
 
-def _descriptor(data: bytes) -> int:
+def _start_of_inodes(descriptor: bytes) -> int:
     """Return where a group's inodes begin."""
     low: int
     high: int
-    (low,), (high,) = struct.unpack_from("<I", data, 8), struct.unpack_from("<I", data.ljust(44, b"\0"), 40)
+    (low,), (high,) = struct.unpack_from("<I", descriptor, 8), struct.unpack_from("<I", descriptor.ljust(44, b"\0"), 40)
     return low | high << 32
 
 

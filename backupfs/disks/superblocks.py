@@ -63,6 +63,11 @@ def copy_in(read: Read, size: int) -> Copy | None:
     return None
 
 
+def copy_of_ext(read: Read, size: int) -> Copy | None:
+    """Return the copy of a superblock of ext2, ext3 or ext4; None if there is none where it should be."""
+    return next(_copies_of_ext(read, size), None)
+
+
 def _copies_of_ext(read: Read, _size: int) -> Iterator[Copy]:
     for block_size, per_group in _EXT_GROUPS:
         start = (per_group + (block_size == 1024)) * block_size
