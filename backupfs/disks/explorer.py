@@ -7,11 +7,10 @@ import importlib
 import importlib.util
 import os
 import stat
-import struct
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
+from backupfs.disks import explorer_btrfs as btrfs
 from backupfs.disks import explorer_ntfs as ntfs
 from backupfs.disks.filesystem import READ, Entry, Extent, Filesystem, Read, Unreadable, append_extent
 from backupfs.disks.free_space_ntfs import is_unmounted
@@ -22,11 +21,6 @@ _FORMS = {
     "squashfs": "squashfs", "udf": "udf", "hfsplus": "hfsplus",
 }  # fmt: skip
 _STEP = 1 << 20
-# Of btrfs: types of items, (directory, sequence, length of the name) before a name, the inode of an empty directory.
-_ROOT_ITEM, _ROOT_REF = 132, 156
-_ROOT_REFERENCE = struct.Struct("<QQH")
-_EMPTY_INODE = 2
-_PLACE = "backupfs place"  # under which a node keeps where it belongs
 _TYPES = {
     "FILE": stat.S_IFREG, "DIR": stat.S_IFDIR, "SYMLINK": stat.S_IFLNK, "CHAR_DEVICE": stat.S_IFCHR,
     "BLOCK_DEVICE": stat.S_IFBLK, "FIFO": stat.S_IFIFO, "SOCKET": stat.S_IFSOCK,
@@ -65,14 +59,12 @@ def open_filesystem(read: Read, size: int) -> Filesystem | None:
     # A format of virtual machines in a volume is nothing to open: it may name files of this host.
     if name not in _FORMS:
         return None
-    layer = found.driver.open(volume, tree.Context(cache=cache.Cache(), stats=stats.Stats()), found.hint)
+    context = tree.Context(cache=cache.Cache(), stats=stats.Stats())
+    is_btrfs = name == "btrfs"
+    layer = btrfs.open_tree(volume, context) if is_btrfs else found.driver.open(volume, context, found.hint)
     if not isinstance(layer, tree.Tree):
         return None
-    if name == "btrfs":
-        # Its addresses are logical, and the library does not say where they are.
-        layer.lra.physical_ranges = partial(_ranges_of_btrfs, layer.lra)
-        layer._entry_node = partial(_entry_of_btrfs, layer, layer._entry_node)
-    is_clean = not layer.sb.log_root if name == "btrfs" else name != "ntfs" or is_unmounted(read, size)
+    is_clean = not layer.sb.log_root if is_btrfs else name != "ntfs" or is_unmounted(read, size)
     return _ExplorerFilesystem(layer, getattr(layer, "format", "") or _FORMS[name], is_clean)
 
 
@@ -130,7 +122,7 @@ class _ExplorerFilesystem:
 
     def _is_elsewhere(self, node: Any, directory: Entry) -> bool:
         """Tell whether a node is a subvolume of btrfs that is shown in another directory."""
-        place = node.extra.get(_PLACE)
+        place = node.extra.get(btrfs.PLACE)
         return place is not None and place != (directory.handle.ref, os.fsencode(node.name))
 
     def identity(self, directory: Entry) -> object:
@@ -242,47 +234,6 @@ class _Empty(NamedTuple):
 def _empty_directory(node: Any, directory: Entry) -> Entry:
     """Return what the kernel shows in the place of a subvolume that is elsewhere; of its times it shows the present."""
     return Entry(
-        os.fsencode(node.name), stat.S_IFDIR | 0o755, directory.uid, directory.gid, 1, _EMPTY_INODE, 0,
+        os.fsencode(node.name), stat.S_IFDIR | 0o755, directory.uid, directory.gid, 1, btrfs.EMPTY_INODE, 0,
         directory.mtime_ns, directory.ctime_ns, handle=_Empty(directory.handle.ref, node.name),
     )  # fmt: skip
-
-
-def _entry_of_btrfs(
-    tree: Any, entry_node: Any, number: int, name: bytes, place: tuple[int, int, int], kind: int
-) -> Any:
-    """Return the node of an entry; of a subvolume with the place where it belongs, as the tree of roots has it.
-
-    A snapshot keeps the entries of the subvolumes in what it was made of, and has none of these itself.
-    """
-    if place[1] != _ROOT_ITEM:
-        return entry_node(number, name, place, kind)
-    reference = tree.trees.get(tree.sb.root, (number, _ROOT_REF, place[0])) or b""
-    belongs: tuple[tuple[int, int], bytes] | None = None
-    if len(reference) >= _ROOT_REFERENCE.size:
-        directory, _, length = _ROOT_REFERENCE.unpack_from(reference)
-        belongs = (number, directory), bytes(reference[_ROOT_REFERENCE.size :][:length])
-    if belongs is None or belongs[1] != name:
-        # The inode that the library knows as an empty directory.
-        node = importlib.import_module("fs_explorer.tree").Node(
-            name.decode("utf-8", "surrogateescape"),
-            importlib.import_module("fs_explorer.entry").EntryType.DIR,
-            ref=(number, _EMPTY_INODE), statted=False,
-        )  # fmt: skip
-        node.extra[_PLACE] = ()
-        return node
-    node = entry_node(number, name, place, kind)
-    node.extra[_PLACE] = belongs
-    return node
-
-
-def _ranges_of_btrfs(logical: Any, offset: int, length: int) -> list[tuple[int | None, int, int]] | None:
-    """Return where a range of the address space of btrfs lies in the volume; None if it lies on several devices."""
-    found: list[tuple[int | None, int, int]] = []
-    while length > 0:
-        chunk = logical.cmap.find(offset)
-        if chunk.refusal is not None:
-            return None
-        count = min(length, chunk.end - offset)
-        found += logical.dev.physical_ranges(chunk.phys + offset - chunk.logical, count)
-        offset, length = offset + count, length - count
-    return found

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from backupfs.disks.btrfs_sums import sums_of
 from backupfs.disks.filesystem import Read, Unreadable
 from backupfs.disks.ranges import joined, without
 
@@ -53,6 +54,9 @@ def free_ranges(read: Read, size: int) -> Iterator[tuple[int, int]] | None:
 class _Btrfs:
     def __init__(self, read: Read, size: int, block: bytes) -> None:
         self._read = read
+        self._sums = sums_of(block)
+        if not self._sums.is_whole(block):
+            raise Unreadable("its superblock has a wrong checksum")
         self._root, self._chunk_root, log_root = struct.unpack_from("<QQQ", block, 80)
         (devices,) = struct.unpack_from("<Q", block, 136)
         _, self._node_size = struct.unpack_from("<II", block, 144)
@@ -163,10 +167,7 @@ class _Btrfs:
             if address in seen:
                 raise Unreadable("a tree of it goes in circles")
             seen.add(address)
-            place, end = next(self._places(address, address + self._node_size))
-            data = memoryview(self._read(place, self._node_size))
-            if end - place != self._node_size or len(data) != self._node_size:
-                raise Unreadable("a block of a tree lies over the end of a chunk")
+            data = memoryview(self._block(address))
             (own,) = struct.unpack_from("<Q", data, 48)
             (count,) = struct.unpack_from("<I", data, 96)
             if own != address or data[100] != wanted or _HEADER + count * (33 if wanted else 25) > self._node_size:
@@ -182,3 +183,13 @@ class _Btrfs:
                     raise Unreadable("an item of a tree goes beyond its block")
                 object_id, kind, of_key = _KEY.unpack_from(data, place)
                 yield _Item(object_id, kind, of_key, data[_HEADER + offset : _HEADER + offset + length])
+
+    def _block(self, address: int) -> bytes:
+        """Return a block of a tree, from the first copy that is whole."""
+        for place, end in self._places(address, address + self._node_size):
+            if end - place != self._node_size:
+                raise Unreadable("a block of a tree lies over the end of a chunk")
+            data = self._read(place, self._node_size)
+            if len(data) == self._node_size and self._sums.is_whole(data):
+                return data
+        raise Unreadable("a block of a tree has a wrong checksum")
