@@ -73,9 +73,8 @@ class Xfs:
     def __init__(self, read: Read, size: int) -> None:
         """Take the volume. Raises: Unreadable."""
         self._read_volume = read
-        self._size = size
         block = read(0, 512)
-        (self._block_size,) = struct.unpack_from(">I", block, 4)
+        self._block_size, blocks = struct.unpack_from(">IQ", block, 4)
         log_start, self._root = struct.unpack_from(">QQ", block, 48)
         self._group_blocks, self._groups = struct.unpack_from(">II", block, 84)
         (log_blocks, version, _, self._inode_size, self._per_block) = struct.unpack_from(">IHHHH", block, 96)
@@ -98,9 +97,10 @@ class Xfs:
         if not sane:
             raise Unreadable("its superblock makes no sense")
         is_clean = not log_start or self._is_clean(log_start, log_blocks)
-        self.remarks: tuple[str, ...] = (
-            () if is_clean else ("it was not unmounted: files are shown as of before its journal is replayed",)
-        )
+        remarks = [] if is_clean else ["it was not unmounted: files are shown as of before its journal is replayed"]
+        if blocks * self._block_size > size:
+            remarks.append("it is larger than the disk, which is cut short: some files cannot be whole")
+        self.remarks: tuple[str, ...] = tuple(remarks)
 
     # Blocks.
 

@@ -200,6 +200,8 @@ class VolumeFiles:
                 raise ValueError(f"an extent of {length} bytes")
             if offset is None:
                 builder.add([length, HOLE])
+            elif not 0 <= offset <= self._place.size - length:
+                raise ValueError(f"an extent of {length} bytes at {offset}, outside of its volume")
             else:
                 builder.add([length, EXTENT, self._place.number, offset])
                 if not self._in_free and next(overlapping(self._place.free, offset, offset + length), None):

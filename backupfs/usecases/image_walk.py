@@ -172,6 +172,7 @@ class _Walk:
         """Take the parts. size: of the volume."""
         self._line = line
         self._filesystem = filesystem
+        self._size = size
         self._most_read = max(_MOST_RATIO * size, _LEAST_READ)
         self._left = self._most_read
         limit = resource.getrlimit(resource.RLIMIT_CPU)[0]
@@ -291,6 +292,9 @@ class _Walk:
         extents = self._filesystem.extents(entry)
         if extents is None:
             extents = [(size, READ)]
+        for length, place in extents:
+            if place not in (None, READ) and not 0 <= place <= self._size - length:
+                raise Unreadable("it lies behind the end of the disk, which is cut short")
         if any(place == READ for _, place in extents):
             return self._read(entry, xattrs, extents)
         return Node(entry.name, _row_of(entry, size), xattrs, extents=tuple(extents))

@@ -615,6 +615,41 @@ def test_files_behind_the_end_of_a_disk_that_was_cut_are_named(tmp_path: Path) -
     assert 0 < whole < len(tree)
 
 
+def test_what_a_reader_says_to_lie_outside_of_the_volume_costs_its_file_only(imaged: Image) -> None:
+    extents = {b"a": [(10, 7), (2, 199_999)], b"b": [(10, 199_990)], b"c": [(2000, READ), (9, -7)]}
+    sizes = {name: sum(length for length, _ in found) for name, found in extents.items()}
+    repository, snapshot, events = imaged(Made({1: [file(name, size) for name, size in sizes.items()]}, extents))
+    behind = "it lies behind the end of the disk, which is cut short"
+    assert problems_of(events) == {b"disk:/a": behind, b"disk:/c": behind}
+    plain = random.Random(3).randbytes(200_000)
+    assert bytes_of(repository, snapshot, "/files/disk/b") == plain[199_990:]
+
+
+def test_files_of_xfs_behind_the_end_of_a_disk_that_was_cut_are_named(tmp_path: Path) -> None:
+    tree = {f"f{number}": os.urandom(6 * MIB) for number in range(6)}
+    lines = ["/stand/diag", "4872 110", "d--755 0 0"]
+    for name, content in tree.items():
+        (tmp_path / name).write_bytes(content)
+        lines.append(f"{name} ---640 0 0 {tmp_path / name}")
+    (tmp_path / "proto").write_text("\n".join([*lines, "$", ""]))
+    path = tmp_path / "disk.raw"
+    with open(path, "wb") as disk:
+        disk.truncate(320 * MIB)
+    subprocess.run(["mkfs.xfs", "-q", "-p", tmp_path / "proto", path], check=True, capture_output=True)
+    os.truncate(path, 20 * MIB)
+    repository, events = new_repository(), list[Event]()
+    snapshot = run_image(repository, path, report=events.append).snapshot
+    assert snapshot is not None
+    assert ["larger than the disk" in event.text for event in events if isinstance(event, Remark)] == [True]
+    named = problems_of(events)
+    assert 0 < len(named) < len(tree)
+    for name, content in tree.items():
+        if (key := b"disk:/" + name.encode()) in named:
+            assert named[key] == "it lies behind the end of the disk, which is cut short"
+        else:
+            assert bytes_of(repository, snapshot, f"/files/disk/{name}") == content
+
+
 def test_one_garbled_entry_hides_no_other(tmp_path: Path) -> None:
     tree = {f"f{number:03}": File(b"%d" % number) for number in range(200)}
     path = volume_of(Path(os.fsdecode(build(tree, tmp_path / "source"))), tmp_path / "disk.raw", "ext4", size=16 * MIB)
@@ -639,7 +674,7 @@ class Takeover:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("what", ["code", "numbers", "type", "extents", "parts"])
+@pytest.mark.parametrize("what", ["code", "numbers", "type", "extents", "outside", "before", "parts"])
 def test_a_reader_that_was_taken_over_can_do_nothing_here(
     what: str, imaged: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -648,6 +683,8 @@ def test_a_reader_that_was_taken_over_can_do_nothing_here(
         "code": Takeover(tmp_path / "made"),
         "numbers": image_walk.Listed((image_walk.Node(b"a", row, (), directory=77),)),
         "extents": image_walk.Listed((image_walk.Node(b"a", row, (), extents=((None, None),)),)),  # type: ignore[arg-type]
+        "outside": image_walk.Listed((image_walk.Node(b"a", row, (), extents=((2, 199_999),)),)),
+        "before": image_walk.Gap(((2, -5),)),
         "parts": image_walk.Gap(((-5, None),)),
         "type": image_walk.Listed((image_walk.Node(b"a", b"short", ()),)),
     }[what]
