@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from backupfs.disks.filesystem import Unreadable
-from backupfs.disks.logical import add_groups
+from backupfs.disks.logical import add_groups, lacks_of
 from backupfs.disks.luks import NotOpened, open_luks, read_luks
 from backupfs.disks.lvm import NotLvm, PhysicalVolume, read_physical_volume
 from backupfs.disks.partitions import partition_name, read_table
@@ -111,11 +111,17 @@ def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = (), keys
                 except NotOpened as error:
                     divided.add(number)
                     closed.append((table.name(number), str(error)))
-                except (NotLvm, Unreadable) as error:
+                except NotLvm as error:
+                    divided.add(number)
+                    problems.append((table.name(number), str(error)))
+                except Unreadable as error:
                     divided.add(number)
                     remarks.append(f"{table.name(number)}: {error}")
             number += 1
         remarks += add_groups(table, members, groups)
+    lacks, lost = lacks_of(members)
+    remarks += [f"{table.name(at)}: {reason}" for at, reason in lacks]
+    problems += [(table.name(at), reason) for at, reason in lost]
     # Where each passphrase opened something, none was given for the others.
     if used.issuperset(passphrases):
         remarks += [f"{name}: {reason}" for name, reason in closed]

@@ -39,6 +39,8 @@ def add_groups(table: VolumeTable, members: list[tuple[int, PhysicalVolume]], do
     newest: dict[str, PhysicalVolume] = {}
     for _, member in members:
         known = newest.get(member.group_id)
+        if not member.metadata and not member.group:
+            continue  # it is a place only
         if known is None or member.sequence > known.sequence:
             newest[member.group_id] = member
     places: dict[str, int] = {}
@@ -49,6 +51,27 @@ def add_groups(table: VolumeTable, members: list[tuple[int, PhysicalVolume]], do
             done.add(group_id)
             remarks += _Group(table, member, places).add_all()
     return remarks
+
+
+def lacks_of(members: list[tuple[int, PhysicalVolume]]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Return what is to be known of physical volumes, by number, and the problems: of what group, nobody knows."""
+    remarks: list[tuple[int, str]] = []
+    problems: list[tuple[int, str]] = []
+    known = {uuid for _, member in members for uuid in _uuids(member.metadata)}
+    for number, member in members:
+        if member.uuid not in known and member.damage:
+            problems.append((number, f"it is a physical volume of LVM that cannot be read: {member.damage}"))
+        elif member.uuid not in known and not member.group:
+            remarks.append((number, "it is a physical volume of LVM without metadata that can be read"))
+        elif member.damage:
+            remarks.append((number, f"{member.damage}: another copy of it counts"))
+    return remarks, problems
+
+
+def _uuids(metadata: dict[str, Any]) -> set[str]:
+    physical = metadata.get("physical_volumes")
+    found = physical.values() if isinstance(physical, dict) else ()
+    return {str(one.get("id")).replace("-", "") for one in found if isinstance(one, dict)}
 
 
 class _Group:

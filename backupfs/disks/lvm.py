@@ -1,24 +1,29 @@
 """LVM2: physical volumes, and the text that says what is made of them (logical.py).
 
 What is read is hostile: everything is bounded and checked, and what cannot be true is left out, with the reason.
-Source: lvm2, lib/format_text/layout.h and lib/label/label.h; the text is that of vgcfgbackup(8).
+Source: lvm2, lib/format_text/layout.h, lib/label/label.h and lib/misc/crc.c; the text is that of vgcfgbackup(8).
 """
 
 import re
 import struct
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backupfs.disks.filesystem import Read
+from backupfs.disks.superblocks import form_of
 
 _SECTOR = 512
 _LABEL = struct.Struct("<8sQII8s")
+_SUMMED_OF_LABEL = 20  # from there to its sector's end
+_FIRST_SUM = 0xF597A6CF
 _PV_HEADER = struct.Struct("<32sQ")
 _LOCATION = struct.Struct("<QQ")
 _AREA_HEADER = struct.Struct("<I16sIQQ")
 _AREA_MAGIC = b" LVM2 x[5A%r0N*>"
 _RAW_LOCATION = struct.Struct("<QQII")
+_IGNORED = 1  # a flag of a location: what is there is old
 _MOST_AREAS = 16
 _MOST_TEXT = 16 << 20
 _MOST_DEPTH = 16
@@ -35,21 +40,30 @@ class PhysicalVolume:
     """What one physical volume says: its own id, and the volume group as it knows it."""
 
     uuid: str
-    group: str
-    group_id: str
-    sequence: int
-    metadata: dict[str, Any]
+    group: str = ""  # empty: it knows none, which another physical volume may
+    group_id: str = ""
+    sequence: int = -1
+    metadata: dict[str, Any] = field(default_factory=dict)
+    damage: str = ""  # why a copy of the metadata is not believed
 
 
 def read_physical_volume(read: Read) -> PhysicalVolume | None:
     """Return what a volume says of itself; None if it is no physical volume. Raises: NotLvm."""
     start = read(0, 4 * _SECTOR)
+    is_damaged = False
     for sector in range(4):
         block = start[sector * _SECTOR : (sector + 1) * _SECTOR]
         if block[:8] == b"LABELONE" and len(block) == _SECTOR:
-            _, number, _, offset, kind = _LABEL.unpack_from(block)
-            if number == sector and kind == b"LVM2 001" and offset + _PV_HEADER.size <= _SECTOR:
+            _, number, total, offset, kind = _LABEL.unpack_from(block)
+            if number != sector or kind != b"LVM2 001":
+                continue
+            if _sum(block[_SUMMED_OF_LABEL:]) != total:
+                is_damaged = True
+            elif offset + _PV_HEADER.size <= _SECTOR:
                 return _read_header(read, block, offset)
+    # A label that is left of what was there before is nothing that was lost.
+    if is_damaged and not form_of(read):
+        raise NotLvm("it is a physical volume of LVM whose label has a wrong checksum")
     return None
 
 
@@ -67,33 +81,54 @@ def _read_header(read: Read, block: bytes, offset: int) -> PhysicalVolume:
                 break
             found.append((start, size))
         lists.append(found)
+    newest, damage = PhysicalVolume(uuid), ""
     for place, size in lists[1]:
-        text = _read_area(read, place, size)
-        if text is not None:
-            parsed = parse(text)
-            group = next((name for name, value in parsed.items() if isinstance(value, dict)), "")
-            metadata = parsed.get(group)
-            if isinstance(metadata, dict):
-                sequence = metadata.get("seqno", 0)
-                number = sequence if isinstance(sequence, int) else 0
-                return PhysicalVolume(uuid, group, str(metadata.get("id", group)), number, metadata)
-    raise NotLvm("it is a physical volume of LVM without metadata that can be read")
+        try:
+            text = _read_area(read, place, size)
+            known = _known(uuid, text) if text is not None else newest
+        except NotLvm as error:
+            damage = damage or str(error)
+        else:
+            newest = max(newest, known, key=lambda one: one.sequence)
+    return replace(newest, damage=damage)
+
+
+def _known(uuid: str, text: str) -> PhysicalVolume:
+    parsed = parse(text)
+    group = next((name for name, value in parsed.items() if isinstance(value, dict)), "")
+    metadata = parsed.get(group)
+    if not isinstance(metadata, dict):
+        raise NotLvm("the metadata of LVM has no volume group")
+    sequence = metadata.get("seqno", 0)
+    number = sequence if isinstance(sequence, int) else 0
+    return PhysicalVolume(uuid, group, str(metadata.get("id", group)), number, metadata)
 
 
 def _read_area(read: Read, place: int, size: int) -> str | None:
-    """Return the text of a metadata area, which goes around at its end; None if it has none."""
+    """Return the text of a metadata area, which goes around at its end; None if it has none. Raises: NotLvm."""
     header = read(place, _SECTOR)
     if len(header) < _SECTOR or not _SECTOR < size <= 1 << 40:
+        raise NotLvm("its area of metadata makes no sense")
+    total_of_header, magic, _, start, total = _AREA_HEADER.unpack_from(header)
+    if magic != _AREA_MAGIC or _sum(header[4:]) != total_of_header:
+        raise NotLvm("the head of its metadata has a wrong checksum")
+    offset, length, total_of_text, flags = _RAW_LOCATION.unpack_from(header, _AREA_HEADER.size)
+    if not offset or not length or flags & _IGNORED:
         return None
-    _, magic, _, start, total = _AREA_HEADER.unpack_from(header)
-    offset, length, _, _ = _RAW_LOCATION.unpack_from(header, _AREA_HEADER.size)
-    if magic != _AREA_MAGIC or start != place or total > size or not _SECTOR <= offset < total:
-        return None
-    if not 0 < length <= min(_MOST_TEXT, total - _SECTOR):
-        return None
+    if start != place or total > size or not _SECTOR <= offset < total:
+        raise NotLvm("its area of metadata makes no sense")
+    if length > min(_MOST_TEXT, total - _SECTOR):
+        raise NotLvm("its metadata is larger than is believed")
     first = min(length, total - offset)
     text = read(place + offset, first) + read(place + _SECTOR, length - first)
+    if _sum(text) != total_of_text:
+        raise NotLvm("its metadata has a wrong checksum")
     return text.decode("utf-8", "replace").rstrip("\0")
+
+
+def _sum(data: bytes) -> int:
+    """Return the sum that LVM makes: CRC-32 that begins elsewhere and is not inverted."""
+    return zlib.crc32(data, _FIRST_SUM ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
 def parse(text: str) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from backupfs.disks.lvm import NotLvm, parse, read_physical_volume
 from backupfs.disks.source import open_disk
 from backupfs.disks.table import VolumeReader, VolumeTable
 from backupfs.snapshots.volumes import Ranges
+from backupfs.usecases.events import Event, FileSkipped
 from tests.builders import File, build, new_repository
-from tests.usecases.test_image import bytes_of, make_image
+from tests.usecases.test_image import bytes_of, make_image, run_image
 
 MIB = 1 << 20
 PV = gzip.decompress((Path(__file__).parent / "vg0.pv.gz").read_bytes())
@@ -106,17 +107,50 @@ def test_garbled_text_is_refused_or_harmless(text: str) -> None:
     assert isinstance(parsed, dict)
 
 
-def test_damaged_metadata_costs_the_volumes_only(tmp_path: Path) -> None:
-    plain = file_system(tmp_path)
-    path = disk_of(tmp_path, plain)
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (512 + 40, "it is a physical volume of LVM whose label has a wrong checksum"),
+        (4096, "it is a physical volume of LVM that cannot be read: the head of its metadata has a wrong checksum"),
+        (
+            4096 + 40,
+            "it is a physical volume of LVM that cannot be read: the head of its metadata has a wrong checksum",
+        ),
+        (-1, "it is a physical volume of LVM that cannot be read: its metadata has a wrong checksum"),
+    ],
+)
+def test_metadata_with_a_wrong_checksum_is_a_problem_and_costs_the_volumes_only(
+    place: int, says: str, tmp_path: Path
+) -> None:
+    path = disk_of(tmp_path, file_system(tmp_path))
+    if place < 0:
+        # Where an extent of a volume begins, in the text that counts: the last one.
+        place = PV.rindex(b"pe_start = 2048") + len("pe_start = ")
     with open(path, "r+b") as file:
-        file.seek(4096)
-        file.write(b"?" * 512)
-    [remark] = layout_of(path).remarks
-    assert "without metadata" in remark
-    repository = new_repository()
-    snapshot = make_image(repository, path)
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    layout = layout_of(path)
+    assert layout.problems == (("disk", says),)
+    assert layout.remarks == ()
+    assert layout.volumes == []
+    repository, events = new_repository(), list[Event]()
+    snapshot = run_image(repository, path, report=events.append).snapshot
+    assert snapshot is not None
     assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
+    assert bytes_of(repository, snapshot, "/files/.unread").decode() == f"disk: {says}\n"
+    assert [event.reason for event in events if isinstance(event, FileSkipped)] == [says]
+
+
+def test_a_label_that_is_left_in_a_file_system_is_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(file_system(tmp_path))
+    with open(path, "r+b") as file:
+        file.seek(512)
+        file.write(PV[512:1000] + b"rest" + PV[1004:1024])
+    layout = layout_of(path)
+    assert (layout.remarks, layout.problems, layout.undivided) == ((), (), (0,))
 
 
 def test_ranges_are_cut_where_asked(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from backupfs.disks import lvm as lvm_module
 from backupfs.disks import thin as thin_module
 from backupfs.disks.filesystem import Unreadable
 from backupfs.disks.layout import Layout, read_layout
@@ -314,6 +315,29 @@ def test_one_disk_of_two_shows_what_is_whole_on_it(missing: int, tmp_path: Path)
     # One line for each volume that is not there.
     assert len(layout.remarks) == 8 - len(found)
     assert all("physical volume of it is missing" in remark for remark in layout.remarks)
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+@pytest.mark.parametrize("what", ["head", "text", "ignored"])
+def test_metadata_with_a_wrong_checksum_is_that_of_the_other_disk(what: str, damaged: int, tmp_path: Path) -> None:
+    group = Group(tmp_path)
+    group.write_thin(some_mappings(group.chooser))
+    disk = group.disks[damaged]
+    if what == "head":
+        disk[4096 + 41] ^= 1
+    else:
+        at = disk.rindex(b"extent_size = 512", 0, MIB)
+        disk[at : at + 17] = b"extent_size = 256"
+    if what == "ignored":
+        # pvchange --metadataignore: what is there is old, and nothing is wrong.
+        struct.pack_into("<I", disk, 4096 + 40 + 20, 1)
+        struct.pack_into("<I", disk, 4096, lvm_module._sum(bytes(disk[4100 : 4096 + 512])))
+    with Opened(*group.save()) as layout:
+        says = {"head": "the head of its metadata", "text": "its metadata"}.get(what, "")
+        copy = f"{'ab'[damaged]}: {says} has a wrong checksum: another copy of it counts"
+        assert layout.remarks == ((copy,) if says else ())
+        assert layout.problems == ()
+        assert read_all(layout) == group.volumes()
 
 
 def with_text(change: Callable[[str], str]) -> tuple[list[tuple[int, PhysicalVolume]], str]:
