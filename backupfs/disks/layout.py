@@ -78,7 +78,7 @@ def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = (), keys
     problems: list[tuple[str, str]] = []
     plain: set[int] = set()
     for number, source in enumerate(disks):
-        parted = read_table(source.read, source.size)
+        parted = read_table(source.read, source.size, source.sector)
         for part in parted.partitions:
             divided.add(number)
             added = table.add(partition_name(source.name, part.number), Ranges([(part.length, number, part.start)]))

@@ -10,7 +10,8 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from backupfs.disks.superblocks import form_of
+from backupfs.disks.superblocks import form_of, is_swap
+from backupfs.disks.unread import unread_form
 
 Read = Callable[[int, int], bytes]  # (offset, length) → bytes, fewer at the end of the disk
 
@@ -27,6 +28,7 @@ _EXTENDED = frozenset({0x05, 0x0F, 0x85})
 _PROTECTIVE = 0xEE
 _MOST_LOGICAL = 256
 _MOST_NAMED = 8
+_LUKS, _LVM = b"LUKS\xba\xbe", b"LABELONE"
 
 
 class Partition(NamedTuple):
@@ -56,10 +58,11 @@ _NO_TABLE = Table([], is_there=False)
 _LOST = "the partition table is damaged: no copy of the GPT is whole, so no partitions are shown"
 
 
-def read_table(read: Read, size: int) -> Table:
+def read_table(read: Read, size: int, sector: int = 0) -> Table:
     """Return the partition table of a disk.
 
-    read: of the disk. size: its bytes.
+    read: of the disk. size: its bytes. sector: its bytes, in which an MBR counts and which it does not name; 0: what
+    fits what is there.
     """
     boot = read(0, 512)
     is_mbr = len(boot) == 512 and boot[510:] == b"\x55\xaa"
@@ -69,20 +72,20 @@ def read_table(read: Read, size: int) -> Table:
         return _NO_TABLE
     if not is_mbr or is_protective:
         places = [(sector, place) for sector in _SECTORS for place in (sector, size - sector)]
-        for sector, place in places:
-            found = _read_gpt(read, size, sector, place)
+        for one, place in places:
+            found = _read_gpt(read, size, one, place)
             if found is not None:
                 return found
         if is_protective or any(read(place, 8) == _GPT_SIGNATURE for _, place in places if place > 0):
             # Of what an MBR protects with one entry, its other entries tell some at most.
-            others = _read_mbr(read, size, boot) if is_protective and _is_table(boot) else _NO_TABLE
+            others = _read_mbr(read, size, boot, sector) if is_protective and _is_table(boot) else _NO_TABLE
             return Table([one for one in others.partitions if one.kind != f"{_PROTECTIVE:02x}"], True, _LOST)
-    return _read_mbr(read, size, boot) if is_mbr and _is_table(boot) else _NO_TABLE
+    return _read_mbr(read, size, boot, sector) if is_mbr and _is_table(boot) else _NO_TABLE
 
 
-def partitions_of(read: Read, size: int) -> list[Partition]:
-    """Return the partitions of a disk by number; none where there is no table."""
-    return read_table(read, size).partitions
+def partitions_of(read: Read, size: int, sector: int = 0) -> list[Partition]:
+    """Return the partitions of a disk by number; none where there is no table. Takes the same as `read_table`."""
+    return read_table(read, size, sector).partitions
 
 
 def _read_gpt(read: Read, size: int, sector: int, place: int) -> Table | None:
@@ -129,27 +132,49 @@ def _is_table(boot: bytes) -> bool:
     return all(entry[0] in (0, 0x80) for entry in entries) and any(entry[2] and entry[5] for entry in entries)
 
 
-def _read_mbr(read: Read, size: int, boot: bytes) -> Table:
+def _read_mbr(read: Read, size: int, boot: bytes, sector: int) -> Table:
+    if sector:
+        return _read_counted(read, size, boot, sector)
+    found, large = (_read_counted(read, size, boot, one) for one in _SECTORS)
+    # Read in the larger sectors all lies elsewhere, and mostly beyond the end.
+    is_large = large.partitions and not large.damage and _holds_some(read, large) and not _holds_some(read, found)
+    return large if is_large else found
+
+
+def _holds_some(read: Read, table: Table) -> bool:
+    """Tell whether something that is known begins where a partition does."""
+
+    def begins(part: Partition) -> bool:
+        def inside(offset: int, length: int) -> bytes:
+            return read(part.start + offset, max(0, min(length, part.length - offset)))
+
+        is_volume = inside(0, 6) == _LUKS or any(inside(512 * at, 8) == _LVM for at in range(4))
+        return is_volume or bool(form_of(inside) or unread_form(inside) or is_swap(inside))
+
+    return any(begins(part) for part in table.partitions)
+
+
+def _read_counted(read: Read, size: int, boot: bytes, sector: int) -> Table:
     found: list[Partition] = []
     outside: list[int] = []
     is_whole = True
     for number, (_, _, kind, _, start, length) in enumerate(_MBR_ENTRY.iter_unpack(boot[_MBR_ENTRIES:510]), 1):
         if not kind or not length:
             continue
-        if (start + length) * 512 > size:
+        if (start + length) * sector > size:
             outside.append(number)
         elif kind in _EXTENDED:
-            logical, is_whole = _logical(read, size, start)
+            logical, is_whole = _logical(read, size, start, sector)
             found += logical
         else:
-            found.append(Partition(number, start * 512, length * 512, "", f"{kind:02x}"))
+            found.append(Partition(number, start * sector, length * sector, "", f"{kind:02x}"))
     damage = _outside(outside)
     if not damage and not is_whole:
         damage = "the partition table is damaged: its chain of logical partitions breaks off"
     return Table(sorted(found), True, damage)
 
 
-def _logical(read: Read, size: int, first: int) -> tuple[list[Partition], bool]:
+def _logical(read: Read, size: int, first: int, sector: int) -> tuple[list[Partition], bool]:
     """Return the logical partitions, and whether the chain of them is whole."""
     found: list[Partition] = []
     is_inside = True
@@ -157,7 +182,7 @@ def _logical(read: Read, size: int, first: int) -> tuple[list[Partition], bool]:
     at = first
     while at not in seen and len(found) < _MOST_LOGICAL:
         seen.add(at)
-        table = read(at * 512, 512)
+        table = read(at * sector, 512)
         if len(table) < 512 or table[510:] != b"\x55\xaa":
             # One that was never filled has no first table.
             return found, at == first and not table.strip(b"\0")
@@ -165,8 +190,9 @@ def _logical(read: Read, size: int, first: int) -> tuple[list[Partition], bool]:
         for _, _, kind, _, start, length in list(_MBR_ENTRY.iter_unpack(table[_MBR_ENTRIES:510]))[:2]:
             if kind in _EXTENDED:
                 following = first + start
-            elif kind and length and (at + start + length) * 512 <= size:
-                found.append(Partition(5 + len(found), (at + start) * 512, length * 512, "", f"{kind:02x}"))
+            elif kind and length and (at + start + length) * sector <= size:
+                place = (at + start) * sector
+                found.append(Partition(5 + len(found), place, length * sector, "", f"{kind:02x}"))
             elif kind and length:
                 is_inside = False
         if following is None:

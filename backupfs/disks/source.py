@@ -6,9 +6,11 @@ where there is data (nbd.py). Which files it reads is decided before (chain.py).
 
 import abc
 import errno
+import fcntl
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +26,7 @@ _ENDINGS = {
     "qcow2": (b".qcow2", b".qcow"), "vmdk": (b".vmdk",), "vpc": (b".vhd", b".vpc"), "vhdx": (b".vhdx",),
     "vdi": (b".vdi",),
 }  # fmt: skip
+_BLKSSZGET = 0x1268  # linux/fs.h
 _TELLING = (*(os.fsencode(suffix) for suffix in _SUFFIXES), *(one for some in _ENDINGS.values() for one in some))
 
 
@@ -63,6 +66,11 @@ class DiskSource(abc.ABC):
         """The number of the block device, if it is one."""
         return None
 
+    @property
+    def sector(self) -> int:
+        """The bytes in which partition tables count; 0: nobody knows."""
+        return 0
+
     def forget_cached(self) -> None:
         """Have everything that is read from now on come from the disk."""
         return
@@ -90,6 +98,18 @@ class RawDisk(DiskSource):
         """The number of the block device, if it is one."""
         status = os.fstat(self._fd)
         return status.st_rdev if stat.S_ISBLK(status.st_mode) else None
+
+    @property
+    def sector(self) -> int:
+        """What the kernel counts a block device in."""
+        if self.device is None:
+            return 0
+        buffer = bytearray(4)
+        try:
+            fcntl.ioctl(self._fd, _BLKSSZGET, buffer)
+        except OSError:
+            return 0
+        return int.from_bytes(buffer, sys.byteorder)
 
     def forget_cached(self) -> None:
         """Drop what the kernel keeps of a device: what a mounted file system wrote since goes past that."""

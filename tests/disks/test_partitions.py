@@ -91,5 +91,54 @@ def test_partitions_beyond_the_end_are_left_out(tmp_path: Path) -> None:
     assert [part.number for part in parts_of(path)] == [1]
 
 
+LARGE = "label: dos\n1: start=512,size=4096,type=83\n3: start=8192,size=50000,type=5\n5: start=8448,size=4096,type=83\n"
+
+
+def large_disk(path: Path) -> Path:
+    """Make a disk whose table counts in sectors of 4,096 bytes."""
+    small = disk_with(LARGE, path.with_name("small")).read_bytes()
+    with open(path, "wb") as file:
+        file.truncate(512 * MIB)
+        for lba in (0, 8192):
+            file.seek(lba * 4096)
+            file.write(small[lba * 512 : (lba + 1) * 512])
+    return path
+
+
+@pytest.mark.parametrize("lba", [512, 8448])
+@pytest.mark.parametrize("command", [["mkfs.ext4", "-q"], ["mkswap", "-q"], ["mkfs.fat"], None])
+def test_an_mbr_that_counts_in_large_sectors_is_read_by_what_is_where_it_says(
+    command: "list[str] | None", lba: int, tmp_path: Path
+) -> None:
+    path = large_disk(tmp_path / "disk")
+    small = [(1, 512 * 512, 4096 * 512)]
+    large = [(1, 512 * 4096, 4096 * 4096), (5, 8448 * 4096, 4096 * 4096)]
+
+    def found(sector: int = 0) -> list[tuple[int, int, int]]:
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            parts = partitions_of(lambda at, length: os.pread(file.fileno(), length, at), size, sector)
+        return [part[:3] for part in parts]
+
+    assert found() == found(512) == small
+    assert found(4096) == large
+    if command is None:
+        inside = b"\xfc\x4e\x2b\xa9\1\0\0\0".ljust(4096, b"\0")  # md
+    else:
+        with open(tmp_path / "inside", "wb") as file:
+            file.truncate(16 * MIB)
+        subprocess.run([*command, tmp_path / "inside"], check=True, capture_output=True)
+        inside = (tmp_path / "inside").read_bytes()
+    with open(path, "r+b") as file:
+        file.seek(lba * 4096)
+        file.write(inside)
+    assert found() == found(4096) == large
+    # Where something is in the small ones, too, they count.
+    with open(path, "r+b") as file:
+        file.seek(512 * 512)
+        file.write(inside[: MIB // 2])
+    assert found() == small
+
+
 def test_names_are_those_of_linux() -> None:
     assert [partition_name(disk, 3) for disk in ("vda", "nvme0n1", "disk1")] == ["vda3", "nvme0n1p3", "disk1p3"]
