@@ -11,9 +11,9 @@ import trio
 
 from backupfs.codec.sealing import FRAME, HEADER, TRAILER, Kind, hash_object
 from backupfs.errors import DamagedObject, NotARepository, RepositoryError, UnknownVersion
-from backupfs.ids import SnapshotId, short
+from backupfs.ids import ChunkId, SnapshotId, short
 from backupfs.repository import layout
-from backupfs.repository.pack import blocks_of, read_directory
+from backupfs.repository.pack import ROW, blocks_of, read_directory
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.listing import load_snapshot, load_snapshots
@@ -373,6 +373,27 @@ def test_a_garbled_or_lost_cache_file_is_made_again(small: Small, tmp_path: Path
     assert not run_check(repository).damaged  # it trusts no cache
     assert all_contents(reopened(store, folders)) == small.contents
     assert not list((tmp_path / "cache").glob("check-*"))
+
+
+@pytest.mark.expected_log
+@pytest.mark.parametrize("at", [0, 4, 5, 6, 7, 8, 20])
+def test_a_garbled_header_in_a_cache_file_costs_no_read(small: Small, tmp_path: Path, at: int) -> None:
+    folders = folders_in(tmp_path)
+    store = copy_of(small.store)
+    repository = reopened(store, folders)
+    indexes = repository.data_index, repository.tree_index
+    chunk_ids = [[row[0] for _, window in index.windows() for row in ROW.iter_unpack(window)] for index in indexes]
+    headers = [pack.header for index in indexes for pack in index.packs().values()]
+    for file in (tmp_path / "cache").rglob("*.run"):
+        data = file.read_bytes()
+        for header in headers:
+            data = data.replace(header, header[:at] + bytes([header[at] ^ 2]) + header[at + 1 :])
+        file.write_bytes(data)
+    repository = reopened(store, folders)
+    for reader, ids in zip((repository.data, repository.trees), chunk_ids, strict=True):
+        for chunk_id in ids:
+            assert reader.load(ChunkId(chunk_id))
+    assert all_contents(reopened(store, folders)) == small.contents
 
 
 # Objects from the future.

@@ -388,6 +388,8 @@ def tell_thaw(settings: Settings, result: "ThawResult", dry_run: bool) -> None:
         click.echo(f"  {verb} {result.requested:,}, {size_text(result.requested_size)} (archived: {classes})")
     if result.missing:
         click.echo(f"  missing   {result.missing:,}: see `backupfs check`")
+    if result.lost:
+        click.echo(f"  lost      {result.lost:,} chunks, which are in no index: see `backupfs check`")
     if result.hours:
         click.echo(f"  ready in  {result.hours:g} hours at most, by what the provider says")
 

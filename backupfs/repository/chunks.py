@@ -11,7 +11,7 @@ from typing import Protocol
 
 from backupfs.codec.keys import Keyring, keyed_hash
 from backupfs.codec.sealing import FRAME, FRAME_MAGIC, TRAILER, Kind, OpenedHeader, UnitRole
-from backupfs.errors import DamagedObject, ObjectMissing
+from backupfs.errors import DamagedObject, ObjectMissing, UnknownVersion, WrongPassword
 from backupfs.ids import ChunkId, ObjectId, short
 from backupfs.repository import layout
 from backupfs.repository.index import Index
@@ -62,10 +62,9 @@ class ChunkReader:
         self._cached_bytes = 0
         self._blocks: OrderedDict[tuple[ObjectId, int], _CachedBlock] = OrderedDict()
         self._chunks: dict[ChunkId, tuple[tuple[ObjectId, int], memoryview]] = {}
-        self._opened: OrderedDict[ObjectId, OpenedHeader] = OrderedDict()
+        self._opened: OrderedDict[tuple[ObjectId, bytes], OpenedHeader] = OrderedDict()
         self._places: dict[ChunkId, Location] = {}
         self._lock = threading.Lock()
-        self._verified_cache = False
         self._disk: Kept | None = None
         self.index = index
 
@@ -191,10 +190,16 @@ class ChunkReader:
                     self._blocks.move_to_end(place)
             return chunk
         failures: list[str] = []
-        for attempt in (self._try_known, self._try_refreshed, self._try_intact, self._try_rebuilt):
-            chunk_or_none = attempt(chunk_id, failures)
-            if chunk_or_none is not None:
-                return chunk_or_none
+        known = self._try_known(chunk_id, failures)
+        if known is not None:
+            return known
+        for is_other in self.index.mend():
+            if is_other:
+                self._places = {}
+            if is_other or not failures:
+                known = self._try_known(chunk_id, failures)
+                if known is not None:
+                    return known
         if not failures:
             kind = layout.prefix_of(self._kind).rstrip("/")
             failures.append(f"the chunk {short(chunk_id)} is in no index and in no pack of {kind}")
@@ -208,22 +213,6 @@ class ChunkReader:
                 log.error("%s", error)
                 failures.append(str(error))
         return None
-
-    def _try_refreshed(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
-        # Another client may have repacked since the index was read; or it was being read just now, by another thread.
-        return self._try_known(chunk_id, failures) if self.index.refresh() or not failures else None
-
-    def _try_intact(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
-        # Each file is read whole, so only once: what is garbled later is met by the next process.
-        if self._verified_cache:
-            return None
-        self._verified_cache = True
-        return self._try_known(chunk_id, failures) if self.index.drop_garbled_runs() else None
-
-    def _try_rebuilt(self, chunk_id: ChunkId, failures: list[str]) -> memoryview | None:
-        # Also where another thread did it just now.
-        self.index.rebuild_from_packs()
-        return self._try_known(chunk_id, failures)
 
     def load_at(self, chunk_id: ChunkId, location: Location) -> memoryview:
         """Return the plain bytes of one copy of a chunk. Raises: DamagedObject; ObjectMissing; StoreError."""
@@ -331,12 +320,19 @@ class ChunkReader:
         return self._store.get(key, start=start, length=length)
 
     def _opener(self, pack: PackRef) -> OpenedHeader:
-        opened = self._opened.get(pack.pack_id)
+        # By the header, too: one of a garbled cache file is another one.
+        key = pack.pack_id, pack.header
+        opened = self._opened.get(key)
         if opened is None:
             what = f"the object {layout.key_of(self._kind, pack.pack_id)}"
-            opened = OpenedHeader(pack.header, self._kind, self._keyring, what)
+            try:
+                opened = OpenedHeader(pack.header, self._kind, self._keyring, what)
+            except (UnknownVersion, WrongPassword) as error:
+                if self.index.is_garbled():
+                    raise DamagedObject(f"{what}, as it is known to a garbled cache file: {error}") from error
+                raise
             with self._lock:
-                self._opened[pack.pack_id] = opened
+                self._opened[key] = opened
                 while len(self._opened) > _MOST_OPENED_PACKS:
                     self._opened.popitem(last=False)
         return opened

@@ -4,16 +4,18 @@ A `WantedChunk` carries whatever its user wants to remember with it. Damage in o
 what failed again, and the places tried are left out. Threading: a wanted chunk belongs to one thread at a time.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
 from backupfs.errors import DamagedObject, ObjectMissing
-from backupfs.ids import ChunkId, ObjectId, short
+from backupfs.ids import ChunkId, short
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.pack import PackRef
 
 Use = TypeVar("Use")
-Place = tuple[ObjectId, int]  # a pack and the offset of a block in it
+# A pack, the offset of a block in it and its stored length; the chunk's offset and length in the block. Whatever of it
+# was wrong in a garbled cache file, it is another place when the file was made again.
+Place = tuple[PackRef, int, int, int, int]
 
 # Reading what is between two blocks costs less than another request up to about here. Requests overlap, bytes do not:
 # over 100 Mbit/s and 50 ms a restore was a tenth faster with this than with eight times as much.
@@ -67,29 +69,49 @@ class PackRange(Generic[Use]):
 
 
 def plan_ranges(
-    reader: ChunkReader, wanted: Collection[WantedChunk[Use]]
+    reader: ChunkReader, wanted: Iterable[WantedChunk[Use]]
 ) -> tuple[list[PackRange[Use]], list[WantedChunk[Use]]]:
-    """Return (what to request, in the order in which the packs were wanted first; chunks of which no copy is left)."""
-    blocks: dict[Place, WantedBlock[Use]] = {}
-    packs: dict[ObjectId, list[WantedBlock[Use]]] = {}
+    """Return (what to request, in the order in which the packs were wanted first; chunks of which no copy is left).
+
+    Where none is left of any, the index is mended first. Raises: StoreError.
+    """
+    blocks: dict[tuple[PackRef, int, int], WantedBlock[Use]] = {}
+    packs: dict[PackRef, list[WantedBlock[Use]]] = {}
     lost: list[WantedChunk[Use]] = []
-    fresh = {chunk.chunk_id: chunk for chunk in wanted if not chunk.tried}
-    places = {row[0]: row for row in reader.index.find_first(fresh)}
-    for chunk in wanted:
-        row = places.get(chunk.chunk_id) if not chunk.tried else _untried(reader, chunk)
-        if row is None:
+    wanted = list(wanted)
+    for chunk, place in zip(wanted, _places_after_mending(reader, wanted), strict=True):
+        if place is None:
             if not chunk.failures:
                 chunk.failures = (f"the chunk {short(chunk.chunk_id)} is in no index",)
             lost.append(chunk)
             continue
-        _, pack, block_offset, stored_length, chunk.offset, chunk.length = row
-        place = (pack.pack_id, block_offset)
-        block = blocks.get(place)
+        pack, offset, stored_length, chunk.offset, chunk.length = place
+        block = blocks.get((pack, offset, stored_length))
         if block is None:
-            block = blocks[place] = WantedBlock(pack, block_offset, stored_length)
-            packs.setdefault(pack.pack_id, []).append(block)
+            block = blocks[pack, offset, stored_length] = WantedBlock(pack, offset, stored_length)
+            packs.setdefault(pack, []).append(block)
         block.chunks.append(chunk)
     return [joined for of_pack in packs.values() for joined in _joined(of_pack, reader.keeps)], lost
+
+
+def _places_after_mending(reader: ChunkReader, wanted: Sequence[WantedChunk[Use]]) -> list[Place | None]:
+    places = _places(reader, wanted)
+    if None not in places:
+        return places
+    for _ in reader.index.mend():
+        without = [at for at, place in enumerate(places) if place is None]
+        for at, place in zip(without, _places(reader, [wanted[at] for at in without]), strict=True):
+            places[at] = place
+        if None not in places:
+            break
+    return places
+
+
+def _places(reader: ChunkReader, wanted: Sequence[WantedChunk[Use]]) -> list[Place | None]:
+    """Return for each chunk a place that was not tried, if the index knows one."""
+    fresh = {chunk.chunk_id for chunk in wanted if not chunk.tried}
+    first: dict[ChunkId, Place] = {row[0]: row[1:] for row in reader.index.find_first(fresh)}
+    return [_untried(reader, chunk) if chunk.tried else first.get(chunk.chunk_id) for chunk in wanted]
 
 
 def _joined(blocks: list[WantedBlock[Use]], keeps: bool) -> list[PackRange[Use]]:
@@ -115,13 +137,13 @@ def _joined(blocks: list[WantedBlock[Use]], keeps: bool) -> list[PackRange[Use]]
     return ranges
 
 
-def _untried(reader: ChunkReader, chunk: WantedChunk[Use]) -> tuple[ChunkId, PackRef, int, int, int, int] | None:
+def _untried(reader: ChunkReader, chunk: WantedChunk[Use]) -> Place | None:
     for location in reader.index.find(chunk.chunk_id):
-        if (location.pack.pack_id, location.block_offset) not in chunk.tried:
-            return (
-                chunk.chunk_id, location.pack, location.block_offset, location.block_stored, location.offset,
-                location.length,
-            )  # fmt: skip
+        place = (
+            location.pack, location.block_offset, location.block_stored, location.offset, location.length
+        )  # fmt: skip
+        if place not in chunk.tried:
+            return place
     return None
 
 
@@ -164,5 +186,5 @@ def fetch_range(
 def give_up(block: WantedBlock[Use], chunks: Iterable[WantedChunk[Use]], error: Exception | str) -> None:
     """Note that chunks cannot be had from a block, so that the next plan takes another copy."""
     for chunk in chunks:
-        chunk.tried += ((block.pack.pack_id, block.offset),)
+        chunk.tried += ((block.pack, block.offset, block.stored_length, chunk.offset, chunk.length),)
         chunk.failures += (str(error),)

@@ -57,7 +57,7 @@ class Index:
         self._keyring = keyring
         self._cache = cache
         self._runs: tuple[Run, ...] = ()
-        self._is_rebuilt = self._rebuilding_paid = False
+        self._is_rebuilt = self._rebuilding_paid = self._is_proven = False
         self._changing = threading.Lock()
         self.damaged: dict[str, str] = {}  # keys of segments that did not open → what is wrong
         self.newer: set[str] = set()  # keys of those among them that a newer program can read
@@ -118,6 +118,12 @@ class Index:
             return self._refresh()
 
     def _refresh(self) -> bool:
+        is_new = self._take_new()
+        if is_new:
+            self._merge_small()
+        return is_new
+
+    def _take_new(self) -> bool:
         listed = {}
         for info in self._store.list(layout.prefix_of(self._kind)):
             segment_id = layout.id_in_key(info.key)
@@ -137,9 +143,7 @@ class Index:
         for (segment_id, _), segment in zip(wanted, each(self._store, self._load, wanted), strict=True):
             if segment is not None:
                 fresh.append(self._keep(segment, frozenset([segment_id])))
-        if fresh:
-            self._runs = (*self._runs, *fresh)
-            self._merge_small()
+        self._runs = (*self._runs, *fresh)
         return bool(fresh)
 
     def _load(self, segment: tuple[ObjectId, str]) -> Segment | None:
@@ -159,21 +163,49 @@ class Index:
             self._runs = (*self._runs, self._keep(segment, frozenset([segment_id])))
             self._merge_small()
 
-    def drop_garbled_runs(self) -> bool:
-        """Make those cache files again that are not what was written; return whether there were any.
+    def mend(self) -> Iterator[bool]:
+        """Do one after another what may help where a chunk is not found, or is not where it should be.
 
-        Each file is read whole: for when a lookup led to a place where the chunk is not.
+        Whoever cannot go on without the chunk looks for it again after each, until it is there. Yields whether the
+        index may be another than before. Raises: StoreError.
+        """
+        # Another client may have repacked since the index was read.
+        yield self.refresh()
+        yield self.drop_garbled_runs()
+        self.rebuild_from_packs()
+        yield True  # another thread may have done any of it just now
+
+    def is_garbled(self) -> bool:
+        """Tell whether any cache file in use is not what was written.
+
+        Each is read whole, until all were found sound: what is garbled later is met by the next process.
         """
         with self._changing:
-            garbled = [run for run in self._runs if not run.is_intact()]
-            if not garbled:
-                return False
-            for run in garbled:
-                log.warning("the cache file %s is damaged; it is made again", run.path)
-                _forget_file(run)
-            self._runs = tuple(run for run in self._runs if run not in garbled)
-            self._refresh()
-            return True
+            return bool(self._garbled_runs())
+
+    def drop_garbled_runs(self) -> bool:
+        """Make those cache files again that are not what was written; return whether there were any."""
+        with self._changing:
+            garbled = self._garbled_runs()
+            self._make_again(garbled)
+            self._is_proven = True
+            return bool(garbled)
+
+    def _garbled_runs(self) -> list[Run]:
+        garbled = [] if self._is_proven else [run for run in self._runs if not run.is_intact()]
+        self._is_proven = not garbled
+        return garbled
+
+    def _make_again(self, garbled: list[Run]) -> None:
+        if not garbled:
+            return
+        for run in garbled:
+            log.warning("the cache file %s is damaged; it is made again", run.path)
+            _forget_file(run)
+        if any(run.path is not None and run.path.exists() for run in garbled):
+            self._cache = None  # it cannot be deleted; without it, everything is in memory
+        self._runs = tuple(run for run in self._runs if run not in garbled)
+        self._take_new()
 
     def rebuild_from_packs(self) -> bool:
         """Read the directories of packs that no segment names, once per process, when a chunk is missing.
@@ -304,6 +336,11 @@ class Index:
         if count < 2:
             return
         parts = by_size[:count]
+        # What is merged gets a hash of its own, and nobody would notice any more that it is garbled.
+        garbled = [run for run in parts if not run.is_intact()]
+        if garbled:
+            self._make_again(garbled)
+            return  # the next time
         packs = tuple(pack for run in parts for pack in run.packs)
         sources = frozenset[ObjectId]().union(*(run.sources for run in parts))
         merged = self._written(merged_windows(parts), packs, sources)

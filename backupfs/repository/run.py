@@ -54,10 +54,11 @@ class Run:
         packs: tuple[PackRef, ...],
         sources: frozenset[ObjectId],
         path: Path | None = None,
+        fd: int = -1,
     ) -> None:
         """Take the parts; use `run_in_memory` or `open_run`.
 
-        read: (offset, length) → bytes of the rows.
+        read: (offset, length) → bytes of the rows. fd: of the file, open as long as `read` lives.
         sources: the segments (or packs, where no segment names them) whose rows are here.
         """
         self._read = read
@@ -67,10 +68,11 @@ class Run:
         self.packs = packs
         self.sources = sources
         self.path = path
+        self._fd = fd
 
     def without(self, pack_ids: Collection[ObjectId]) -> "Run":
         """Return this run as if the rows of some packs were not in it."""
-        run = Run(self._read, self.rows_size, self._samples, self.packs, self.sources, self.path)
+        run = Run(self._read, self.rows_size, self._samples, self.packs, self.sources, self.path, self._fd)
         run._absent = self._absent.union(at for at, pack in enumerate(self.packs) if pack.pack_id in pack_ids)
         return run
 
@@ -133,20 +135,24 @@ class Run:
             found = window.find(chunk_id, at)
             while found >= 0 and found % size:
                 found = window.find(chunk_id, found + 1)
+            # Rarely, more copies of one id than two windows hold stand before it.
             if found < 0:
-                # Rarely, more copies of one id than two windows hold stand before it.
-                for _, row in self._positions(chunk_id):
-                    yield unpack(row)
-                    break
+                yield from self._first_of(chunk_id)
                 continue
             at = found
             fields = unpack(window, found)
-            if fields[1] in self._absent:
-                for _, row in self._positions(chunk_id):
-                    yield unpack(row)
-                    break
-            elif fields[1] < packs:
+            # What names no pack is a row of a garbled file.
+            if fields[1] in self._absent or fields[1] >= packs:
+                yield from self._first_of(chunk_id)
+            else:
                 yield fields
+
+    def _first_of(self, chunk_id: ChunkId) -> Iterator[tuple[ChunkId, int, int, int, int, int]]:
+        for _, row in self._positions(chunk_id):
+            fields = ROW.unpack(row)
+            if fields[1] < len(self.packs):
+                yield fields
+                return
 
     def windows(self, rows: int) -> Iterator[bytes]:
         """Yield all rows in order, `rows` of them at a time."""
@@ -154,19 +160,19 @@ class Run:
             yield self._read(start, rows * ROW.size)
 
     def is_intact(self) -> bool:
-        """Tell whether the run's file, if it has one, is what was written; it is read whole."""
-        if self.path is None:
+        """Tell whether the run's file, if it has one, is what was written; it is read whole.
+
+        That is the file which is open here: another process may have put a sound one in its place.
+        """
+        if self._fd < 0:
             return True
         try:
-            with open(self.path, "rb") as file:
-                digest, left = blake3(), os.fstat(file.fileno()).st_size - _FOOTER.size
-                while left > 0 and (data := file.read(min(left, _HASH_STEP))):
-                    digest.update(data)
-                    left -= len(data)
-                *_, expected, magic = _FOOTER.unpack(file.read(_FOOTER.size))
-                return bool(magic == _MAGIC and digest.digest() == expected)
-        except FileNotFoundError:
-            return True  # another process merged it into a larger one; what is open here stays readable
+            digest, at, end = blake3(), 0, os.fstat(self._fd).st_size - _FOOTER.size
+            while at < end and (data := os.pread(self._fd, min(end - at, _HASH_STEP), at)):
+                digest.update(data)
+                at += len(data)
+            *_, expected, magic = _FOOTER.unpack(os.pread(self._fd, _FOOTER.size, max(0, end)))
+            return bool(magic == _MAGIC and digest.digest() == expected)
         except (OSError, struct.error):
             return False
 
@@ -242,7 +248,7 @@ def open_run(path: Path) -> Run:
     def read(offset: int, length: int) -> bytes:
         return os.pread(closer.fd, min(length, rows_size - offset), offset)
 
-    return Run(read, rows_size, samples, packs, sources, path)
+    return Run(read, rows_size, samples, packs, sources, path, closer.fd)
 
 
 class _FileCloser:

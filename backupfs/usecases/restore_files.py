@@ -352,10 +352,6 @@ class Restorer:
                 self.outcome.release(item.directory)
             wanted = [*self._retry, *self._wanted.values()]
             self._retry, self._wanted = [], {}
-            if any(chunk.failures for chunk in wanted):
-                # Another client may have repacked since the index was read, or a segment of it is lost.
-                self._reader.index.refresh()
-                self._reader.index.rebuild_from_packs()
             ranges, lost = plan_ranges(self._reader, wanted)
             for chunk in lost:
                 self._lose(chunk)

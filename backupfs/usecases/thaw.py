@@ -8,6 +8,7 @@ from backupfs.codec.sealing import Kind
 from backupfs.errors import ObjectMissing, UsageError
 from backupfs.ids import ChunkId
 from backupfs.repository import layout
+from backupfs.repository.fetch import WantedChunk, plan_ranges
 from backupfs.repository.pack import PackRef
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.content import CHUNK, pieces
@@ -49,6 +50,7 @@ class ThawResult:
     requested: int  # that are archived, and were asked for now, or would be
     requested_size: int
     missing: int
+    lost: int  # chunks of which nobody knows in which pack they are
     classes: dict[str, int]  # archived packs by class
     hours: float  # until all can be read, at most
 
@@ -63,7 +65,9 @@ def thaw(repository: Repository, snapshot: Snapshot, path: bytes, options: ThawO
     if options.days < 1:
         raise UsageError(f"--days {options.days}: at least one")
     store = repository.store
-    packs = _packs_below(repository, find_path(snapshot, path, repository.trees.load), snapshot.volumes)
+    # No byte of a chunk shows here that the cache leads to a wrong pack.
+    repository.data_index.drop_garbled_runs()
+    packs, lost = _packs_below(repository, find_path(snapshot, path, repository.trees.load), snapshot.volumes)
     keys = [layout.key_of(Kind.DATA_PACK, pack.pack_id) for pack in packs]
     done = 0
 
@@ -95,18 +99,23 @@ def thaw(repository: Repository, snapshot: Snapshot, path: bytes, options: ThawO
         requested=len(cold),
         requested_size=sum(packs[at].size for at in cold),
         missing=states.count(None),
+        lost=lost,
         classes=dict(classes),
         hours=max((hours.get(name, hours[""]) for name in classes), default=0.0),
     )
 
 
-def _packs_below(repository: Repository, top: Node, volumes: Sequence[Volume]) -> list[PackRef]:
+def _packs_below(repository: Repository, top: Node, volumes: Sequence[Volume]) -> tuple[list[PackRef], int]:
+    """Return (packs that hold what is below a node; how many chunks are in none that is known)."""
     found: dict[bytes, PackRef] = {}
     wanted: set[ChunkId] = set()
+    nowhere: set[ChunkId] = set()
 
     def look_up() -> None:
-        for _, pack, *_ in repository.data_index.find_first(wanted):
-            found[pack.pack_id] = pack
+        ranges, lost = plan_ranges(repository.data, [WantedChunk[None](chunk_id) for chunk_id in wanted - nowhere])
+        for planned in ranges:
+            found[planned.pack.pack_id] = planned.pack
+        nowhere.update(chunk.chunk_id for chunk in lost)
         wanted.clear()
 
     for node in _files_below(repository, top):
@@ -117,7 +126,7 @@ def _packs_below(repository: Repository, top: Node, volumes: Sequence[Volume]) -
         if len(wanted) >= _CHUNKS_AT_ONCE:
             look_up()
     look_up()
-    return [found[pack_id] for pack_id in sorted(found)]
+    return [found[pack_id] for pack_id in sorted(found)], len(nowhere)
 
 
 def _files_below(repository: Repository, top: Node) -> Iterator[Node]:

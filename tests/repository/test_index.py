@@ -228,6 +228,44 @@ def test_a_garbled_run_file_is_noticed(tmp_path: Path) -> None:
             continue
 
 
+@pytest.mark.expected_log("it is made again")
+def test_a_garbled_run_is_never_merged_into_a_sound_one(tmp_path: Path) -> None:
+    store, model = MemoryStore(), Model()
+    index = Index(store, KIND, KEYRING, tmp_path)
+    for number in range(20):
+        segment = segment_of([(chunk_id(number * 97 + at), 0, at % 5) for at in range(50)], [number])
+        if number == 8:
+            for path in tmp_path.glob("*.run"):
+                data = bytearray(path.read_bytes())
+                data[ROW.size * 7 + 3] ^= 1
+                path.write_bytes(data)
+        index.add(segment, put(store, segment))
+        add_to(model, segment)
+    assert list(tmp_path.glob("merged-*"))
+    assert_equal(index, model)
+    again = Index(store, KIND, KEYRING, tmp_path)
+    again.refresh()
+    assert_equal(again, model)
+
+
+@pytest.mark.expected_log("it is made again")
+def test_a_garbled_run_that_cannot_be_deleted_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, model = MemoryStore(), Model()
+    segment = segment_of([(chunk_id(at), 0, at) for at in range(50)], [0])
+    put(store, segment)
+    add_to(model, segment)
+    Index(store, KIND, KEYRING, tmp_path).refresh()
+    (path,) = tmp_path.glob("*.run")
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+    monkeypatch.setattr(index_module, "_forget_path", lambda path: None)
+    index = Index(store, KIND, KEYRING, tmp_path)
+    index.refresh()
+    assert index.drop_garbled_runs()
+    assert_equal(index, model)
+
+
 def test_merging_holds_a_few_windows_only(tmp_path: Path) -> None:
     """Four runs of 100,000 rows are 21 MB; merging them takes less, in a process of its own that says its peak."""
     script = f"""

@@ -49,6 +49,7 @@ from tests.builders import (
     Tree,
     back_up,
     build,
+    folders_in,
     new_repository,
     reopened,
     snapshot_of,
@@ -985,6 +986,22 @@ def test_a_lost_index_is_made_again(tmp_path: Path) -> None:
     result, events = run_restore(reopened(repository), snapshot, source, tmp_path / "target")
     assert (events, result.errors) == ([], 0)
     assert snapshot_of(tmp_path / "target") == snapshot_of(source)
+
+
+@pytest.mark.slow
+@pytest.mark.expected_log
+def test_a_garbled_cache_file_costs_no_file_wherever_it_is_garbled(tmp_path: Path) -> None:
+    source = build({"a": File(noise(3000)), "b": File(noise(2000, 1))}, tmp_path / "source")
+    store, folders = new_repository().store, folders_in(tmp_path)
+    snapshot = back_up(reopened(store, folders), source)
+    (file,) = (tmp_path / "cache").rglob("index-data/*.run")
+    data, wanted = file.read_bytes(), snapshot_of(source)
+    for at in range(0, len(data), 5):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        target = tmp_path / "targets" / str(at)
+        result, events = run_restore(reopened(store, folders), snapshot, source, target)
+        assert (events, result.errors) == ([], 0), at
+        assert snapshot_of(target) == wanted
 
 
 @pytest.mark.expected_log

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from backupfs.errors import ObjectArchived, PathNotFound, StoreError, UsageError
+from backupfs.repository.pack import ROW
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.stores.memory import MemoryStore
 from backupfs.stores.store import ArchiveState
 from backupfs.usecases.thaw import ThawOptions, ThawResult, thaw
-from tests.builders import Entry, File, back_up, build, new_repository, reopened
+from tests.builders import Entry, File, back_up, build, folders_in, new_repository, reopened
 from tests.faults import AroundStore
 
 
@@ -108,6 +109,35 @@ def test_a_pack_that_is_missing_is_counted(tmp_path: Path) -> None:
     inner.delete(next(iter(inner.list("packs/data/"))).key)
     result = run(opened(ArchivingStore(inner)), snapshot, "/")
     assert (result.missing, result.requested) == (1, result.packs - 1)
+
+
+@pytest.mark.expected_log("is damaged; it is made again")
+@pytest.mark.parametrize("at", [8, 32, 36], ids=["chunk id", "ordinal of its pack", "offset of its block"])
+def test_a_garbled_cache_file_leads_to_no_other_packs(at: int, tmp_path: Path) -> None:
+    inner, snapshot, source = stored(tmp_path)
+    folders = folders_in(tmp_path)
+    packs = run(reopened(inner, folders), snapshot, f"{source}/a").packs
+    for file in (tmp_path / "cache").rglob("index-data/*.run"):
+        data = bytearray(file.read_bytes())
+        rows = int.from_bytes(data[-64:-56], "little")
+        for row in range(0, rows, ROW.size):
+            data[row + at] ^= 1
+        file.write_bytes(data)
+    result = run(reopened(inner, folders), snapshot, f"{source}/a")
+    assert (result.packs, result.lost, result.missing) == (packs, 0, 0)
+
+
+def test_chunks_that_no_index_names_are_looked_for_and_counted(tmp_path: Path) -> None:
+    inner, snapshot, _ = stored(tmp_path)
+    packs = run(reopened(inner), snapshot, "/").packs
+    for info in list(inner.list("index/data/")):
+        inner.delete(info.key)
+    found = run(reopened(inner), snapshot, "/")
+    assert (found.packs, found.lost) == (packs, 0)
+    inner.delete(next(iter(inner.list("packs/data/"))).key)
+    result = run(reopened(inner), snapshot, "/")
+    assert result.packs == packs - 1
+    assert result.lost > 0
 
 
 def test_a_store_without_archives_has_everything_ready(tmp_path: Path) -> None:

@@ -205,4 +205,4 @@ def thaw_command(settings: Settings, what: bytes, tier: str, days: int, dry_run:
     result = thaw(repository, snapshot, path or b"/", ThawOptions(tier, days, dry_run), report)
     report.clear()
     tell_thaw(settings, result, dry_run)
-    return 1 if result.missing else 0
+    return 1 if result.missing or result.lost else 0
