@@ -72,7 +72,7 @@ _EXIT_CODES = """\b
 Exit codes:
   0    done
   1    failed, or something is damaged; the last line says what
-  3    done, but some files could not be read or written
+  3    done, but some files, or objects that `check` wanted, could not be read or written
   10   there is no repository at this place
   11   another process is making or maintaining the repository
   12   wrong password

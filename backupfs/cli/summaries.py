@@ -412,7 +412,7 @@ def tell_check(settings: Settings, result: "CheckResult") -> None:
         print_json({"event": "summary", **asdict(result), "findings": findings, "snapshots_hit": hit})
         return
     for finding in result.findings:
-        if settings.quiet and finding.severity != "damage":
+        if settings.quiet and finding.severity not in ("damage", "unread"):
             continue
         click.echo(f"{finding.severity}: {shown(finding.key)}: {shown(finding.what)}")
         if finding.snapshots:

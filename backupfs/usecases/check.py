@@ -2,7 +2,8 @@
 
 Metadata are always read and authenticated: config, key slots, index, snapshots, notes, and every tree page once. Data
 are compared with a listing of the packs; with `read_data` every pack is read whole and every chunk hashed. Nothing
-that is damaged ends the run: what can be checked is checked, and the findings say what is hit.
+that is damaged ends the run: what can be checked is checked, and the findings say what is hit. What is archived, or
+refused, or not answered is no damage: it counts as unread, and a store that gives nothing any more ends the run.
 Memory: one bit per chunk, the local form of the index on disk, a few packs in flight.
 """
 
@@ -65,6 +66,8 @@ class CheckResult:
     findings: tuple[Finding, ...]  # the worst first
     findings_omitted: int  # beyond those that are listed
     damaged: bool
+    unread: int  # objects, and prefixes, that could not be read and of which nothing is known, archived ones included
+    archived: int
     snapshots_hit: tuple[SnapshotId, ...]  # those that need something that is damaged
     snapshots: int
     tree_chunks: int  # distinct ones that were read
@@ -83,18 +86,31 @@ async def check(repository: Repository, options: CheckOptions, report: Report) -
     """Check a repository; damage is in the result, never raised.
 
     Needs no loaded indexes: it trusts no cache and reads the index from the store.
-    Raises: UsageError if the subset cannot be understood.
+    Raises: UsageError if the subset cannot be understood; StoreError if the store gives no index, or nothing any more.
     """
     chosen = _subset(options.subset) if options.subset is not None else _everything
     run = _Check(
         repository, chosen if options.read_data or options.subset is not None else None, options.snapshots, report
     )
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(run.stop_when_cancelled)
-        nursery.start_soon(run.tell_progress)
-        result = await run.through()
-        nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run.stop_when_cancelled)
+            nursery.start_soon(run.tell_progress)
+            result = await run.through()
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        of_store, others = group.split((StoreError, trio.Cancelled))
+        first = _first_of_store(of_store) if others is None and of_store is not None else None
+        raise first or group from None
     return result
+
+
+def _first_of_store(group: BaseExceptionGroup[BaseException]) -> StoreError | None:
+    for error in group.exceptions:
+        found = _first_of_store(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(found, StoreError):
+            return found
+    return None
 
 
 def _everything(_pack_id: ObjectId) -> bool:
@@ -202,6 +218,8 @@ class _Check:
             findings=self._findings.listed(),
             findings_omitted=self._findings.omitted,
             damaged=self._findings.damaged,
+            unread=self._findings.unread,
+            archived=self._findings.archived,
             snapshots_hit=tuple(self._hit),
             snapshots=len(self._snapshots),
             tree_chunks=trees.counts.tree_chunks,
@@ -225,8 +243,9 @@ class _Check:
             config, mac = read_config(data)
             if not check_mac(config, mac, repository.keyring) or data != encode_config(config, repository.keyring):
                 self._findings.damage(layout.CONFIG, "it was not written with the keys of this repository")
+            self._findings.succeeded()
         except (RepositoryError, StoreError) as error:
-            self._findings.damage(layout.CONFIG, str(error))
+            self._findings.failed(layout.CONFIG, error)
         own_seen = False
         try:
             for info in store.list(layout.KEYS):
@@ -237,12 +256,13 @@ class _Check:
                 own_seen |= identity == repository.slot_id
                 try:
                     read_slot_info(load_object(store, info.key), f"the object {info.key}")
+                    self._findings.succeeded()
                 except (RepositoryError, StoreError) as error:
-                    self._findings.damage(info.key, str(error))
+                    self._findings.failed(info.key, error)
             if not own_seen:
                 self._findings.damage(layout.slot_key(repository.slot_id), "the key slot of this password is missing")
         except StoreError as error:
-            self._findings.damage(layout.KEYS, f"the key slots cannot be listed: {error}")
+            self._findings.failed(layout.KEYS, error, f"the key slots cannot be listed: {error}")
 
     def _load_snapshots(self) -> None:
         repository = self._repository
@@ -301,9 +321,11 @@ class _Check:
                     except UnknownVersion as error:
                         self._findings.add(Severity.WARNING, info.key, str(error))
                     except (RepositoryError, StoreError) as error:
-                        self._findings.damage(info.key, str(error))
+                        self._findings.failed(info.key, error)
+                    else:
+                        self._findings.succeeded()
             except StoreError as error:
-                self._findings.damage(prefix, f"it cannot be listed: {error}")
+                self._findings.failed(prefix, error, f"it cannot be listed: {error}")
 
     def _new_folder(self) -> Path | None:
         cache = self._repository.local.cache
@@ -319,10 +341,9 @@ class _Check:
         repository, index_kind = self._repository, INDEX_KIND[kind]
         own = folder / index_kind.name if folder is not None else None
         index = Index(repository.store, index_kind, repository.keyring, own)
-        try:
-            index.refresh()
-        except StoreError as error:
-            self._findings.damage(layout.prefix_of(index_kind), f"the index cannot be read: {error}")
+        # Without it nothing can be said about anything.
+        index.refresh()
+        self._findings.succeeded()
         for key, what in index.damaged.items():
             self._findings.damage(key, what if key in index.newer else f"{what}; {_OF_SEGMENT}")
         self._copies[kind] = Copies(repository, kind, index, self._findings)
@@ -343,7 +364,7 @@ class _Check:
         for ref, size in pending:
             read = await workers.request(copies.read_pack, ref, size)
             copies.take(read)
-            self._packs_read += 1
+            self._packs_read += read.failure is None
             self._bytes_read += read.size
 
     def _check_trees(self, trees: TreeCheck) -> None:
@@ -369,7 +390,7 @@ class _Check:
             named = copies.index.packs()
             for pack_id in copies.garbled | {ObjectId(pack_id) for pack_id in known if pack_id in named}:
                 was_read = self._chosen is not None and self._chosen(pack_id)
-                if was_read and pack_id not in copies.unsound and pack_id not in copies.garbled:
+                if was_read and pack_id not in copies.unsound | copies.garbled | copies.unread:
                     continue  # it was put back from a copy
                 # Snapshots made since it was noted hold nothing that lies in it alone, unless they are hit anyway.
                 is_hitting = copies.key_of(pack_id) in hitting or self._findings.omitted > 0

@@ -7,6 +7,7 @@ once and the verdict marked by its position in the index, one bit each. Belongs 
 import logging
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from backupfs.codec.keys import keyed_hash
@@ -40,7 +41,8 @@ class PackRead:
     damage: tuple[str, ...]
     verified: "array[int]"  # positions in the index of the chunks whose bytes have their id
     has_directory: bool
-    is_garbled: bool  # its bytes are wrong; otherwise damage means that it could not be read
+    is_garbled: bool  # its bytes are wrong
+    failure: StoreError | None = None  # why nothing can be said about it
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,12 @@ class Verdict:
     """What a check says about a chunk."""
 
     position: int | None  # None where no index names it
-    good: bool  # a copy of it can be read
-    length: int
+    good: bool  # a copy of it can be read, or nobody could look
+    length: int | None  # None where it is not known
+
+
+class Unread(Exception):
+    """Nobody could look at any good copy that a chunk may have; it is noted why."""
 
 
 @dataclass(slots=True)
@@ -86,6 +92,8 @@ class Copies:
         self._without_directory: set[ObjectId] = set()
         self.garbled: set[ObjectId] = set()  # packs in which bytes are wrong
         self.unsound: set[ObjectId] = set()  # packs that were read, and of which not all was good
+        self.unread: set[ObjectId] = set()  # packs that are there, and that nobody could look into
+        self._unlisted = False  # nobody could look for packs that no index names
 
     def key_of(self, pack_id: ObjectId) -> str:
         """Return the key of a pack."""
@@ -98,7 +106,9 @@ class Copies:
         self.named_packs = len(named)
         present: list[tuple[PackRef, int]] = []
         try:
-            for info in self._store.list(prefix):
+            listed = list(self._store.list(prefix))
+            self._findings.succeeded()
+            for info in listed:
                 identity = layout.id_in_key(info.key)
                 ref = named.pop(ObjectId(identity), None) if identity is not None else None
                 if ref is None:
@@ -112,7 +122,7 @@ class Copies:
                     self._sizes[ref.pack_id] = info.size
                     self._findings.damage(info.key, f"it has {info.size} bytes instead of {ref.size}")
         except StoreError as error:
-            self._findings.damage(prefix, f"the packs cannot be listed: {error}")
+            self._findings.failed(prefix, error, f"the packs cannot be listed: {error}")
             # Reading them shows which are there.
             return [(ref, ref.size) for ref in self.index.packs().values()]
         for pack_id in named:
@@ -142,9 +152,11 @@ class Copies:
             header = ref.header or data[: HEADER.size]
             opened = OpenedHeader(header, self.kind, self._keyring, f"the object {key}")
             rows = decode_directory(opened, data)
-        except (RepositoryError, StoreError) as error:
+        except (RepositoryError, ObjectMissing) as error:
             is_garbled = isinstance(error, RepositoryError)
             return PackRead(ref.pack_id, 0, (*damage, _plainly(error, key)), verified, False, is_garbled)
+        except StoreError as error:
+            return PackRead(ref.pack_id, 0, (), verified, False, False, error)
         view = memoryview(data)
         for span in blocks_of(rows):
             try:
@@ -162,7 +174,11 @@ class Copies:
         return PackRead(ref.pack_id, len(data), tuple(damage), verified, True, bool(damage))
 
     def take(self, read: PackRead) -> None:
-        """Note what reading a pack brought."""
+        """Note what reading a pack brought. Raises: StoreError where the store gives nothing any more."""
+        if read.failure is not None:
+            self._fail(read.pack_id, read.failure)
+            return
+        self._findings.succeeded()
         for what in read.damage:
             self._findings.damage(self.key_of(read.pack_id), what)
             self.unsound.add(read.pack_id)
@@ -188,7 +204,12 @@ class Copies:
                 self._note_unnamed(first[0], location)
                 break
         if first is None:
-            return self.judge(chunk_id) if self._rebuild() else self._lost(chunk_id)
+            if self._rebuild():
+                return self.judge(chunk_id)
+            with suppress(Unread):
+                self._lose(chunk_id)
+                return Verdict(None, False, 0)
+            return Verdict(None, True, None)
         self.mark(first[0], good)
         return Verdict(first[0], good, first[1].length)
 
@@ -204,24 +225,34 @@ class Copies:
             self.bad.add(position)
 
     def position(self, chunk_id: ChunkId) -> int | None:
-        """Return what stands for a chunk in the marks; None where neither an index nor a pack has it."""
+        """Return what stands for a chunk in the marks; None where neither an index nor a pack has it.
+
+        Raises: Unread.
+        """
         found = next(self.index.locate(chunk_id), None)
         if found is None and self._rebuild():
             found = next(self.index.locate(chunk_id), None)
         if found is None:
-            self._lost(chunk_id)
+            self._lose(chunk_id)
             return None
         return found[0]
 
     def load(self, chunk_id: ChunkId) -> memoryview | None:
-        """Return a chunk's bytes, or None, with the damage of its copies noted."""
+        """Return a chunk's bytes, or None, with the damage of its copies noted.
+
+        Raises: Unread; StoreError where the store gives nothing any more.
+        """
         first: int | None = None
+        is_unread = False
         for position, location in self.index.locate(chunk_id):
             first = position if first is None else first
             chunk = self._load_at(chunk_id, location)
             if chunk is not None:
                 self._note_unnamed(first, location)
                 return chunk
+            is_unread |= location.pack.pack_id in self.unread
+        if is_unread:
+            raise Unread
         return None
 
     def blamed(self, chunk_id: ChunkId) -> list[str]:
@@ -256,11 +287,14 @@ class Copies:
             if pack.pack_id not in self._sizes:
                 self._findings.damage(self.key_of(pack.pack_id), f"the index says that a block ends at {end} of {size}")
             return False
+        if pack.pack_id in self.unread:
+            return True  # it is there, as long as it should be: no more is known of any that was not read
         if pack.pack_id in self._without_directory:
-            return self._load_at(chunk_id, location) is not None
+            return self._load_at(chunk_id, location) is not None or pack.pack_id in self.unread
         if position >= self._indexed_rows:
             # Its pack was read before its directory was asked: nothing is known about its chunks.
-            return not self.was_read(pack.pack_id) or self._load_at(chunk_id, location) is not None
+            is_good = not self.was_read(pack.pack_id) or self._load_at(chunk_id, location) is not None
+            return is_good or pack.pack_id in self.unread
         if position not in self._verified and self.was_read(pack.pack_id):
             self._findings.damage(
                 self.key_of(pack.pack_id), f"it does not hold the chunk {short(chunk_id)} where it should"
@@ -269,16 +303,28 @@ class Copies:
         return True
 
     def _load_at(self, chunk_id: ChunkId, location: Location) -> memoryview | None:
-        key = self.key_of(location.pack.pack_id)
+        pack_id = location.pack.pack_id
+        key = self.key_of(pack_id)
+        if pack_id in self.unread:
+            return None
         try:
-            return self.reader.load_at(chunk_id, location)
+            chunk = self.reader.load_at(chunk_id, location)
+            self._findings.succeeded()
+            return chunk
         except ObjectMissing:
             self._findings.damage(key, "it is missing")
-        except (RepositoryError, StoreError) as error:
+        except RepositoryError as error:
             self._findings.damage(key, _plainly(error, key))
-            if isinstance(error, RepositoryError):
-                self.garbled.add(location.pack.pack_id)
+            self.garbled.add(pack_id)
+        except StoreError as error:
+            self._fail(pack_id, error)
         return None
+
+    def _fail(self, pack_id: ObjectId, error: StoreError) -> None:
+        """Note that nobody can look into a pack. Raises: StoreError where the store gives nothing any more."""
+        self.unread.add(pack_id)
+        key = self.key_of(pack_id)
+        self._findings.failed(key, error, f"it could not be read: {_plainly(error, key)}")
 
     def _note_unnamed(self, first: int, location: Location) -> None:
         if first >= self._indexed_rows:
@@ -292,13 +338,17 @@ class Copies:
         try:
             return self.index.rebuild_from_packs()
         except StoreError as error:
-            self._findings.damage(layout.prefix_of(self.kind), f"the packs cannot be read: {error}")
+            self._unlisted = True
+            prefix = layout.prefix_of(self.kind)
+            self._findings.failed(prefix, error, f"packs that no index names cannot be read: {error}")
             return False
 
-    def _lost(self, chunk_id: ChunkId) -> Verdict:
+    def _lose(self, chunk_id: ChunkId) -> None:
+        """Note that a chunk is nowhere. Raises: Unread where nobody could look everywhere."""
+        if self._unlisted:
+            raise Unread
         prefix = layout.prefix_of(self.kind)
         self._findings.damage(prefix, f"the chunk {short(chunk_id)} is in no index and in no pack")
-        return Verdict(None, False, 0)
 
 
 def _plainly(error: BaseException, key: str) -> str:

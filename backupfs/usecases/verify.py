@@ -20,7 +20,7 @@ from pathlib import Path
 from backupfs import __version__, forked, interrupts
 from backupfs.disks.checkers import CHECK_S, check_volume
 from backupfs.disks.machine import Machine, MachineDisk, MachineOptions, bus_of, require_qemu
-from backupfs.errors import UsageError, shown
+from backupfs.errors import ObjectArchived, StoreError, UsageError, shown
 from backupfs.ids import short
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
@@ -76,7 +76,7 @@ class Verified:
 
 
 def verify(repository: Repository, snapshot: Snapshot, options: VerifyOptions, report: Report) -> Verified:
-    """Run all levels up to the one wanted. What is wrong is in the result, never raised.
+    """Run all levels up to the one wanted. What is wrong is in the result, never raised; what nobody can look at is.
 
     It forks: call it before any thread and event loop; indexes must be loaded.
     Raises: UsageError for a level that there is not; SourceError where a level cannot be tried here; StoreError.
@@ -102,6 +102,14 @@ def record(repository: Repository, verified: Verified) -> None:
     tree = store_directory(repository, verified.left, made.time_ns)
     made = replace(made, tree=tree)
     put_note(repository, notes.Note(made.snapshot_id, VERIFY, made.time_ns, made.host, encode_verification(made)))
+
+
+def _unread(found: CheckResult) -> StoreError:
+    """Return the error that something could not be read, of which nobody knows what it is worth."""
+    first = next(finding for finding in found.findings if finding.severity == Severity.UNREAD)
+    more = f"; {found.unread:,} objects in all could not be read" if found.unread > max(1, found.archived) else ""
+    kind = ObjectArchived if found.unread == found.archived else StoreError
+    return kind(f"this cannot be verified now, and nothing was recorded: {first.key}: {first.what}{more}")
 
 
 class _UnreadableDisk(Exception):
@@ -152,6 +160,8 @@ class _Run:
             paths = worst[0].paths_total if worst else 0
             hit = f"; {paths:,} paths are hit" if paths else ""
             self._add(level, "", Result.FAILED, f"{words}{more}{hit}: `backupfs check` names all")
+        elif found.unread:
+            raise _unread(found)
         elif level == METADATA:
             self._add(
                 level, "", Result.PASSED,

@@ -13,7 +13,7 @@ import trio
 
 from backupfs.codec.records import encode_record
 from backupfs.codec.sealing import Kind, hash_object
-from backupfs.errors import UsageError
+from backupfs.errors import AccessDenied, ObjectArchived, StoreError, UsageError
 from backupfs.ids import ChunkId, SnapshotId, short
 from backupfs.repository import layout
 from backupfs.repository.pack import ROW, Block, compress_block, encode_pack
@@ -31,6 +31,7 @@ from backupfs.usecases.check import CheckOptions, check
 from backupfs.usecases.events import Event, Remark, ignore
 from backupfs.usecases.findings import MOST_FINDINGS, MOST_PATHS, Findings, Severity
 from backupfs.usecases.forget import forget
+from backupfs.usecases.verify import VerifyOptions, verify
 from tests.builders import (
     NOWHERE,
     File,
@@ -62,19 +63,19 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> MemoryStore:
 # Stores that fail.
 
 
-@pytest.mark.parametrize("prefix", ["packs/data/", "packs/tree/", "snapshots/", "notes/", "keys/", "index/data/"])
+@pytest.mark.parametrize("prefix", ["packs/data/", "packs/tree/", "snapshots/", "notes/", "keys/"])
 @pytest.mark.parametrize("read_data", [False, True])
 def test_a_listing_that_fails_is_a_finding_and_the_rest_is_checked(
     stored: MemoryStore, prefix: str, read_data: bool
 ) -> None:
     repository = reopened(stored)
-    # The listing of index/data/ fails once only: packs are looked into instead.
-    repository.store = FaultyStore(stored, Fault("list", 1, prefix=prefix, times=1 if prefix == "index/data/" else 99))
+    repository.store = FaultyStore(stored, Fault("list", 1, prefix=prefix, times=99))
     result = run_check(repository, read_data=read_data)
-    assert result.damaged
+    assert (result.damaged, result.unread, result.snapshots_hit) == (False, 1, ())
     found = next(finding for finding in result.findings if finding.key == prefix)
     assert "failed by rule" in found.what
-    if not prefix.startswith(("snapshots/", "index/")):
+    assert found.severity == Severity.UNREAD
+    if prefix != "snapshots/":
         assert result.entries > 30
         assert len(result.findings) == 1
         assert found.paths == ()
@@ -85,9 +86,11 @@ def test_a_pack_that_cannot_be_read_now_is_named_and_the_rest_is_checked(stored:
     repository = reopened(stored)
     repository.store = FaultyStore(stored, Fault("get", 1, prefix=prefix))
     result = run_check(repository, read_data=True)
-    assert result.damaged
-    assert [finding.key.startswith(prefix) for finding in result.findings] == [True]
-    assert result.packs_read == result.packs
+    assert (result.damaged, result.unread, result.archived, result.snapshots_hit) == (False, 1, 0, ())
+    ((severity, key, paths),) = ((one.severity, one.key, one.paths) for one in result.findings)
+    assert (severity, paths) == (Severity.UNREAD, ())
+    assert key.startswith(prefix)
+    assert result.packs_read == result.packs - 1
 
 
 @pytest.mark.parametrize("prefix", ["snapshots/", "notes/"])
@@ -102,7 +105,7 @@ def test_a_snapshot_or_a_note_that_cannot_be_read_now_is_named_and_the_others_ar
     key = keys_of(store, prefix)[0]
     repository.store = FaultyStore(store, Fault("get", 1, prefix=key, times=9))
     result = run_check(repository)
-    assert [finding.key for finding in result.findings] == [key]
+    assert [(finding.severity, finding.key) for finding in result.findings] == [(Severity.UNREAD, key)]
     assert result.snapshots == (1 if prefix == "snapshots/" else 2)
     assert result.entries > 30
 
@@ -111,12 +114,110 @@ def _id_in(key: str) -> SnapshotId:
     return SnapshotId(bytes.fromhex(key[-64:]))
 
 
-def test_a_store_that_is_gone_ends_in_findings_not_in_an_exception(stored: MemoryStore) -> None:
+@pytest.mark.parametrize("prefix", ["", "packs/", "packs/data/", "index/"])
+def test_a_store_that_gives_nothing_any_more_ends_the_check_with_its_own_error(
+    stored: MemoryStore, prefix: str
+) -> None:
     repository = reopened(stored)
-    repository.store = FaultyStore(stored, *(Fault(verb, 1, times=10**6) for verb in ("get", "list", "size")))
+    store = RefusingStore(stored, prefix)
+    repository.store = store
+    with pytest.raises(AccessDenied, match="refused"):
+        run_check(repository, read_data=True)
+    assert store.refused <= 3 + 8  # those who read packs at once
+
+
+class RefusingStore(AroundStore):
+    """Shows all in listings and gives nothing below a prefix."""
+
+    def __init__(self, inner: MemoryStore, prefix: str) -> None:
+        super().__init__(inner)
+        self.prefix = prefix
+        self.refused = 0
+
+    def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
+        if verb == "get" and key.startswith(self.prefix):
+            self.refused += 1
+            raise AccessDenied(f"object {key} is refused")
+        return call()
+
+
+class ArchivingStore(AroundStore):
+    """Objects below a prefix are archived."""
+
+    def __init__(self, inner: MemoryStore, prefix: str) -> None:
+        super().__init__(inner)
+        self.prefix = prefix
+
+    def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
+        if verb == "get" and key.startswith(self.prefix):
+            raise ObjectArchived(f"object {key} is in GLACIER")
+        return call()
+
+
+@pytest.mark.parametrize("prefix", ["packs/data/", "packs/tree/", "packs/"])
+def test_what_is_archived_is_counted_and_is_no_damage(stored: MemoryStore, prefix: str) -> None:
+    repository = reopened(stored)
+    repository.store = ArchivingStore(stored, prefix)
+    whole = run_check(reopened(stored), read_data=True)
+    packs = len(keys_of(stored, prefix))
     result = run_check(repository, read_data=True)
-    assert result.damaged
-    assert {"config", "keys/", "snapshots/"} <= {finding.key for finding in result.findings}
+    assert (result.damaged, result.unread, result.archived, result.snapshots_hit) == (False, packs, packs, ())
+    assert result.packs_read == whole.packs - packs
+    assert all(finding.severity == Severity.UNREAD for finding in result.findings)
+    assert len(result.findings) == (2 if prefix == "packs/" else 1)
+    assert "archived" in result.findings[0].what
+    assert "not read" in result.findings[0].what
+    if prefix == "packs/data/":
+        assert result.entries == whole.entries
+        # Without its data nothing is asked for.
+        assert run_check(repository).findings == ()
+
+
+def test_damage_is_found_beside_what_is_archived(stored: MemoryStore) -> None:
+    store = copy_of(stored)
+    first, second, *_ = keys_of(store, "packs/data/")
+    data = bytearray(store.get(first))
+    data[len(data) // 2] ^= 1
+    store.put(first, data)
+    repository = reopened(store)
+    repository.store = ArchivingStore(store, second)
+    result = run_check(repository, read_data=True)
+    assert [(finding.severity, finding.key) for finding in result.findings] == [
+        (Severity.DAMAGE, first),
+        (Severity.UNREAD, "packs/data/"),
+    ]
+    assert result.snapshots_hit
+    assert result.archived == 1
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize(
+    ("wrapper", "error"), [(ArchivingStore, ObjectArchived), (RefusingStore, StoreError)], ids=["archived", "refused"]
+)
+def test_what_nobody_can_look_at_is_no_failed_verification(
+    stored: MemoryStore, wrapper: type[ArchivingStore], error: type[Exception], level: int
+) -> None:
+    repository = reopened(stored)
+    (snapshot,) = load_snapshots(repository).snapshots
+    repository.store = wrapper(stored, "packs/data/" if level else "packs/tree/")
+    with pytest.raises(error, match=r"archived|refused"):
+        verify(repository, snapshot, VerifyOptions(level=level), ignore)
+
+
+def test_a_pack_that_was_noted_stays_so_while_nobody_can_read_it(tmp_path: Path) -> None:
+    folders = folders_in(tmp_path)
+    repository = new_repository(folders=folders)
+    back_up(repository, build(TREE, tmp_path / "source"))
+    store = copy_of(repository.store)
+    key = keys_of(store, "packs/data/")[0]
+    whole = store.get(key)
+    store.put(key, whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert run_check(reopened(store, folders), read_data=True).noted_packs == 1
+    again = reopened(store, folders)
+    again.store = ArchivingStore(store, key)
+    assert run_check(again, read_data=True).noted_packs == 1
+    store.put(key, whole)
+    assert run_check(reopened(store, folders), read_data=True).noted_packs == 0
 
 
 class RecordingStore(AroundStore):

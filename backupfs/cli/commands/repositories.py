@@ -40,7 +40,8 @@ def check_command(settings: Settings, read_data: bool, read_data_subset: str | N
 
     Without options: all metadata is read and authenticated, and every pack has to be there in its full size. Ends
     with 1 when something is damaged, naming the objects, the snapshots and the paths that are hit. Damaged packs are
-    noted on this machine, and its next backup stores again what was in them and is still in the sources.
+    noted on this machine, and its next backup stores again what was in them and is still in the sources. Ends with 3
+    when nothing is known to be damaged and objects could not be read: archived, refused, or not answered.
     """
     repository = settings.open_repository("backupfs.usecases.check", snapshots=False, files=False)
     from backupfs.cli.report import Reporter
@@ -52,7 +53,9 @@ def check_command(settings: Settings, read_data: bool, read_data_subset: str | N
     result = run_case(check, repository, options, report)
     report.clear()
     tell_check(settings, result)
-    return 1 if result.damaged else 0
+    if result.damaged:
+        return 1
+    return 3 if result.unread else 0
 
 
 @click.command("stats")
