@@ -1,11 +1,17 @@
 """Counting what a store costs in requests: providers charge for each, by kind."""
 
+import fcntl
+import mmap
+import os
+import struct
 import threading
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from typing import Any
 
 # One call is one request, or two or three where a server sends on to another region.
 _MOST_OF_A_CALL = 8
+_COUNTS = struct.Struct("=6Q")  # as in RequestCounts
 
 
 class TooManyRequests(Exception):
@@ -31,12 +37,6 @@ class RequestCounts:
     def __bool__(self) -> bool:
         return self != RequestCounts()
 
-    def __sub__(self, other: "RequestCounts") -> "RequestCounts":
-        return RequestCounts(
-            self.put - other.put, self.get - other.get, self.list - other.list, self.delete - other.delete,
-            self.sent - other.sent, self.received - other.received,
-        )  # fmt: skip
-
     def __add__(self, other: "RequestCounts") -> "RequestCounts":
         return RequestCounts(
             self.put + other.put, self.get + other.get, self.list + other.list, self.delete + other.delete,
@@ -45,13 +45,20 @@ class RequestCounts:
 
 
 class Requests:
-    """Counts of one process; safe in threads."""
+    """Counts of the process that made this and of all that are forked from it; safe in threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._call = threading.local()
         self.was_answered = False  # by anything that speaks HTTP, ever
-        self._put = self._get = self._list = self._delete = self._sent = self._received = 0
+        # Shared memory, as many a forked process is killed when it is needed no more, and tells nothing of itself.
+        self._fd = os.memfd_create("backupfs-requests", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, _COUNTS.size)
+        self._memory = mmap.mmap(self._fd, _COUNTS.size)
+
+    def __del__(self) -> None:
+        with suppress(OSError):  # a confined process has closed all that it does not need
+            os.close(self._fd)
 
     def begin_call(self) -> None:
         """Say that what this thread sends from here on belongs to another call."""
@@ -64,15 +71,26 @@ class Requests:
         self._call.count = getattr(self._call, "count", 0) + 1
         if self._call.count > _MOST_OF_A_CALL:
             raise TooManyRequests(self._call.location)
+        if request.method == "DELETE":
+            self._add(RequestCounts(delete=1))
+        elif request.method in ("PUT", "POST"):
+            self._add(RequestCounts(put=1))
+        elif "list-type=2" in request.url:
+            self._add(RequestCounts(list=1))
+        else:
+            self._add(RequestCounts(get=1))
+
+    def _add(self, more: RequestCounts) -> None:
         with self._lock:
-            if request.method == "DELETE":
-                self._delete += 1
-            elif request.method in ("PUT", "POST"):
-                self._put += 1
-            elif "list-type=2" in request.url:
-                self._list += 1
-            else:
-                self._get += 1
+            # Between processes, a lock that ends with whoever holds it.
+            fcntl.lockf(self._fd, fcntl.LOCK_EX)
+            try:
+                _COUNTS.pack_into(self._memory, 0, *astuple(self._counts() + more))
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
+    def _counts(self) -> RequestCounts:
+        return RequestCounts(*_COUNTS.unpack_from(self._memory))
 
     def note_answer(self, response_dict: Any, **_: object) -> None:
         """Take an answer as it came, or None, before boto3 makes something else of it."""
@@ -90,16 +108,14 @@ class Requests:
 
     def add_sent(self, size: int) -> None:
         """Take bytes of an object that was put."""
-        with self._lock:
-            self._sent += size
+        self._add(RequestCounts(sent=size))
 
     def add_received(self, size: int) -> None:
         """Take bytes of an object that came."""
-        with self._lock:
-            self._received += size
+        self._add(RequestCounts(received=size))
 
     @property
     def counts(self) -> RequestCounts:
         """What was counted so far."""
         with self._lock:
-            return RequestCounts(self._put, self._get, self._list, self._delete, self._sent, self._received)
+            return self._counts()

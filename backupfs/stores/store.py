@@ -69,7 +69,7 @@ class Store(abc.ABC):
 
     @property
     def requests(self) -> RequestCounts:
-        """What this process has asked of a server so far; all zero where there is none."""
+        """What this process and those forked from it have asked of a server so far; all zero where there is none."""
         return RequestCounts()
 
     @abc.abstractmethod

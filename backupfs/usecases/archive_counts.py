@@ -1,8 +1,6 @@
 """What a walk counts."""
 
-from dataclasses import dataclass, field
-
-from backupfs.stores.requests import RequestCounts
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
@@ -17,7 +15,6 @@ class Counts:
     files_unchanged: int = 0
     files_skipped: int = 0
     has_xattrs: bool = False
-    requests: RequestCounts = field(default_factory=RequestCounts)  # to the store
     current: bytes = b""  # where it is
 
     def add(self, other: "Counts") -> None:
@@ -30,5 +27,4 @@ class Counts:
         self.files_unchanged += other.files_unchanged
         self.files_skipped += other.files_skipped
         self.has_xattrs |= other.has_xattrs
-        self.requests += other.requests
         self.current = self.current or other.current

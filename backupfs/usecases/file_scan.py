@@ -26,7 +26,6 @@ def file_scan(
 ) -> Root | None:
     """Be one scanning process: archive everything or nothing, then do tasks; return `/` for everything."""
     keyring = repository.keyring
-    before = repository.store.requests  # of the process that was forked
     data = ChunkSaver(Kind.DATA_PACK, repository.data_index, slots, scanner.send, options.sizes.block)
     trees = ChunkSaver(Kind.TREE_PACK, repository.tree_index, slots, scanner.send, options.sizes.block)
     trees.distrusts = scanner.distrusts
@@ -48,6 +47,5 @@ def file_scan(
         scanner.work_to_the_end()
     data.flush()
     trees.flush()
-    context.counts.requests = repository.store.requests - before
     context.tell_counts(at_once=True)
     return root

@@ -331,8 +331,7 @@ class StoringRun:
         self.listed.note_seen()
         is_seen = local.note_seen(state, repository_id, {host_id: (snapshot.sequence, snapshot.snapshot_id)})
         self._tell_of_state(host_id, is_seen)
-        requests = self._repository.store.requests + counts.requests
-        return replace(result, snapshot=snapshot, requests=requests)
+        return replace(result, snapshot=snapshot, requests=self._repository.store.requests)
 
     def _tell_of_state(self, host_id: bytes, is_seen: bool) -> None:
         """Say what it means where this machine keeps nothing of its own. is_seen: it remembers the snapshot."""
@@ -353,7 +352,7 @@ class StoringRun:
             self.counts,
             self._writers[Kind.DATA_PACK].totals,
             self._writers[Kind.TREE_PACK].totals,
-            self._repository.store.requests + self.counts.requests,
+            self._repository.store.requests,
             time.monotonic_ns() - self._started,
         )
 

@@ -1,6 +1,7 @@
 """Object storage over a network that fails, and what the user is told. A proxy before a real Swift makes the faults."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -408,6 +409,28 @@ def test_requests_are_counted_as_they_go_over_the_network(once: S3Store, proxy: 
     assert counts.sent == len(DATA)
     assert counts.received == len(DATA) + 1000
     assert len(proxy.seen) == 7
+
+
+def test_requests_of_a_forked_process_count_even_if_it_is_killed(once: S3Store, proxy: FaultProxy) -> None:
+    before = once.requests.get
+    ready, done = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            once.get("packs/data/old")
+            os.write(done, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    once.size("packs/data/old")
+    assert os.read(ready, 1) == b"x"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(ready)
+    os.close(done)
+    assert once.requests.get == before + 2
+    assert once.requests.received == len(DATA)
+    assert len(proxy.seen) == 2
 
 
 def test_a_listing_of_many_pages_is_whole(once: S3Store, proxy: FaultProxy, behind: S3Store) -> None:

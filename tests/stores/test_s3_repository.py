@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.builders import Entry, File, Hardlink, Symlink, Tree, build, snapshot_of
+from tests.cli.test_images import disk
 from tests.fault_proxy import FaultProxy
 from tests.hosts import runner, summary_of
 from tests.servers import Server
+
+__all__ = ["disk"]
 
 
 def built(tree: Tree, path: Path) -> str:
@@ -318,5 +321,29 @@ def test_content_that_is_kept_on_disk_is_fetched_once(swift: Server, tmp_path: P
         garbled.write_bytes(garbled.read_bytes()[:-1] + b"!")
         assert fetches() == 1
         assert fetches() == 0
+    finally:
+        proxy.close()
+
+
+def test_a_report_has_the_requests_of_all_processes(swift: Server, disk: Path, tmp_path: Path) -> None:
+    host, _, port = swift.endpoint_url.removeprefix("http://").partition(":")
+    proxy = FaultProxy(host, int(port))
+
+    def told(*arguments: str) -> tuple[int, int]:
+        proxy.seen.clear()
+        counts = summary_of(run("--json", *arguments))["requests"]
+        return sum(counts[kind] for kind in ("put", "get", "list", "delete")), len(proxy.seen)
+
+    try:
+        run = runner(replace(swift, endpoint_url=proxy.endpoint_url), tmp_path, "counted")
+        run("init")
+        for arguments in (
+            ["image", str(disk), "--name", "web"],
+            ["index", "--force", "web:latest"],
+            ["put", f"web:latest:/files/{disk.stem}p1/added", str(tmp_path / "content" / "hosts")],
+            ["restore", "--image", "web:latest", str(tmp_path / "back")],
+        ):
+            counted, seen = told(*arguments)
+            assert counted == seen, arguments
     finally:
         proxy.close()
