@@ -16,7 +16,7 @@ from backupfs.disks.filesystem import Read
 from backupfs.disks.superblocks import BTRFS, EXFAT, EXT, FAT, NTFS, XFS
 
 CHECK_S = 6 * 3600.0  # for one program; a large file system takes hours
-_MOST_WORDS = 64 << 10
+_MOST_WORDS = 64 << 10  # half of them from the beginning, as the first complaint is there
 # What the programs say of a sound file system, too, and sums at the end.
 _ROUTINE = re.compile(
     rb"(e2fsck|fsck\.\w+|exfatprogs|xfs_repair)( version)?:? v?\d|(Pass|Phase) \d|- |\[\d+/\d+\]|"
@@ -38,7 +38,7 @@ class Checker:
     arguments: tuple[str, ...]
     replay: tuple[str, ...] = ()  # a command before, which may write
     replay_codes: tuple[int, ...] = (0,)  # with which it has done its work
-    unclear: bytes = b""  # words with which the judge cannot judge
+    unclear: bytes = b""  # words with which the judge cannot judge, wherever it breaks their line
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def _run(checker: Checker, path: Path, timeout_s: float) -> Checked:
         replayed = ", after its journal was replayed" if b"recovering journal" in output else ""
     code, words = _said_by([checker.program, *checker.arguments, str(path)], timeout_s)
     output += words
-    if checker.unclear and checker.unclear in words:
+    if checker.unclear and checker.unclear in b" ".join(words.split()):
         return Checked(
             checker.form, None, f"{checker.form}: its log is not empty, as of a running system: "
             "only a mount can say what it looks like then", output
@@ -131,7 +131,10 @@ def _said_by(command: list[str], timeout_s: float) -> tuple[int, bytes]:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return 1, heard + b"it took more than %d s\n" % timeout_s
-    return done.returncode, heard + done.stdout[-_MOST_WORDS:]
+    said = done.stdout
+    if len(said) > _MOST_WORDS:
+        said = said[: _MOST_WORDS // 2] + b"\n...\n" + said[-_MOST_WORDS // 2 :]
+    return done.returncode, heard + said
 
 
 def _complaint(output: bytes, path: Path) -> str:

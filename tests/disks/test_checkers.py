@@ -1,6 +1,7 @@
 """What the programs that check file systems say, in a line."""
 
 import os
+import struct
 import subprocess
 from pathlib import Path
 
@@ -66,3 +67,44 @@ def test_data_that_is_not_what_its_sum_says_is_a_complaint_of_btrfs(volume: Path
     checked = check_volume(volume, 120 * MIB)
     assert checked.sound is False
     assert "csum" in checked.words
+
+
+def fill_log(path: Path) -> None:
+    """Leave in an XFS's log what a mount would replay, as that of a running system has it."""
+    with open(path, "r+b") as file:
+        start = file.read(128)
+        (block,), (log,), (blocks,) = (
+            struct.unpack_from(*one) for one in ((">I", start, 4), (">Q", start, 48), (">I", start, 84))
+        )
+        group, within = log >> start[124], log & ((1 << start[124]) - 1)
+        # The log's one record says that it was unmounted: a flag of its only operation.
+        file.seek((group * blocks + within) * block + 512 + 9)
+        assert file.read(1) == b"\x20"
+        file.seek(-1, os.SEEK_CUR)
+        file.write(b"\0")
+
+
+def test_an_xfs_whose_log_is_not_empty_is_not_judged(volume: Path) -> None:
+    os.truncate(volume, 400 * MIB)
+    subprocess.run(["mkfs.xfs", "-q", "-f", volume], check=True)
+    assert check_volume(volume, 400 * MIB).sound is True
+    fill_log(volume)
+    checked = check_volume(volume, 400 * MIB)
+    assert checked.sound is None
+    assert checked.words.startswith("XFS: its log is not empty, as of a running system")
+
+
+def test_of_many_words_the_first_and_the_last_are_kept(
+    volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log is told of before all that is wrong without it."""
+    (tmp_path / "bin").mkdir()
+    script = "echo 'changes in a log which is being'; echo 'ignored because'; yes wrong | head -c 200000; exit 1"
+    (tmp_path / "bin" / "xfs_repair").write_text(f"#!/bin/sh\necho 'metadata'\n{script}\n")
+    (tmp_path / "bin" / "xfs_repair").chmod(0o755)
+    os.truncate(volume, 400 * MIB)
+    subprocess.run(["mkfs.xfs", "-q", "-f", volume], check=True)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    checked = check_volume(volume, 400 * MIB)
+    assert checked.sound is None
+    assert len(checked.output) < 70_000
