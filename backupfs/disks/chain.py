@@ -15,7 +15,9 @@ import re
 import stat
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from backupfs.disks.headers import tables_end
 from backupfs.errors import SourceError, shown
 
 RAW = "raw"
@@ -39,6 +41,7 @@ _LOWEST_FD = 16  # below are those that a process is told about by their numbers
 _MOST_NAME = 1023  # bytes; qemu's own limit
 _DATA_FILE = 1 << 2  # of qcow2's incompatible features
 _BACKING_FORMAT, _DATA_FILE_NAME = 0xE2792ACA, 0x44415441  # qcow2's header extensions
+_NO_END = 1 << 64
 _TEXT_INSIDE = 20 << 9  # bytes of a VMDK with text and data that qemu looks through
 _MOST_DESCRIPTOR = 1 << 16  # bytes of a VMDK's text; some hundred extents
 _EXTENT = re.compile(rb'[ \t]*(RW)[ \t]+(\d{1,15})[ \t]+([A-Z]{1,10})[ \t]+"([^"]{1,511})"(?:[ \t]+(\d{1,15}))?\s*')
@@ -46,6 +49,15 @@ _PARENT = re.compile(rb'parentFileNameHint="([^"]*)"')
 _KEPT = re.compile(rb'(version|CID|parentCID|createType)="?(\w{1,40})"?\s*')
 
 Node = dict[str, object]  # as qemu's BlockdevOptions, to be written as JSON
+
+
+@dataclass(slots=True)
+class _Layer:
+    """A file of a chain of backing files."""
+
+    path: bytes
+    node: Node
+    data: list[tuple[int, int]]  # (end in the layer's disk, descriptor) of the files that hold its bytes, in order
 
 
 def looks_like(fd: int) -> str:
@@ -77,6 +89,7 @@ class Chain:
         self._fds: list[int] = []
         self.paths: list[bytes] = []  # of all files, the top one first
         self._names: dict[int, bytes] = {}
+        self._layers: list[_Layer] = []
         try:
             self._node = self._opened(path, form, set())
         except OSError as error:
@@ -97,6 +110,17 @@ class Chain:
         if len(self.paths) == 1:
             return ()
         return (f"the disk {shown(self._top)} is made of {', '.join(shown(path) for path in self.paths)}",)
+
+    def require_whole(self, depth: int, start: int, place: int, length: int) -> None:
+        """Require that a file holds what it is said to hold.
+
+        depth: of the layer, 0 for the top one. start: in the disk. place: in the file with its bytes.
+        Raises: SourceError if the file is cut short.
+        """
+        if depth < len(self._layers):
+            fd = next((fd for end, fd in self._layers[depth].data if start < end), -1)
+            if fd >= 0:
+                self._require_size(fd, place + length)
 
     def pass_on(self) -> None:
         """Let the program that this process becomes have the descriptors."""
@@ -137,12 +161,17 @@ class Chain:
         above = above | {(status.st_dev, status.st_ino)}
         form = form or self._form_without_words(fd, path)
         node: Node = {"driver": form, "file": _file(fd)}
+        layer = _Layer(path, node, [(_NO_END, fd)])
+        self._layers.append(layer)
+        self._require_size(fd, tables_end(fd, form))
         if form == "qcow2":
             backing, backing_form, data = _names_in_qcow2(fd, path)
             if data is not None:
-                node["data-file"] = _file(self._open(self._place_of(data, path, "data file")))
+                data_fd = self._open(self._place_of(data, path, "data file"))
+                node["data-file"] = _file(data_fd)
+                layer.data = [(_NO_END, data_fd)]
         elif form == "vmdk":
-            backing, backing_form = self._vmdk(fd, path, node), "vmdk"
+            backing, backing_form = self._vmdk(fd, path, layer), "vmdk"
         else:
             return node
         # Said even if there is none: then qemu looks for none.
@@ -185,6 +214,16 @@ class Chain:
         self._names[kept] = path
         return kept
 
+    def _require_size(self, fd: int, size: int) -> None:
+        missing = size - os.fstat(fd).st_size
+        if missing > 0:
+            path = self._names[fd]
+            what = "it" if path == self._top else f"{shown(path)}, which it is made of,"
+            raise SourceError(
+                f"the disk {shown(self._top)} cannot be read: {what} is cut short: {missing:,} bytes of it are "
+                "missing, if its tables are right; copy it again"
+            )
+
     def _require_allowed(self, path: bytes, real: bytes) -> None:
         # The user named the top one.
         if path != self._top and not any(_is_below(real, folder) for folder in self._folders):
@@ -219,7 +258,7 @@ class Chain:
 
     # VMDK.
 
-    def _vmdk(self, fd: int, path: bytes, node: Node) -> bytes:
+    def _vmdk(self, fd: int, path: bytes, layer: _Layer) -> bytes:
         """Open the extents of a VMDK; return the name of its parent, if it has one."""
         if os.pread(fd, 4, 0) in (b"KDMV", b"COWD"):
             text = self._text_inside(fd, path)
@@ -227,7 +266,8 @@ class Chain:
             text = os.pread(fd, _MOST_DESCRIPTOR + 1, 0)
             if len(text) > _MOST_DESCRIPTOR:
                 raise SourceError(f"the disk {shown(path)} cannot be opened: it is no VMDK, or its text is too long")
-            node["file"] = _file(self._written_anew(text, path))
+            layer.data = []
+            layer.node["file"] = _file(self._written_anew(text, path, layer))
         parent = _PARENT.search(text)
         return parent[1] if parent is not None else b""
 
@@ -245,9 +285,9 @@ class Chain:
         # Offsets that a file cannot have are for qemu to complain of.
         return os.pread(fd, _TEXT_INSIDE, place << 9) if 0 < place < 1 << 53 else b""
 
-    def _written_anew(self, text: bytes, path: bytes) -> int:
+    def _written_anew(self, text: bytes, path: bytes, layer: _Layer) -> int:
         """Return a descriptor of the text of a VMDK, written anew to name descriptors instead of files."""
-        lines, count = [b"# Disk DescriptorFile"], 0
+        lines, count, end = [b"# Disk DescriptorFile"], 0, 0
         for line in text.splitlines():
             extent, kept = _EXTENT.fullmatch(line), _KEPT.fullmatch(line)
             if kept is not None:
@@ -261,9 +301,14 @@ class Chain:
                         f"the disk {shown(path)} cannot be opened: its extent `{shown(line)}` is none that qemu reads"
                     )
                 fd = self._open(self._place_of(extent[4], path, "extent"))
+                size = int(extent[2]) << 9
+                layer.data.append((end := end + size, fd))
                 # What begins a flat extent a guest wrote.
                 if extent[3] not in (b"FLAT", b"VMFS"):
                     self._text_inside(fd, self._names[fd])
+                    self._require_size(fd, tables_end(fd, "vmdk"))
+                else:
+                    self._require_size(fd, (int(extent[5] or 0) << 9) + size)
                 words = [extent[1], extent[2], extent[3], b'"' + _place(fd).encode() + b'"']
                 lines.append(b" ".join(words + ([extent[5]] if extent[5] else [])))
         if not count:

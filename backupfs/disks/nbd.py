@@ -180,7 +180,10 @@ class NbdServer:
         )
 
     def data_ranges(self) -> list[tuple[int, int]]:
-        """Return (start, end) of what is not zero by the word of the format, in order. Raises: SourceError."""
+        """Return (start, end) of what is not zero by the word of the format, in order.
+
+        Raises: SourceError, also where a file ends before what it holds.
+        """
         found: list[tuple[int, int]] = []
         with tempfile.TemporaryFile() as words:
             with self._asking("map", "--output=json", stderr=words.fileno()) as process:
@@ -188,7 +191,10 @@ class NbdServer:
                 try:
                     # One line for each range: who wrote the disk decides how many there are.
                     for line in process.stdout:
-                        _add_range(found, line)
+                        self._add_range(found, line)
+                except SourceError:
+                    process.kill()
+                    raise
                 except (ValueError, KeyError, TypeError) as error:
                     process.kill()
                     raise SourceError(
@@ -199,6 +205,24 @@ class NbdServer:
                 why = self._chain.named(words.read(1 << 16).strip().rpartition(b"\n")[2])
                 raise SourceError(f"the disk {shown(self._path)} cannot be read: {why or 'qemu-img was ended'}")
         return found
+
+    def _add_range(self, found: list[tuple[int, int]], line: bytes) -> None:
+        """Add to the ranges what a line of `qemu-img map` says. Raises: SourceError for what a file does not hold."""
+        text = line.strip(b"[], \n")
+        if not text:
+            return
+        one = json.loads(text)
+        start, end = one["start"], min(one["start"] + one["length"], self.size)
+        # Behind its end a file reads as zeros, and is said to hold them.
+        if one["data"] and "offset" in one:
+            self._chain.require_whole(one["depth"], start, one["offset"], end - start)
+        if one["zero"]:
+            return
+        # Zeros between ranges may be read, too.
+        if found and (found[-1][1] == start or len(found) == _MOST_RANGES):
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
 
     def _asking(
         self, *words: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.DEVNULL
@@ -217,22 +241,6 @@ class NbdServer:
         self._process.communicate()
         os.close(self._socket_fd)
         self._chain.close()
-
-
-def _add_range(found: list[tuple[int, int]], line: bytes) -> None:
-    """Add to the ranges what a line of `qemu-img map` says."""
-    text = line.strip(b"[], \n")
-    if not text:
-        return
-    one = json.loads(text)
-    start, end = one["start"], one["start"] + one["length"]
-    if one["zero"]:
-        return
-    # Zeros between ranges may be read, too.
-    if found and (found[-1][1] == start or len(found) == _MOST_RANGES):
-        found[-1] = (found[-1][0], end)
-    else:
-        found.append((start, end))
 
 
 def _confine(chain: Chain, cpu_s: int = 0) -> Callable[[], None]:

@@ -232,6 +232,7 @@ def open_disk(path: bytes, name: str = "", form: str = "", folders: Sequence[byt
         # A link may have a name that says nothing.
         telling = path if path.lower().endswith(_TELLING) else os.path.realpath(path)
         form = form or (RAW if is_raw_by_name(telling) else seen)
+        _require_as_named(telling, name, seen)
         if form == RAW:
             fd, kept = -1, fd
             disk: DiskSource = RawDisk(name, path, kept)
@@ -247,6 +248,17 @@ def open_disk(path: bytes, name: str = "", form: str = "", folders: Sequence[byt
 def is_name(text: str) -> bool:
     """Tell whether a text can be the name of a disk, or of an image."""
     return _NAME.fullmatch(text) is not None
+
+
+def _require_as_named(path: bytes, name: str, seen: str) -> None:
+    """Refuse a file that is not what its name says: a VHD says what it is at its end only."""
+    # What ends in .vmdk may be the plain half of one.
+    said = next((form for form, endings in _ENDINGS.items() if path.lower().endswith(endings)), "vmdk")
+    if seen == RAW and said != "vmdk":
+        raise SourceError(
+            f"the disk {shown(path)} is no {said} though its name says so: it is damaged or cut short, copy it again; "
+            f"if it is a raw disk: --format {name}=raw"
+        )
 
 
 def _doubts(path: bytes, name: str, form: str, seen: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Disks in formats of virtual machines, as qemu reads them."""
 
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -141,12 +142,109 @@ def test_a_raw_disk_that_looks_like_a_format_inside_is_raw(tmp_path: Path) -> No
     source.close()
 
 
-def test_a_file_that_was_cut_is_told(tmp_path: Path) -> None:
-    path = converted(disk_in(tmp_path / "raw"), tmp_path / "disk.qcow2", "qcow2", [])
-    os.truncate(path, path.stat().st_size // 2)
+CUT = {
+    **FORMS,
+    "vmdk of two files": ("vmdk", ["-o", "subformat=monolithicFlat"]),
+    "sparse vmdk of two files": ("vmdk", ["-o", "subformat=twoGbMaxExtentSparse"]),
+    "vdi of fixed size": ("vdi", ["-o", "static=on"]),
+}
+
+
+@pytest.mark.parametrize("missing", [600, None])
+@pytest.mark.parametrize("name", CUT)
+def test_a_file_that_was_cut_short_is_refused(name: str, missing: int | None, tmp_path: Path) -> None:
+    form, options = CUT[name]
+    raw = disk_in(tmp_path / "raw", size=40 * MIB, table=b"label: gpt\nsize=5M\n")
+    with open(raw, "r+b") as file:
+        file.seek(-MIB, os.SEEK_END)
+        file.write(os.urandom(MIB))
+    path = converted(raw, tmp_path / f"disk.{form}", form, options)
+    [cut] = [one for one in tmp_path.iterdir() if one not in (raw, path)] or [path]
+    size = cut.stat().st_size
+    os.truncate(cut, size - missing if missing else size // 2)
+    with pytest.raises(SourceError) as caught:  # noqa: PT012
+        source = open_disk(os.fsencode(path), form=form)
+        try:
+            # qemu itself fails where it cannot unpack something.
+            whole(source)
+        finally:
+            source.close()
+    words = str(caught.value)
+    assert "\n" not in words
+    if form == "vdi" or (form in ("qcow2", "vmdk") and name != "stream-optimized vmdk"):
+        which = "it" if cut == path else f"{cut}, which it is made of,"
+        assert words.startswith(f"the disk {path} cannot be read: {which} is cut short: ")
+        assert words.endswith(" bytes of it are missing, if its tables are right; copy it again")
+
+
+def test_a_backing_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    base = converted(disk_in(tmp_path / "raw"), tmp_path / "base.qcow2", "qcow2", [])
+    top = tmp_path / "top.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top], check=True)
+    os.truncate(base, base.stat().st_size - MIB // 2)
+    with pytest.raises(SourceError, match=rf"top\.qcow2 cannot be read: {base}, which it is made of, is cut short"):
+        open_disk(os.fsencode(top))
+
+
+@pytest.mark.parametrize("form", ["qcow2", "vmdk"])
+def test_a_file_whose_last_table_is_cut_off_is_refused(form: str, tmp_path: Path) -> None:
+    """qemu reads zeros there, which say that there is no data."""
+    path = tmp_path / f"disk.{form}"
+    subprocess.run(["qemu-img", "create", "-q", "-f", form, path, "4G"], check=True)
+    subprocess.run(["qemu-io", "-c", "write -P 7 3G 64k", path], check=True, capture_output=True)
+    data = path.read_bytes()
+    # Data first, tables behind it.
+    if form == "qcow2":
+        (first,) = struct.unpack_from(">Q", data, 40)
+        entries = struct.unpack_from(">8Q", data, first)
+        [place] = [entry & (1 << 56) - 512 for entry in entries if entry]
+        length, entry = 65536, struct.pack(">Q", len(data) | 1 << 63)
+        at = first + entries.index(next(filter(None, entries))) * 8
+    else:
+        first = struct.unpack_from("<Q", data, 56)[0] * 512
+        place = struct.unpack_from("<I", data, first + 3 * 1024 // 32 * 4)[0] * 512
+        length, entry, at = 2048, struct.pack("<I", len(data) // 512), first + 3 * 1024 // 32 * 4
+    moved = data[:at] + entry + data[at + len(entry) :] + data[place : place + length]
+    path.write_bytes(moved)
     source = open_disk(os.fsencode(path))
-    assert ["damaged" in remark for remark in source.remarks] == [True]
+    assert source.read(3 << 30, 512) == b"\7" * 512
     source.close()
-    os.truncate(path, 100)
-    with pytest.raises(SourceError, match=r"cannot be opened: .*header"):
+    os.truncate(path, len(data))
+    with pytest.raises(SourceError, match=f"is cut short: {length:,} bytes of it"):
         open_disk(os.fsencode(path))
+
+
+@pytest.mark.parametrize("form", ["qcow2", "vmdk", "vdi", "vpc"])
+def test_a_file_that_ends_in_the_midst_of_a_cluster_is_whole(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    options = ["-o", "force_size=on"] if form == "vpc" else []
+    subprocess.run(["qemu-img", "create", "-q", "-f", form, *options, path, "41000960"], check=True)
+    for words in ("write -P 7 20M 4k", "write -P 7 40996864 4k"):
+        subprocess.run(["qemu-io", "-f", form, "-c", words, path], check=True, capture_output=True)
+    source = open_disk(os.fsencode(path), form=form)
+    assert source.read(40996864, 4096) == b"\7" * 4096
+    source.close()
+
+
+def test_a_file_of_which_not_even_the_header_is_there_is_refused(tmp_path: Path) -> None:
+    path = converted(disk_in(tmp_path / "raw"), tmp_path / "disk.qcow2", "qcow2", [])
+    os.truncate(path, 100)
+    with pytest.raises(SourceError, match=r"cannot be opened: .*header|is cut short"):
+        open_disk(os.fsencode(path))
+
+
+@pytest.mark.parametrize("ending", ["vhd", "qcow2", "vdi", "vhdx"])
+def test_a_file_that_is_not_what_its_name_says_is_refused(ending: str, tmp_path: Path) -> None:
+    raw = disk_in(tmp_path / "raw", size=8 * MIB, table=b"label: dos\n")
+    path = tmp_path / f"disk.{ending}"
+    if ending == "vhd":
+        # Of fixed size: its end alone says what it is.
+        converted(raw, path, "vpc", ["-o", "subformat=fixed,force_size=on"])
+        os.truncate(path, 7 * MIB)
+    else:
+        path.write_bytes(raw.read_bytes())
+    with pytest.raises(SourceError, match=r"though its name says so: .*copy it again; .*--format disk=raw"):
+        open_disk(os.fsencode(path))
+    source = open_disk(os.fsencode(path), form="raw")
+    assert whole(source) == path.read_bytes()
+    source.close()
