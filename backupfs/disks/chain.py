@@ -105,6 +105,18 @@ class Chain:
         return "json:" + json.dumps(self._node)
 
     @property
+    def layers(self) -> list[tuple[bytes, str]]:
+        """The files that are over each other, the top one first: their paths, and the name of each alone for qemu."""
+        return [
+            (
+                layer.path,
+                "json:" + json.dumps({**layer.node, "backing": None} if "backing" in layer.node else layer.node),
+            )
+            for layer in self._layers
+            if layer.node["driver"] != RAW
+        ]
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """Name the files, if there are several."""
         if len(self.paths) == 1:
@@ -129,7 +141,8 @@ class Chain:
 
     def named(self, words: bytes) -> str:
         """Return what qemu said, with the names of files in it."""
-        words = words.replace(self.name.encode(), self._top)
+        for path, name in [(self._top, self.name), *self.layers]:
+            words = words.replace(name.encode(), path)
         for fd in sorted(self._names, reverse=True):
             words = words.replace(_place(fd).encode(), self._names[fd])
         return shown(words)

@@ -78,6 +78,7 @@ def read_layout(disks: list[DiskSource], passphrases: Sequence[bytes] = (), keys
     problems: list[tuple[str, str]] = []
     plain: set[int] = set()
     for number, source in enumerate(disks):
+        problems += [(source.name, problem) for problem in source.problems]
         parted = read_table(source.read, source.size, source.sector)
         for part in parted.partitions:
             divided.add(number)

@@ -31,6 +31,9 @@ _READ = 0
 _FIRST_PASSED_FD = 3  # by sd_listen_fds(3)
 _MOST_READ = 4 << 20
 _CHECK_DAMAGED = 2
+_BEYOND = b"exceeding the end of the file"  # of a qcow2, whose clusters are compressed, too
+_MOST_LINE = 1 << 16
+DAMAGED = "is damaged by the word of `qemu-img check`"  # how a problem begins, behind the name
 # Bytes of address space of a process of qemu, and more for each file: 64 threads, and caches of 32 MiB.
 _MEMORY, _MEMORY_PER_FILE = 2 << 30, 64 << 20
 _CPU_S = 3600  # of what only looks at tables; a server reads as long as there is something to read
@@ -167,17 +170,33 @@ class NbdServer:
                     f"the disk {shown(self._path)} cannot be read at byte {offset + start:,}: {reason}"
                 ) from error
 
+    @property
     def remarks(self) -> tuple[str, ...]:
-        """Return what files it is made of, and what the format's own check finds wrong."""
-        with self._asking("check", stdout=subprocess.DEVNULL) as process:
-            process.wait()
-        # 2 is damage; 3 is space that is lost, 63 a format without a check.
-        if process.returncode != _CHECK_DAMAGED:
-            return self._chain.remarks
-        return (
-            *self._chain.remarks,
-            f"the disk {shown(self._path)} is damaged by the word of `qemu-img check`: what is lost reads as zeros",
-        )
+        """What files it is made of."""
+        return self._chain.remarks
+
+    def problems(self) -> list[str]:
+        """Return what the check of its format finds wrong in the files. Raises: SourceError for what is cut short."""
+        return [problem for path, name in self._chain.layers if (problem := self._check(path, name))]
+
+    def _check(self, path: bytes, name: str) -> str:
+        first, is_cut = b"", False
+        with self._asking("check", name=name, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            # Who wrote the disk decides how much there is to be said.
+            while line := process.stderr.readline(_MOST_LINE):
+                is_cut = is_cut or _BEYOND in line
+                first = first or (line.strip() if line.startswith(b"ERROR") else b"")
+        what = "it" if path == self._path else f"{shown(path)}, which it is made of,"
+        if is_cut:
+            raise SourceError(
+                f"the disk {shown(self._path)} cannot be read: {what} is cut short, by the word of `qemu-img check`; "
+                "copy it again"
+            )
+        # 3 is space that is lost, 63 a format without a check. With 1 it gives up, as it does on a VMDK's first error.
+        if process.returncode != _CHECK_DAMAGED and not first:
+            return ""
+        return f"{what} {DAMAGED}: {self._chain.named(first) or 'what is lost reads as zeros'}"
 
     def data_ranges(self) -> list[tuple[int, int]]:
         """Return (start, end) of what is not zero by the word of the format, in order.
@@ -225,10 +244,10 @@ class NbdServer:
             found.append((start, end))
 
     def _asking(
-        self, *words: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.DEVNULL
+        self, *words: str, name: str = "", stdout: int = subprocess.PIPE, stderr: int = subprocess.DEVNULL
     ) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
-            ["qemu-img", *words, "--force-share", self._chain.name],
+            ["qemu-img", *words, "--force-share", name or self._chain.name],
             stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, close_fds=False,
             preexec_fn=_confine(self._chain, _CPU_S),
         )  # fmt: skip

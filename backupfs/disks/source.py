@@ -36,6 +36,7 @@ class DiskSource(abc.ABC):
     form: str
     size: int
     remarks: tuple[str, ...] = ()  # what a user should know of it
+    problems: tuple[str, ...] = ()  # what is damaged of what it is read from
 
     def __init__(self, name: str, path: bytes) -> None:
         """Take the parts.
@@ -172,7 +173,8 @@ class ServedDisk(DiskSource):
         self.size = self._server.size
         try:
             self._data = self._server.data_ranges()
-            self.remarks = self._server.remarks()
+            self.remarks = self._server.remarks
+            self.problems = tuple(self._server.problems())
         except BaseException:
             self._server.close()
             raise

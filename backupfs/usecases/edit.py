@@ -24,6 +24,7 @@ from backupfs.snapshots.volumes import bases_of, keys_of, places_of
 from backupfs.snapshots.walk import find_path, shown_volumes
 from backupfs.usecases.events import Remark, Report
 from backupfs.usecases.image import ImageOptions, image
+from backupfs.usecases.image_unread import damage_before
 from backupfs.usecases.scratch import ScratchMount
 from backupfs.usecases.storing import BackupResult
 from backupfs.usecases.umount import umount
@@ -131,7 +132,10 @@ def commit_edit(
             hints[disk.name] = replace(found, is_trusted=True)
     sources: list[_EditedDisk] = []
     try:
-        sources += (_EditedDisk(disk, scratch) for disk in snapshot.disks)
+        for disk in snapshot.disks:
+            source = _EditedDisk(disk, scratch)
+            source.problems = damage_before(snapshot, disk.name, repository.trees.load)
+            sources.append(source)
         made = ImageOptions(
             host=snapshot.host, tags=(*snapshot.tags, *options.tags), dry_run=options.dry_run, name=snapshot.image,
             hints=hints, luks_keys=keys_of(snapshot.volumes),

@@ -7,6 +7,7 @@ that is the same in the next image is not looked through again, so nobody would 
 from collections.abc import Callable, Collection, Iterable
 
 from backupfs.disks.layout import Layout
+from backupfs.disks.nbd import DAMAGED
 from backupfs.errors import DamagedObject, PathNotFound, StoreError, shown
 from backupfs.ids import ChunkId
 from backupfs.snapshots.content import INLINE, INLINE_MARK, MOST_INLINE, Content, ContentBuilder, pieces
@@ -70,3 +71,10 @@ def unread_before(snapshot: Snapshot, name: str, load: Callable[[ChunkId], bytes
     except (PathNotFound, DamagedObject, StoreError):
         return ()
     return tuple(line for line in found.splitlines(keepends=True) if line.startswith(shown(name).encode() + b":"))
+
+
+def damage_before(snapshot: Snapshot, name: str, load: Callable[[ChunkId], bytes | memoryview]) -> tuple[str, ...]:
+    """Return what an image says is damaged of the file that a disk of it was read from: the disk does not show it."""
+    start = f"{shown(name)}: "
+    lines = (line.decode().rstrip("\n") for line in unread_before(snapshot, name, load))
+    return tuple(line.removeprefix(start) for line in lines if line.startswith(start) and DAMAGED in line)

@@ -24,7 +24,7 @@ from backupfs.snapshots.walk import find_path, tree_of, walk
 from backupfs.stores.requests import RequestCounts
 from backupfs.usecases.events import Report
 from backupfs.usecases.image_scan import DiskRoot, image_scan
-from backupfs.usecases.image_unread import tell_lacks
+from backupfs.usecases.image_unread import damage_before, tell_lacks
 from backupfs.usecases.image_walk import load_readers
 from backupfs.usecases.scanner import Root, Scanner
 from backupfs.usecases.scanners import scanner_count
@@ -82,6 +82,8 @@ def index(
         )
     notes.require_right(repository, notes.INDEX)
     disks: list[DiskSource] = [StoredDisk(repository, snapshot, disk.volume) for disk in snapshot.disks]
+    for stored in disks:
+        stored.problems = damage_before(snapshot, stored.name, repository.trees.load)
     layout = read_layout(disks, options.luks_passphrases, keys_of(snapshot.volumes))
     tell_lacks(layout, report)
     names = [disk.name for disk in disks] + [volume.name for volume in layout.volumes]

@@ -248,3 +248,54 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(ending: str, tmp_path:
     source = open_disk(os.fsencode(path), form="raw")
     assert whole(source) == path.read_bytes()
     source.close()
+
+
+def damage(path: Path, form: str) -> None:
+    """Have two clusters lie in one place."""
+    data = path.read_bytes()
+    if form == "qcow2":
+        (first,) = struct.unpack_from(">Q", data, 40)
+        table = struct.unpack_from(">Q", data, first)[0] & (1 << 56) - 512
+        at, entry = table + 8 * 100, data[table : table + 8]
+    else:
+        at, entry = 512 + 4 * 20, data[512:516]
+    path.write_bytes(data[:at] + entry + data[at + len(entry) :])
+
+
+@pytest.mark.parametrize("form", ["qcow2", "vdi"])
+@pytest.mark.parametrize("is_base", [False, True])
+def test_what_the_check_of_a_format_finds_is_a_problem(form: str, is_base: bool, tmp_path: Path) -> None:
+    path = top = converted(disk_in(tmp_path / "raw"), tmp_path / f"disk.{form}", form, [])
+    if is_base:
+        top = tmp_path / "top.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", path, "-F", form, top], check=True)
+    source = open_disk(os.fsencode(top))
+    assert source.problems == ()
+    source.close()
+    damage(path, form)
+    source = open_disk(os.fsencode(top))
+    [problem] = source.problems
+    which = f"{path}, which it is made of," if is_base else "it"
+    assert problem.startswith(f"{which} is damaged by the word of `qemu-img check`: ERROR")
+    source.close()
+
+
+def test_space_that_is_lost_is_no_damage(tmp_path: Path) -> None:
+    path = converted(disk_in(tmp_path / "raw"), tmp_path / "disk.qcow2", "qcow2", [])
+    data = path.read_bytes()
+    (first,) = struct.unpack_from(">Q", data, 40)
+    table = struct.unpack_from(">Q", data, first)[0] & (1 << 56) - 512
+    path.write_bytes(data[:table] + bytes(8) + data[table + 8 :])
+    assert subprocess.run(["qemu-img", "check", path], capture_output=True, check=False).returncode == 3
+    source = open_disk(os.fsencode(path))
+    assert (source.problems, source.remarks) == ((), ())
+    source.close()
+
+
+def test_a_compressed_disk_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    raw = disk_in(tmp_path / "raw", size=8 * MIB, table=b"label: dos\n")
+    raw.write_bytes(b"".join(b"%07d " % number for number in range(MIB)))
+    path = converted(raw, tmp_path / "disk.qcow2", "qcow2", ["-c"])
+    os.truncate(path, path.stat().st_size - 200_000)
+    with pytest.raises(SourceError, match="it is cut short, by the word of `qemu-img check`; copy it again"):
+        open_disk(os.fsencode(path))

@@ -12,7 +12,8 @@ from backupfs.snapshots.walk import find_path
 from backupfs.usecases.events import Event, FileSkipped, Remark
 from tests.builders import File, build, new_repository
 from tests.disks.test_partitions import TABLES, disk_with
-from tests.usecases.test_image import bytes_of, run_image
+from tests.disks.test_source import converted, damage
+from tests.usecases.test_image import bytes_of, disk_in, run_image
 from tests.usecases.test_image_files import MIB, volume_of
 from tests.usecases.test_image_free import dirty_ntfs
 
@@ -67,6 +68,14 @@ def test_a_journal_that_waits_is_told_each_time_and_kept(make: Callable[[Path, P
         assert remark.startswith("disk")
         assert remark.endswith(": it was not unmounted: files are shown as of before its journal is replayed")
         assert kept == "disk: it was not unmounted: files are shown as of before its journal is replayed\n"
+
+
+def test_a_damaged_file_with_a_disk_is_told_each_time_and_kept(tmp_path: Path) -> None:
+    path = converted(disk_in(tmp_path / "raw"), tmp_path / "disk.qcow2", "qcow2", [])
+    damage(path, "qcow2")
+    for told, kept in images_of(path, 2):
+        assert f"! {kept.splitlines()[0]}" in told
+        assert kept.startswith("disk: it is damaged by the word of `qemu-img check`: ERROR")
 
 
 def test_a_gpt_without_a_whole_copy_is_told(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from tests.builders import (
 )
 from tests.disks.test_logical import POOL_BLOCKS, Group, file_system
 from tests.disks.test_luks import PASSPHRASE, encrypted
+from tests.disks.test_source import converted, damage
 from tests.usecases.test_image import bytes_of, disk_in, make_image
 from tests.usecases.test_image_files import HARD, MIB, volume_of
 from tests.view.test_filesystem import Client
@@ -328,3 +329,19 @@ def test_an_index_opens_what_is_encrypted_and_later_ones_keep_it(repository: Rep
         assert bytes_of(reopened(repository), found, "/files/disk_crypt/etc/hosts") == b"127.0.0.1 localhost\n"
         assert shown(repository) == found
     assert not run_check(reopened(repository), read_data=True).damaged
+
+
+def test_an_index_keeps_what_was_said_of_a_damaged_file(
+    repository: Repository, volume: Path, tmp_path: Path, blind: pytest.MonkeyPatch
+) -> None:
+    path = converted(volume, tmp_path / "disk.qcow2", "qcow2", [])
+    damage(path, "qcow2")
+    snapshot = make_image(repository, path)
+    said = bytes_of(repository, snapshot, "/files/.unread").splitlines()[0]
+    assert said.startswith(b"disk: it is damaged by the word of `qemu-img check`")
+    blind.undo()
+    events: list[Event] = []
+    found = run_index(repository, report=events.append)
+    assert found.added == ("disk",)
+    assert b"disk" in [event.path for event in events if isinstance(event, FileSkipped)]
+    assert said in bytes_of(reopened(repository), found.snapshot, "/files/.unread").splitlines()
