@@ -17,7 +17,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from backupfs.disks.headers import tables_end
+from backupfs.disks.headers import VHD_FOOTER, VHD_MARK, read_vhd, tables_end
 from backupfs.errors import SourceError, shown
 
 RAW = "raw"
@@ -31,9 +31,8 @@ _RAW_ENDINGS = (b".raw", b".img", b".dd", b".iso")
 # What stands at an offset in the file, by qemu's names.
 _MAGICS = (
     (0, b"QFI\xfb", "qcow2"), (0, b"KDMV", "vmdk"), (0, b"COWD", "vmdk"), (0, b"# Disk DescriptorFile", "vmdk"),
-    (0, b"vhdxfile", "vhdx"), (0x40, b"\x7f\x10\xda\xbe", "vdi"), (0, b"conectix", "vpc"),
+    (0, b"vhdxfile", "vhdx"), (0x40, b"\x7f\x10\xda\xbe", "vdi"), (0, VHD_MARK, "vpc"),
 )  # fmt: skip
-_VHD_FOOTER = 512  # at the end of a file; one of fixed size has it only there
 
 _MOST_FILES = 64  # in a chain; each costs qemu some memory
 _MOST_EXTENTS = 512  # of a VMDK, 1 TiB in files of 2 GiB; each is a descriptor
@@ -66,7 +65,7 @@ def looks_like(fd: int) -> str:
     for offset, magic, form in _MAGICS:
         if os.pread(fd, len(magic), offset) == magic:
             return form
-    return "vpc" if size > _VHD_FOOTER and os.pread(fd, 8, size - _VHD_FOOTER) == b"conectix" else RAW
+    return "vpc" if size > VHD_FOOTER and os.pread(fd, 8, size - VHD_FOOTER) == VHD_MARK else RAW
 
 
 def is_raw_by_name(path: bytes) -> bool:
@@ -87,6 +86,7 @@ class Chain:
         self._folders = [os.path.realpath(folder) for folder in (*own, *folders)]
         self._top = path
         self._fds: list[int] = []
+        self.size = 0  # that the top file says the disk has, where qemu may take another
         self.paths: list[bytes] = []  # of all files, the top one first
         self._names: dict[int, bytes] = {}
         self._layers: list[_Layer] = []
@@ -186,6 +186,8 @@ class Chain:
         elif form == "vmdk":
             backing, backing_form = self._vmdk(fd, path, layer), "vmdk"
         else:
+            if form == "vpc":
+                self._vhd(fd, path, node)
             return node
         # Said even if there is none: then qemu looks for none.
         node["backing"] = None
@@ -268,6 +270,23 @@ class Chain:
                 f"`qemu-img rebase -u -F FORMAT -b {shown(path)}` on the file above"
             )
         return form
+
+    # VHD.
+
+    def _vhd(self, fd: int, path: bytes, node: Node) -> None:
+        """Have the size be the one that a VHD says. Raises: SourceError for one that is not the whole disk."""
+        footer = read_vhd(fd)
+        if footer is None:
+            return  # qemu refuses it
+        if footer.needs_parent:
+            raise SourceError(
+                f"the disk {shown(self._top)} cannot be read: {shown(path)} is a differencing VHD, which has only what "
+                "changed since its parent: merge it into that, or convert it, with the program that made it"
+            )
+        # By cylinders, as qemu would have it of makers that it does not know, the disk's end is left out.
+        node["force_size_calc"] = "current_size"
+        if path == self._top:
+            self.size = footer.size
 
     # VMDK.
 

@@ -1,17 +1,43 @@
-"""How far files with disks in them reach by their own tables: qemu reads zeros where a table itself is cut off.
+"""What files with disks in them say of themselves that qemu goes by otherwise, or not at all.
 
-What the tables name is not looked at here: `qemu-img map` says where that lies (nbd.py).
-Source: qemu's docs/interop/qcow2.txt, block/vmdk.c; VMware's "Virtual Disk Format 5.0".
+Where a table is cut off, it reads zeros; what the tables name is not looked at here, as `qemu-img map` says where that
+lies (nbd.py). Of a VHD it takes the size from another field, depending on who made it, and never asks for a parent.
+Source: qemu's docs/interop/qcow2.txt, block/vmdk.c, block/vpc.c; VMware's "Virtual Disk Format 5.0"; Microsoft's
+"Virtual Hard Disk Image Format Specification".
 """
 
 import os
 import struct
+from dataclasses import dataclass
 
 _SECTOR = 512
 _MOST_TABLE = 32 << 20  # bytes of a table of tables; qemu refuses larger ones
 _QCOW2_OFFSET = (1 << 56) - (1 << 9)  # of an entry that names a table
 _IN_FOOTER = (1 << 64) - 1  # a VMDK's first table is named at its end
 _VMDK3_ENTRIES = 4096  # of each second table
+
+
+VHD_FOOTER = 512  # at the end of a file; one of fixed size has it only there
+VHD_MARK = b"conectix"
+_DIFFERENCING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class VhdFooter:
+    """What a VHD says it is."""
+
+    size: int  # of the disk
+    needs_parent: bool
+
+
+def read_vhd(fd: int) -> VhdFooter | None:
+    """Return the footer of a VHD, or the copy at its beginning, where that is; None if it has neither."""
+    for place in (0, os.fstat(fd).st_size - VHD_FOOTER):
+        footer = os.pread(fd, VHD_FOOTER, max(0, place))
+        if footer.startswith(VHD_MARK) and len(footer) == VHD_FOOTER:
+            size, _, kind = struct.unpack_from(">QII", footer, 48)
+            return VhdFooter(size // _SECTOR * _SECTOR, kind == _DIFFERENCING)
+    return None
 
 
 def tables_end(fd: int, form: str) -> int:

@@ -169,9 +169,15 @@ class ServedDisk(DiskSource):
         """
         super().__init__(name, path)
         self.form = form
-        self._server = NbdServer(path, form, Chain(path, form, folders))
+        chain = Chain(path, form, folders)
+        self._server = NbdServer(path, form, chain)
         self.size = self._server.size
         try:
+            if chain.size not in (0, self.size):
+                raise SourceError(
+                    f"the disk {shown(path)} cannot be read: it says that it has {chain.size:,} bytes, and qemu reads "
+                    f"{self.size:,}: convert it with the program that made it"
+                )
             self._data = self._server.data_ranges()
             self.remarks = self._server.remarks
             self.problems = tuple(self._server.problems())

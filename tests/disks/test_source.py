@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from backupfs.disks import chain as chain_module
+from backupfs.disks.headers import VhdFooter
 from backupfs.disks.source import DiskSource, ServedDisk, open_disk
 from backupfs.errors import SourceError
 from tests.builders import new_repository
@@ -299,3 +301,48 @@ def test_a_compressed_disk_that_was_cut_short_is_refused(tmp_path: Path) -> None
     os.truncate(path, path.stat().st_size - 200_000)
     with pytest.raises(SourceError, match="it is cut short, by the word of `qemu-img check`; copy it again"):
         open_disk(os.fsencode(path))
+
+
+def with_footers(path: Path, at: int, words: bytes) -> None:
+    """Change something in the footer of a VHD and in its copy."""
+    data = bytearray(path.read_bytes())
+    for start in [0, len(data) - 512] if data.startswith(b"conectix") else [len(data) - 512]:
+        footer = data[start : start + 512]
+        footer[at : at + len(words)] = words
+        footer[64:68] = bytes(4)
+        footer[64:68] = struct.pack(">I", ~sum(footer) & 0xFFFFFFFF)
+        data[start : start + 512] = footer
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["vhd", "vhd of fixed size"])
+@pytest.mark.parametrize("maker", [b"vbox", b"vpc ", b"win ", b"????"])
+def test_a_vhd_of_any_maker_is_as_large_as_it_says(name: str, maker: bytes, tmp_path: Path) -> None:
+    raw = disk_in(tmp_path / "raw", size=40 * MIB, table=b"label: gpt\nsize=5M\n")
+    path = converted(raw, tmp_path / "disk.vhd", *FORMS[name])
+    # 1,204 cylinders, 4 heads and 17 sectors are a little less.
+    with_footers(path, 56, struct.pack(">HBB", 1204, 4, 17))
+    with_footers(path, 28, maker)
+    source = open_disk(os.fsencode(path))
+    assert whole(source) == raw.read_bytes()
+    source.close()
+
+
+def test_a_vhd_that_qemu_takes_for_another_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = disk_in(tmp_path / "raw", size=8 * MIB, table=b"label: dos\n")
+    path = converted(raw, tmp_path / "disk.vhd", *FORMS["vhd"])
+    monkeypatch.setattr(chain_module, "read_vhd", lambda _fd: VhdFooter(9 * MIB, needs_parent=False))
+    with pytest.raises(SourceError, match="says that it has 9,437,184 bytes, and qemu reads 8,388,608"):
+        open_disk(os.fsencode(path))
+
+
+@pytest.mark.parametrize("is_base", [False, True])
+def test_a_vhd_that_needs_its_parent_is_refused(is_base: bool, tmp_path: Path) -> None:
+    raw = disk_in(tmp_path / "raw", size=8 * MIB, table=b"label: dos\n")
+    path = top = converted(raw, tmp_path / "disk.vhd", *FORMS["vhd"])
+    if is_base:
+        top = tmp_path / "top.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", path, "-F", "vpc", top], check=True)
+    with_footers(path, 60, struct.pack(">I", 4))
+    with pytest.raises(SourceError, match=rf"{path} is a differencing VHD, which has only what changed since its"):
+        open_disk(os.fsencode(top))
