@@ -17,7 +17,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from backupfs.disks.headers import VHD_FOOTER, VHD_MARK, read_vhd, tables_end
+from backupfs.disks.headers import VHD_FOOTER, VHD_MARK, read_vhd, snapshots_in_qcow2, tables_end
 from backupfs.errors import SourceError, shown
 
 RAW = "raw"
@@ -28,6 +28,11 @@ FORMATS = {
 
 # What the names of files end in that are disks as they are, whatever these begin with: a guest writes that itself.
 _RAW_ENDINGS = (b".raw", b".img", b".dd", b".iso")
+# What the names of files in a format end in.
+ENDINGS = {
+    "qcow2": (b".qcow2", b".qcow"), "vmdk": (b".vmdk",), "vpc": (b".vhd", b".vpc"), "vhdx": (b".vhdx",),
+    "vdi": (b".vdi",),
+}  # fmt: skip
 # What stands at an offset in the file, by qemu's names.
 _MAGICS = (
     (0, b"QFI\xfb", "qcow2"), (0, b"KDMV", "vmdk"), (0, b"COWD", "vmdk"), (0, b"# Disk DescriptorFile", "vmdk"),
@@ -45,6 +50,7 @@ _TEXT_INSIDE = 20 << 9  # bytes of a VMDK with text and data that qemu looks thr
 _MOST_DESCRIPTOR = 1 << 16  # bytes of a VMDK's text; some hundred extents
 _EXTENT = re.compile(rb'[ \t]*(RW)[ \t]+(\d{1,15})[ \t]+([A-Z]{1,10})[ \t]+"([^"]{1,511})"(?:[ \t]+(\d{1,15}))?\s*')
 _PARENT = re.compile(rb'parentFileNameHint="([^"]*)"')
+_PARENT_ID, _NO_PARENT = re.compile(rb"^[ \t]*parentCID[ \t]*=[ \t]*(\w{1,8})", re.M), b"ffffffff"
 _KEPT = re.compile(rb'(version|CID|parentCID|createType)="?(\w{1,40})"?\s*')
 
 Node = dict[str, object]  # as qemu's BlockdevOptions, to be written as JSON
@@ -90,6 +96,7 @@ class Chain:
         self.paths: list[bytes] = []  # of all files, the top one first
         self._names: dict[int, bytes] = {}
         self._layers: list[_Layer] = []
+        self._remarks: list[str] = []
         try:
             self._node = self._opened(path, form, set())
         except OSError as error:
@@ -118,10 +125,11 @@ class Chain:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Name the files, if there are several."""
+        """Name the files, if there are several, and say what else a user should know of them."""
         if len(self.paths) == 1:
-            return ()
-        return (f"the disk {shown(self._top)} is made of {', '.join(shown(path) for path in self.paths)}",)
+            return tuple(self._remarks)
+        made_of = f"the disk {shown(self._top)} is made of {', '.join(shown(path) for path in self.paths)}"
+        return (made_of, *self._remarks)
 
     def require_whole(self, depth: int, start: int, place: int, length: int) -> None:
         """Require that a file holds what it is said to hold.
@@ -183,6 +191,11 @@ class Chain:
                 data_fd = self._open(self._place_of(data, path, "data file"))
                 node["data-file"] = _file(data_fd)
                 layer.data = [(_NO_END, data_fd)]
+            if path == self._top and (count := snapshots_in_qcow2(fd)):
+                self._remarks.append(
+                    f"the disk {shown(path)} has {count:,} snapshots in its file, which are left out: what is stored "
+                    "is the disk as it is now"
+                )
         elif form == "vmdk":
             backing, backing_form = self._vmdk(fd, path, layer), "vmdk"
         else:
@@ -269,6 +282,12 @@ class Chain:
                 f"{shown(path)} is, whose name says raw and whose beginning {form}: say it with "
                 f"`qemu-img rebase -u -F FORMAT -b {shown(path)}` on the file above"
             )
+        if form != RAW and not path.lower().endswith(ENDINGS[form]):
+            self._remarks.append(
+                f"{shown(path)}, which the disk {shown(self._top)} is made of, is read as {form} because it begins "
+                "like one, as nothing says its format: if it is a raw disk, whose guest could write that, say so with "
+                f"`qemu-img rebase -u -F raw -b {shown(path)}` on the file above"
+            )
         return form
 
     # VHD.
@@ -300,7 +319,13 @@ class Chain:
                 raise SourceError(f"the disk {shown(path)} cannot be opened: it is no VMDK, or its text is too long")
             layer.data = []
             layer.node["file"] = _file(self._written_anew(text, path, layer))
-        parent = _PARENT.search(text)
+        parent, parent_id = _PARENT.search(text), _PARENT_ID.search(text)
+        if not (parent and parent[1]) and parent_id and parent_id[1].lower() != _NO_PARENT:
+            raise SourceError(
+                f"the disk {shown(self._top)} cannot be read: {shown(path)} is a VMDK that has only what changed "
+                "since its parent, which it does not name: merge it into that, or convert it, with the program that "
+                "made it"
+            )
         return parent[1] if parent is not None else b""
 
     def _text_inside(self, fd: int, path: bytes) -> bytes:

@@ -40,6 +40,12 @@ def read_vhd(fd: int) -> VhdFooter | None:
     return None
 
 
+def snapshots_in_qcow2(fd: int) -> int:
+    """Return how many snapshots a qcow2 has inside."""
+    header = os.pread(fd, 64, 0)
+    return int.from_bytes(header[60:64], "big")
+
+
 def tables_end(fd: int, form: str) -> int:
     """Return where the last table ends by which data is found in a file; 0 where qemu itself misses what is cut off."""
     try:

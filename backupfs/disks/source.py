@@ -14,20 +14,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from backupfs.disks.chain import RAW, Chain, is_raw_by_name, looks_like
+from backupfs.disks.chain import ENDINGS, RAW, Chain, is_raw_by_name, looks_like
 from backupfs.disks.nbd import NbdServer
 from backupfs.errors import SourceError, UsageError, shown
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 # What the names of files with disks in them end in, and the disk's does not.
 _SUFFIXES = (".raw", ".img", ".dd", ".iso", ".qcow2", ".vmdk", ".vhd", ".vhdx", ".vdi")
-# What the names of files in a format end in.
-_ENDINGS = {
-    "qcow2": (b".qcow2", b".qcow"), "vmdk": (b".vmdk",), "vpc": (b".vhd", b".vpc"), "vhdx": (b".vhdx",),
-    "vdi": (b".vdi",),
-}  # fmt: skip
 _BLKSSZGET = 0x1268  # linux/fs.h
-_TELLING = (*(os.fsencode(suffix) for suffix in _SUFFIXES), *(one for some in _ENDINGS.values() for one in some))
+_TELLING = (*(os.fsencode(suffix) for suffix in _SUFFIXES), *(one for some in ENDINGS.values() for one in some))
 
 
 class DiskSource(abc.ABC):
@@ -261,7 +256,7 @@ def is_name(text: str) -> bool:
 def _require_as_named(path: bytes, name: str, seen: str) -> None:
     """Refuse a file that is not what its name says: a VHD says what it is at its end only."""
     # What ends in .vmdk may be the plain half of one.
-    said = next((form for form, endings in _ENDINGS.items() if path.lower().endswith(endings)), "vmdk")
+    said = next((form for form, endings in ENDINGS.items() if path.lower().endswith(endings)), "vmdk")
     if seen == RAW and said != "vmdk":
         raise SourceError(
             f"the disk {shown(path)} is no {said} though its name says so: it is damaged or cut short, copy it again; "
@@ -275,7 +270,7 @@ def _doubts(path: bytes, name: str, form: str, seen: str) -> tuple[str, ...]:
         return ()
     if form == RAW:
         remark = f"begins like {seen} and is stored as a raw disk, as its name says: --format {name}={seen} reads it so"
-    elif path.lower().endswith(_ENDINGS[seen]):
+    elif path.lower().endswith(ENDINGS[seen]):
         return ()
     else:
         remark = (

@@ -346,3 +346,35 @@ def test_a_backing_file_without_a_format_that_may_be_two_things_is_refused(folde
     assert contents(top)[0] == (folder / "base.raw").read_bytes()
     over(folder / "evil", str(folder.parent / "secret"), "raw").rename(folder / "base.raw")
     assert "qemu-img rebase -u -F FORMAT" in refusal(top)
+
+
+def test_a_backing_file_without_a_format_is_told_where_its_beginning_decides(folder: Path) -> None:
+    top = over(folder / "top.qcow2", "base", "raw")
+    data = top.read_bytes()
+    at = data.index(b"\xe2\x79\x2a\xca")
+    top.write_bytes(data[:at] + b"\x12\x34\x56\x78" + data[at + 4 :])
+    raw(folder / "base", b"base")
+    plain, [_] = contents(top)
+    assert plain == (folder / "base").read_bytes()
+    create(folder / "base", "-f", "qcow2")
+    plain, [_, remark] = contents(top)
+    assert plain == bytes(4 * MIB)
+    assert remark.startswith(f"{folder / 'base'}, which the disk {top} is made of, is read as qcow2 because it begins")
+
+
+def test_a_vmdk_that_does_not_name_its_parent_is_refused(folder: Path) -> None:
+    create(folder / "base.vmdk", "-f", "vmdk")
+    for kind in ("monolithicSparse", "monolithicFlat"):
+        path = create(folder / f"{kind}.vmdk", "-f", "vmdk", "-o", f"subformat={kind}")
+        contents(path)
+        path.write_bytes(path.read_bytes().replace(b"parentCID=ffffffff", b"parentCID=0badcafe"))
+        assert "only what changed since its parent, which it does not name" in refusal(path)
+
+
+def test_snapshots_in_a_qcow2_are_said_to_be_left_out(folder: Path) -> None:
+    top = create(folder / "top.qcow2", "-f", "qcow2")
+    for name in ("a", "b"):
+        subprocess.run(["qemu-img", "snapshot", "-c", name, top], check=True)
+    assert contents(top)[1] == (
+        f"the disk {top} has 2 snapshots in its file, which are left out: what is stored is the disk as it is now",
+    )
