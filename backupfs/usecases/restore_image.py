@@ -4,11 +4,13 @@ Windows of the disk are independent: each is read, compared by chunk ids, and on
 Interrupted, the target is partly the old and partly the new; running it again goes on where it was.
 """
 
+import contextlib
 import errno
 import fcntl
 import itertools
 import os
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ _BLOCK_DEVICES = Path("/sys/block")
 _DEVICE_FOLDERS = (b"/dev", b"/dev/mapper", b"/dev/disk/by-id", b"/dev/disk/by-uuid", b"/dev/disk/by-path")
 _AT_ONCE = {False: 4, True: 12}  # for a store at hand, and one that is far
 _REREAD_TABLE = 0x125F  # BLKRRPART
+# How a loop device tells what it is made of: struct loop_info64, which begins with the file's device and inode.
+_LOOP_GET_STATUS64, _LOOP_STATUS, _LOOP_FILE = 0x4C05, 232, struct.Struct("=QQ")
 
 Look = Callable[[int], int]  # at the window that starts there
 
@@ -235,15 +239,32 @@ def _make(target: bytes, size: int) -> int:
 
 
 def _loop_over(target: bytes) -> str:
-    """Return the loop device that is made of a file or device, if there is one."""
-    real = os.path.realpath(target)
+    """Return the loop device that is made of a file or device, whatever its name was then, if there is one."""
+    own = _identity(os.stat(target))
     for path in _BLOCK_DEVICES.glob("loop*/loop/backing_file"):
-        try:
-            if path.read_bytes().rstrip(b"\n") == real:
-                return f"/dev/{path.parent.parent.name}"
-        except OSError:
-            continue  # it went just now
+        device = f"/dev/{path.parent.parent.name}"
+        if own in _identities_beneath(device, path):
+            return device
     return ""
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    # Of a device the number, as it may have several nodes; no file lies on the device 0.
+    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def _identities_beneath(device: str, backing_file: Path) -> Iterator[tuple[int, int]]:
+    """Yield what a loop device is made of by its own word, and by the name that it was made with."""
+    with contextlib.suppress(OSError):  # for root only, or it went just now
+        fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_STATUS))
+        finally:
+            os.close(fd)
+        # The kernel's way to write a device's number is that of stat(2).
+        yield _LOOP_FILE.unpack_from(status)
+    with contextlib.suppress(OSError):
+        yield _identity(os.stat(backing_file.read_bytes().rstrip(b"\n")))
 
 
 def _tell_kernel(fd: int) -> None:

@@ -1,6 +1,7 @@
 """Disks back to devices and files: what is written, what is refused, and that it is read back."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,39 @@ def test_what_a_loop_device_is_made_of_is_refused(
         run(repository, snapshot, tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == b"used"
     run(repository, snapshot, tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["own", "hard link", "symlink", "bind mount", "after it was removed"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may attach a loop device")
+def test_a_file_is_refused_by_whatever_name_a_loop_device_was_made_of_it(
+    name: str, imaged: Imaged, tmp_path: Path
+) -> None:
+    repository, snapshot, path = imaged
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    target = other = tmp_path / "a" / "out"
+    target.write_bytes(bytes(path.stat().st_size))
+    if name == "symlink":
+        other = tmp_path / "link"
+        other.symlink_to(target)
+    elif name == "bind mount":
+        other = tmp_path / "b" / "out"
+        subprocess.run(["mount", "--bind", tmp_path / "a", tmp_path / "b"], check=True)
+    elif name != "own":
+        other = tmp_path / "other"
+        os.link(target, other)
+    try:
+        done = subprocess.run(["losetup", "-f", "--show", other], check=True, capture_output=True, text=True)
+        device = done.stdout.strip()
+        if name == "after it was removed":
+            other.unlink()
+        try:
+            with pytest.raises(SourceError, match=f"is attached as {device}: "):
+                run(repository, snapshot, target)
+        finally:
+            subprocess.run(["losetup", "-d", device], check=True)
+    finally:
+        if name == "bind mount":
+            subprocess.run(["umount", tmp_path / "b"], check=True)
+    assert target.read_bytes() == bytes(path.stat().st_size)
+    run(repository, snapshot, target)
