@@ -69,21 +69,24 @@ def restore_image(
     dry_run: bool,
     report: Report,
     own_folders: Sequence[bytes] = (),
+    final: bytes = b"",
 ) -> RestoreImageResult:
     """Make a device or a file equal to a disk of an image.
 
     name: of the disk; empty: the only one. target: a block device that nothing uses, a file of the disk's size, or one
     that is not there, which is made. dry_run: only compare. own_folders: of the repository and the cache, where it
-    cannot be.
+    cannot be. final: what the caller calls a new file once it is whole, and messages call it at once.
     Indexes must be loaded. Raises: PathNotFound; SourceError if the target cannot take the disk; UsageError for one in
     a folder of our own; DamagedObject; StoreError.
     """
     started = time.monotonic_ns()
     require_elsewhere(target, own_folders)
     _, volume = disk_of(snapshot, name)
-    fd = _open(target, volume.size, dry_run)
+    fd = _open(target, volume.size, dry_run) if not final else _make(target, volume.size, final)
     try:
-        run = _Run(repository, volume, fd, target, report)
+        # What another name waits for goes when this fails.
+        remedy = "" if final else ": it is not whole, and the same command goes on where this one ended"
+        run = _Run(repository, volume, fd, final or target, remedy, report)
         written = run.through(run.mend if not dry_run else run.differing)
         if not dry_run:
             os.fsync(fd)
@@ -92,7 +95,8 @@ def restore_image(
             wrong = run.through(run.differing)
             if wrong:
                 raise SourceError(
-                    f"{shown(target)} does not hold what was written to it: {wrong:,} bytes read back are others"
+                    f"{shown(final or target)} does not hold what was written to it: {wrong:,} bytes read back are "
+                    "others"
                 )
             _tell_kernel(fd)
     finally:
@@ -105,11 +109,14 @@ def restore_image(
 class _Run:
     """One disk and its target. Every window may be in a thread of its own."""
 
-    def __init__(self, repository: Repository, volume: Volume, fd: int, target: bytes, report: Report) -> None:
+    def __init__(
+        self, repository: Repository, volume: Volume, fd: int, target: bytes, remedy: str, report: Report
+    ) -> None:
         self._repository = repository
         self._volume = volume
         self._fd = fd
         self._target = target
+        self._remedy = remedy  # where it cannot be written
         self._report = report
         self._zeros = bytes(_WINDOW)
 
@@ -182,7 +189,9 @@ class _Run:
             while done < len(plain):
                 done += os.pwrite(self._fd, plain[done:], at + done)
         except OSError as error:
-            raise SourceError(f"{shown(self._target)} cannot be written at byte {at:,}: {error.strerror}") from error
+            raise SourceError(
+                f"{shown(self._target)} cannot be written at byte {at:,}: {error.strerror}{self._remedy}"
+            ) from error
 
 
 def _open(target: bytes, size: int, dry_run: bool) -> int:
@@ -193,7 +202,7 @@ def _open(target: bytes, size: int, dry_run: bool) -> int:
     except FileNotFoundError:
         if os.path.dirname(target) in _DEVICE_FOLDERS or dry_run:
             raise SourceError(f"there is no {name}") from None
-        return _make(target, size)
+        return _make(target, size, target)
     except OSError as error:
         raise SourceError(f"{name} cannot be used: {error.strerror}") from error
     is_device = stat.S_ISBLK(status.st_mode)
@@ -224,17 +233,17 @@ def _open(target: bytes, size: int, dry_run: bool) -> int:
     return fd
 
 
-def _make(target: bytes, size: int) -> int:
+def _make(target: bytes, size: int, final: bytes) -> int:
     try:
         fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise SourceError(f"{shown(target)} cannot be made: {error.strerror}") from error
+        raise SourceError(f"{shown(final)} cannot be made: {error.strerror}") from error
     try:
         os.truncate(fd, size)
     except OSError as error:
         os.close(fd)
         os.unlink(target)
-        raise SourceError(f"{shown(target)} cannot have {size:,} bytes: {error.strerror}") from error
+        raise SourceError(f"{shown(final)} cannot have {size:,} bytes: {error.strerror}") from error
     return fd
 
 
