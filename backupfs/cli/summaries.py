@@ -10,9 +10,8 @@ from backupfs.cli.report import Reporter, Value, duration_text, name_value, prin
 from backupfs.cli.settings import Settings
 from backupfs.errors import shown
 from backupfs.ids import SnapshotId, short
-from backupfs.snapshots.listing import has_doubtful_time
 from backupfs.snapshots.node import Node
-from backupfs.snapshots.snapshot import FREE_LEFT_OUT, IMAGE, Snapshot
+from backupfs.snapshots.snapshot import FREE_LEFT_OUT, IMAGE, Snapshot, has_doubtful_time
 from backupfs.snapshots.verification import Result, Verification
 from backupfs.stores.requests import RequestCounts
 

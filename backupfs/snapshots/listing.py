@@ -21,15 +21,13 @@ from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.indexing import indexed
-from backupfs.snapshots.losses import Last, LetGo, Loss, find_losses, lasts_of
+from backupfs.snapshots.losses import Doubt, Doubts, Last, LetGo, Loss, find_absent, find_losses, lasts_of
 from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, decode_snapshot, encode_snapshot
 from backupfs.snapshots.verification import VERIFY, Verification, decode_verification
 from backupfs.stores.store import Store
 from backupfs.stores.together import at_once, each
 
 log = logging.getLogger(__name__)
-
-_CLOCK_TOLERANCE_NS = 24 * 3600 * 10**9
 
 
 @dataclass(slots=True)
@@ -230,9 +228,8 @@ class SnapshotList:
                     "`backupfs snapshots` lists what there is"
                 )
             self.confirmed_losses()
-            doubted = self.doubted()
-            doubts = [doubted[one.host_id] for one in fitting if one.host_id in doubted] if host else doubted.values()
-            for doubt in doubts:
+            doubt = self.doubts().about(fitting, of_any_machine=host is None)
+            if doubt:
                 raise DamagedObject(
                     f"{shown(name)} may be another snapshot: {doubt}; the last one that can be read is "
                     f"{short(fitting[-1].snapshot_id)} of {fitting[-1].time_name}: name it to use it"
@@ -244,7 +241,7 @@ class SnapshotList:
     def _require_none_lost(self, name: str, host: str | None) -> None:
         """Raise DamagedObject if a name may mean what is gone or cannot be read; whose that was may not be known."""
         losses = [str(loss) for loss in self.confirmed_losses() if host is None or loss.host in ("", host)]
-        if missed := [*losses, *self._unnamed()]:
+        if missed := [*losses, *self._unreadable().values()]:
             raise DamagedObject(
                 f"nothing that can be read fits {shown(name)}, which may mean what is gone or damaged: "
                 f"{'; '.join(missed[:3])}; `backupfs check` says more"
@@ -264,16 +261,15 @@ class SnapshotList:
             raise UnknownVersion(f"{unreadable[found]}; it is not damaged, so it is not forgotten unseen")
         return found
 
-    def doubted(self) -> dict[bytes, str]:
-        """Return the hosts whose last snapshot may be another than it seems, by id, and why."""
-        broken = self._unnamed()
-        found = {snapshot.host_id: broken[0] for snapshot in self._loaded.values()} if broken else {}
-        return found | {loss.host_id: str(loss) for loss in self.losses() if loss.is_newest}
-
-    def _unnamed(self) -> list[str]:
-        """Return what is wrong with those that cannot be read and that no other names: whose they are nobody knows."""
-        named = {snapshot.previous for snapshot in self._loaded.values()}
-        return [what for snapshot_id, what in self._unreadable().items() if snapshot_id not in named]
+    def doubts(self) -> Doubts:
+        """Return what was made and cannot be read, so that it may be later than what is there."""
+        repository, present = self.repository, self._loaded.values()
+        absent = find_absent(present, local.last_seen(repository.local.state, repository.config.repository_id))
+        found = [Doubt(loss.host_id, loss.last, str(loss)) for loss in self.losses()]
+        for snapshot_id, what in self._unreadable().items():
+            known = absent.get(snapshot_id)
+            found.append(Doubt(known.host, known.number, what) if known else Doubt(b"", 0, what))
+        return Doubts(tuple(found), present)
 
     def _unreadable(self) -> dict[SnapshotId, str]:
         keys = [(key, what) for key, what in self.damaged.items() if key.startswith(layout.SNAPSHOTS)]
@@ -365,8 +361,3 @@ def put_snapshot(repository: Repository, snapshot: Snapshot) -> Snapshot:
     snapshot_id = SnapshotId(hash_object(data))
     repository.hot.put(layout.key_of(Kind.SNAPSHOT, snapshot_id), data)
     return replace(snapshot, snapshot_id=snapshot_id)
-
-
-def has_doubtful_time(snapshot: Snapshot) -> bool:
-    """Tell whether the host's clock was more than a day off the store's."""
-    return abs(snapshot.time_ns - snapshot.store_time_ns) > _CLOCK_TOLERANCE_NS

@@ -3,14 +3,15 @@
 What is in the store cannot tell of the last ones: their numbers, and the id of the last, are what this machine saw.
 """
 
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from backupfs.codec.sealing import hash_object
 from backupfs.errors import shown
 from backupfs.ids import short
-from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.snapshot import Snapshot, has_doubtful_time
 
 Last = tuple[int, bytes]  # the number of a host's last snapshot, and its id; empty if not known
 Run = tuple[int, int]  # the first and the last of numbers that follow on each other
@@ -58,6 +59,50 @@ class Loss(NamedTuple):
         return f"{told}; later ones are there"
 
 
+class Doubt(NamedTuple):
+    """What was made and cannot be read: of which names, kind and time it is, nobody knows."""
+
+    host_id: bytes  # empty if not known
+    number: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Doubts:
+    """All that is lost or damaged, and so may be later than what is there."""
+
+    found: tuple[Doubt, ...]
+    present: Collection[Snapshot]  # forgotten ones too
+
+    def about(self, fitting: Sequence[Snapshot], of_any_machine: bool = False) -> str:
+        """Say what may be later than the last one of those that fit a name; nothing if that is surely the latest.
+
+        of_any_machine: what other machines made would fit, too.
+        """
+        machines = {one.host_id for one in fitting}
+        for doubt in self.found if fitting else ():
+            is_meant = of_any_machine or not doubt.host_id or doubt.host_id in machines
+            if is_meant and not self._is_earlier(doubt, fitting[-1]):
+                return doubt.what
+        return ""
+
+    def _is_earlier(self, doubt: Doubt, answer: Snapshot) -> bool:
+        """Tell whether the answer was begun after another of that machine was stored, which is after the doubted one.
+
+        So the time that somebody gave either of them does not matter. The answer itself may be the other one where its
+        time is nobody's invention, as far as that can be seen: only what ran beside it could have been begun later.
+        """
+        own = [one for one in self.present if one.host_id == doubt.host_id]
+        if any(one.sequence > doubt.number and one.store_time_ns <= answer.time_ns for one in own):
+            return True
+        if answer.host_id != doubt.host_id or answer.sequence <= doubt.number or has_doubtful_time(answer):
+            return False
+        return all(one.time_ns <= answer.time_ns for one in own if one.sequence < answer.sequence)
+
+
+NO_DOUBTS = Doubts((), ())
+
+
 def _stand_in(host_id: bytes, number: int) -> bytes:
     return hash_object(b"lost" + host_id + max(number, 0).to_bytes(8, "little"))
 
@@ -79,7 +124,7 @@ def find_losses(
     hosts: dict[bytes, dict[int, Snapshot]] = {host_id: {} for host_id in seen}
     for snapshot in present:
         hosts.setdefault(snapshot.host_id, {})[snapshot.sequence] = snapshot
-    absent = _absent(present, seen)
+    absent = find_absent(present, seen)
     names = {one.name for one in let_go}
     runs = {host_id: _unnamed(host_id, numbered, seen, absent, let_go) for host_id, numbered in hosts.items()}
     # The number of what cannot be read is known where another names it, or where it was forgotten with its number.
@@ -104,7 +149,7 @@ def find_losses(
     return losses
 
 
-class _Absent(NamedTuple):
+class Absent(NamedTuple):
     """What is not present, though its id is known; several may have one number, if they were made at once."""
 
     host: bytes
@@ -112,12 +157,12 @@ class _Absent(NamedTuple):
     by: bytes  # which snapshot names it; empty: this machine saw it
 
 
-def _absent(present: Iterable[Snapshot], seen: Mapping[bytes, Last]) -> dict[bytes, _Absent]:
+def find_absent(present: Iterable[Snapshot], seen: Mapping[bytes, Last]) -> dict[bytes, Absent]:
     """Return what is not present but known, by its id."""
-    named = {last_id: _Absent(host_id, last, b"") for host_id, (last, last_id) in seen.items() if last_id}
+    named = {last_id: Absent(host_id, last, b"") for host_id, (last, last_id) in seen.items() if last_id}
     for one in present:
         if one.previous:
-            named[one.previous] = _Absent(one.host_id, one.sequence - 1, one.snapshot_id)
+            named[one.previous] = Absent(one.host_id, one.sequence - 1, one.snapshot_id)
     for one in present:
         named.pop(one.snapshot_id, None)
     return named
@@ -127,7 +172,7 @@ def _unnamed(
     host_id: bytes,
     numbered: Collection[int],
     seen: Mapping[bytes, Last],
-    absent: Mapping[bytes, _Absent],
+    absent: Mapping[bytes, Absent],
     let_go: Iterable[LetGo],
 ) -> list[Run]:
     """Return the numbers of a host that are missing with no id, and were not let go."""

@@ -27,6 +27,7 @@ HAS_XATTRS = 1
 FREE_LEFT_OUT = 2  # of an image: the free space of file systems is zeros in it, whatever the disk had there
 
 _NO_ID = SnapshotId(b"")
+_CLOCK_TOLERANCE_NS = 24 * 3600 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,11 @@ class Snapshot:
     def time_name(self) -> str:
         """The time as the mount names it, in UTC and without colons."""
         return time_name(self.time_ns)
+
+
+def has_doubtful_time(snapshot: Snapshot) -> bool:
+    """Tell whether the host's clock was more than a day off the store's, or somebody said another time."""
+    return abs(snapshot.time_ns - snapshot.store_time_ns) > _CLOCK_TOLERANCE_NS
 
 
 def time_name(time_ns: int) -> str:

@@ -73,7 +73,7 @@ async def serve_mount(
         repository.data.keep_on_disk(KeptFiles(repository.cache / "blocks", options.cache_data))
     mountpoint = check_mountpoint(mountpoint, options.session)
     listed = await workers.request(_load_trees, repository)
-    for problem in {*listed.damaged.values(), *listed.doubted().values()}:
+    for problem in {*listed.damaged.values(), *map(str, listed.losses())}:
         report(Remark(problem))
     if listed.damaged and not listed.snapshots:
         raise MountError(f"none of the snapshots can be read: {next(iter(listed.damaged.values()))}")

@@ -21,6 +21,7 @@ from backupfs.ids import ChunkId, SnapshotId
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.content import Content
 from backupfs.snapshots.listing import SnapshotList
+from backupfs.snapshots.losses import NO_DOUBTS
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW, Xattrs
 from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, IMAGE, Snapshot
 from backupfs.snapshots.tree import LeafPage, load_xattrs
@@ -120,8 +121,8 @@ class SnapshotView:
             (snapshot for snapshot in self._listed.snapshots if snapshot.kind in (FILES, IMAGE)), self._names
         )
         # Who asked for certain snapshots gets the latest of these.
-        doubted = () if self._filter.snapshots else self._listed.doubted()
-        self._number(TOP, b"", arrange(self.snapshots, self._names, self._listed.verifications, doubted))
+        doubts = NO_DOUBTS if self._filter.snapshots else self._listed.doubts()
+        self._number(TOP, b"", arrange(self.snapshots, self._names, self._listed.verifications, doubts))
         indexes = (self._repository.tree_index, self._repository.data_index)
         self.size = sum(pack.size for index in indexes for pack in index.packs().values())
 

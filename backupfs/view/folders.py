@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from backupfs.ids import SHORT_HEX, ChunkId, SnapshotId
+from backupfs.snapshots.losses import NO_DOUBTS, Doubts
 from backupfs.snapshots.snapshot import IMAGE, Snapshot, time_name
 from backupfs.snapshots.verification import Verification
 
@@ -88,12 +89,12 @@ def arrange(
     snapshots: Collection[Snapshot],
     names: dict[SnapshotId, bytes],
     verifications: Callable[[SnapshotId], Iterable[Verification]],
-    doubted: Collection[bytes] = (),
+    doubts: Doubts = NO_DOUBTS,
 ) -> Folder:
     """Return the top directory over the snapshots shown, which come oldest first.
 
-    verifications: gives those of a snapshot, oldest first. doubted: hosts, by id, whose last snapshot may be another
-    than it seems: nothing is shown as their latest.
+    verifications: gives those of a snapshot, oldest first. doubts: what may be later than what is shown: nothing is
+    shown as the latest then.
     """
     top = Folder()
     folders = {name: top.folder(name) for name in (b"snapshots", b"hosts", b"tags", b"ids")}
@@ -117,13 +118,17 @@ def arrange(
             folders[b"tags"].folder(safe_name(tag)).add(name, far, time_ns)
         folders[b"ids"].add(_free_id(folders[b"ids"], snapshot.snapshot_id), nearby, time_ns)
         top.add(b"latest", Root(snapshot, snapshot.root, time_ns), time_ns)
-    if doubted:
+    files = [snapshot for snapshot in snapshots if snapshot.kind != IMAGE]
+    if doubts.about(files, of_any_machine=True):
         top.children.pop(b"latest", None)
+    alike: dict[tuple[bytes, bytes], list[Snapshot]] = {}
     for snapshot in snapshots:
-        if snapshot.host_id in doubted:
-            of_image = snapshot.kind == IMAGE
-            place = top.folder(b"images") if of_image else folders[b"hosts"]
-            place.folder(safe_name(snapshot.image if of_image else snapshot.host)).children.pop(b"latest", None)
+        of_image = snapshot.kind == IMAGE
+        place = (b"images", safe_name(snapshot.image)) if of_image else (b"hosts", safe_name(snapshot.host))
+        alike.setdefault(place, []).append(snapshot)
+    for (kind, name), fitting in alike.items():
+        if doubts.about(fitting):
+            top.folder(kind).folder(name).children.pop(b"latest", None)
     for folder in folders.values():
         folder.time_ns = top.time_ns
     return top

@@ -13,8 +13,8 @@ from backupfs.ids import ChunkId, short
 from backupfs.repository import local
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
-from backupfs.snapshots.listing import has_doubtful_time, load_snapshots, put_snapshot
-from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, Statistics
+from backupfs.snapshots.listing import load_snapshots, put_snapshot
+from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, Statistics, has_doubtful_time
 from backupfs.stores.memory import MemoryStore
 from backupfs.stores.passing import PassingStore
 from backupfs.stores.store import ObjectInfo
@@ -23,6 +23,7 @@ from tests.builders import folders_in, keys_of, new_repository, reopened
 from tests.faults import CountingStore
 
 DAY_NS = 24 * 3600 * 10**9
+MINUTE_NS = 60 * 10**9
 ROOT = ChunkId(hash_object(b"root"))
 EXAMPLE = Snapshot(FILES, bytes(16), "alpha", 1, b"", DAY_NS, DAY_NS, (b"/a",), ("t",), b"", ROOT, Statistics())
 
@@ -176,7 +177,7 @@ def test_an_earlier_snapshot_is_not_passed_off_as_the_latest(repository: Reposit
         with pytest.raises(DamagedObject, match=f"{keys[2]}.*can be read is {short(stored[1].snapshot_id)}"):
             load_snapshots(repository).find(name)
     assert load_snapshots(repository).find(short(stored[1].snapshot_id)) == stored[1]
-    assert load_snapshots(repository).doubted().keys() == {bytes(16)}
+    assert {doubt.host_id for doubt in load_snapshots(repository).doubts().found} == {bytes(16), b""}
     # Once it is known, the one before is the latest.
     assert load_snapshots(repository).find_any(keys[2][10:18]) == stored[2].snapshot_id
     notes.put_note(repository, notes.new_note(stored[2].snapshot_id, notes.FORGET))
@@ -251,6 +252,71 @@ def test_where_all_are_lost_or_damaged_that_is_said(tmp_path: Path) -> None:
             load_snapshots(elsewhere).find(name)
 
 
+def row(repository: Repository, *changes: dict[str, Any]) -> list[Snapshot]:
+    """Return snapshots of a machine, a minute apart, with what is different in each."""
+    stored: list[Snapshot] = []
+    for number, change in enumerate(changes, 1):
+        made_ns = 99 * DAY_NS + number * MINUTE_NS
+        plain = replace(EXAMPLE, sequence=number, time_ns=made_ns, store_time_ns=made_ns + 1)
+        previous = stored[-1].snapshot_id if stored else b""
+        stored.append(put_snapshot(repository, replace(plain, previous=previous, **change)))
+    return stored
+
+
+def spoil(repository: Repository, snapshot: Snapshot, how: str) -> None:
+    key = f"snapshots/{snapshot.snapshot_id.hex()}"
+    data = repository.store.get(key)
+    repository.store.delete(key)
+    if how == "damaged":
+        repository.store.put(key, data[:-1])
+
+
+WEB_IMAGE = {"kind": IMAGE, "image": "web"}
+
+
+@pytest.mark.expected_log
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+@pytest.mark.parametrize(
+    ("changes", "spoilt", "names"),
+    [
+        ([{}, {}, WEB_IMAGE], 1, ["latest", "alpha:latest"]),
+        ([WEB_IMAGE, WEB_IMAGE, {}], 1, ["web:latest"]),
+        ([{"host": "web"}, {"host": "web"}, {"host": "vm2"}], 1, ["web:latest"]),
+        ([{"time_ns": 1 * DAY_NS}, {"time_ns": 9 * DAY_NS}, {"time_ns": 5 * DAY_NS}], 1, ["latest", "alpha:latest"]),
+        # Nor where another one was made after the lost one, if that has an earlier time.
+        ([{}, {}, {"time_ns": 99 * DAY_NS}], 1, ["latest"]),
+        ([{}, {}, {"time_ns": 5 * DAY_NS}, {"time_ns": 6 * DAY_NS}], 1, ["latest"]),
+        # Times in disorder tell that somebody chose them, or that two ran at once.
+        ([WEB_IMAGE | {"time_ns": 100 * DAY_NS}, {}, {}], 1, ["latest"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_the_answer_itself_takes_no_doubt_away(
+    repository: Repository, changes: list[dict[str, Any]], spoilt: int, names: list[str], how: str
+) -> None:
+    stored = row(repository, *changes)
+    listed = load_snapshots(repository)
+    for name in names:
+        assert listed.find(name)
+    spoil(repository, stored[spoilt], how)
+    for name in names:
+        with pytest.raises(DamagedObject, match=f"{name} may be another snapshot"):
+            load_snapshots(repository).find(name)
+
+
+@pytest.mark.expected_log
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+def test_what_was_begun_after_the_one_that_follows_a_lost_one_is_surely_later(repository: Repository, how: str) -> None:
+    # The second was said to be of another time, and so was the third.
+    stored = row(repository, {}, {"time_ns": 9 * DAY_NS}, {"time_ns": 5 * DAY_NS}, {}, WEB_IMAGE, {})
+    beta = {"host": "beta", "host_id": bytes(15) + b"b"}
+    other = put_snapshot(repository, replace(stored[5], **beta, sequence=1, previous=b"", time_ns=200 * DAY_NS))
+    spoil(repository, stored[1], how)
+    listed = load_snapshots(repository)
+    assert listed.find("latest") == listed.find("beta:latest") == other
+    assert listed.find("alpha:latest") == stored[5]
+    assert listed.find("web:latest") == stored[4]
+
+
 def test_what_only_this_machine_knows_to_be_lost_it_does_not_unlearn(tmp_path: Path) -> None:
     repository = new_repository(folders=folders_in(tmp_path))
     stored = in_a_row(repository, 3)
@@ -290,7 +356,7 @@ def test_what_is_lost_before_others_is_no_doubt_about_the_latest(tmp_path: Path)
     [loss] = listed.losses()
     assert (loss.snapshot_id, loss.named_by) == (stored[1].snapshot_id, b"")
     assert listed.find("latest") == last
-    assert listed.doubted() == {}
+    assert listed.doubts().about([last], of_any_machine=True) == ""
 
 
 def test_a_listing_that_is_stale_loses_nothing(tmp_path: Path) -> None:
@@ -321,7 +387,7 @@ def test_a_mount_shows_no_latest_where_that_is_in_doubt(tmp_path: Path) -> None:
 
     def shown() -> tuple[bool, ...]:
         names = name_snapshots(listed.snapshots, {})
-        top = arrange(listed.snapshots, names, listed.verifications, listed.doubted())
+        top = arrange(listed.snapshots, names, listed.verifications, listed.doubts())
         folders = top.folder(b"hosts").folder(b"alpha"), top.folder(b"hosts").folder(b"beta")
         of_image = top.folder(b"images").folder(b"web")
         return tuple(b"latest" in folder.children for folder in (top, *folders, of_image))
