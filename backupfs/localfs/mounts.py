@@ -3,6 +3,7 @@
 Only Linux lists its mounts in /proc; elsewhere the answers are empty.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ def pseudo_mount_points() -> dict[bytes, str]:
         for mount in visible_mounts(read_mounts())
         if pseudo_filesystem(mount.fstype, mount.mount_point)
     }
+
+
+def unsized_devices() -> frozenset[int]:
+    """Return the st_dev of file systems whose files may say a size of 0 and give bytes all the same."""
+    return frozenset(os.makedev(*mount.device) for mount in read_mounts() if mount.fstype in _PSEUDO)
 
 
 def visible_mounts(mounts: Sequence[Mount]) -> list[Mount]:

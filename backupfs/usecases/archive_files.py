@@ -6,7 +6,7 @@ again once, then kept and flagged.
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import NamedTuple
 
 from backupfs.chunking.cutter import CutSizes, Cutter
@@ -25,6 +25,9 @@ from backupfs.snapshots.content import (
 )
 from backupfs.snapshots.node import CHANGED_WHILE_READ, Xattrs
 from backupfs.usecases.events import FileChanged, Report
+
+# A file of the kernel that says no size ends well before this; one that does not (pagemap) would be read for hours.
+_MOST_UNSIZED = 64 << 20
 
 
 class FileRead(NamedTuple):
@@ -48,11 +51,13 @@ class FileStorer:
         data: ChunkSaver,
         save_tree: Callable[[bytes], ChunkId],
         report: Report,
+        unsized: Container[int] = (),
     ) -> None:
         """Take the parts.
 
         id_key, cut_seed: name chunks and key the cutter.
         save_tree: stores a list page.
+        unsized: devices whose files are read to their end where they say a size of 0.
         """
         self._id_key = id_key
         self._cutter = Cutter(sizes, cut_seed)
@@ -60,6 +65,7 @@ class FileStorer:
         self._data = data
         self._save_tree = save_tree
         self._report = report
+        self._unsized = unsized
         self._linked: dict[tuple[int, int, int], Content] = {}  # (device, inode, ctime_ns) of hardlinked files
 
     def store_stream(self, read_into: Callable[[memoryview], int]) -> tuple[Content, int]:
@@ -76,6 +82,9 @@ class FileStorer:
         """Save a regular file of an open directory. Raises: OSError."""
         fd = reading.open_file(name, dir_fd)
         try:
+            if status.st_size == 0 and status.st_dev in self._unsized:
+                content, size = self.store_stream(_unsized_reader(fd))
+                return FileRead(content, status, size, 0, reading.read_xattrs(fd))
             linked = (status.st_dev, status.st_ino, status.st_ctime_ns) if status.st_nlink > 1 else None
             if linked is not None and linked in self._linked:
                 return FileRead(self._linked[linked], status, status.st_size, 0, reading.read_xattrs(fd))
@@ -147,6 +156,20 @@ class FileStorer:
             chunk_id = ChunkId(keyed_hash(self._id_key, piece))
             self._data.save(chunk_id, piece)
             builder.add([len(piece), CHUNK, chunk_id])
+
+
+def _unsized_reader(fd: int) -> Callable[[memoryview], int]:
+    left = _MOST_UNSIZED
+
+    def read_into(buffer: memoryview) -> int:
+        nonlocal left
+        count = os.readv(fd, [buffer])
+        left -= count
+        if left < 0:
+            raise OSError(0, f"it says a size of 0 and gives more than {_MOST_UNSIZED >> 20} MiB")
+        return count
+
+    return read_into
 
 
 def _is_same(before: os.stat_result, after: os.stat_result) -> bool:

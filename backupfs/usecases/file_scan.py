@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from backupfs.codec.sealing import Kind
+from backupfs.localfs import mounts
 from backupfs.localfs.selection import Selection
 from backupfs.repository.repository import Repository
 from backupfs.repository.slots import Slots
@@ -39,6 +40,7 @@ def file_scan(
         data,
         context.save_tree,
         scanner.send,
+        mounts.unsized_devices(),
     )
     archiver = Archiver(context, files, ParentTrees(repository.trees.load, scanner.send, scanner.distrust))
     scanner.serve(archiver.archive_task)

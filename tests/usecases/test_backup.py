@@ -348,6 +348,29 @@ def test_a_mounted_pseudo_file_system_is_not_entered(tmp_path: Path) -> None:
     assert not os.path.ismount("/dev/shm") or b"/dev/shm" in left_out
 
 
+def test_a_file_of_the_kernel_that_says_no_size_is_read_to_its_end() -> None:
+    source = os.path.realpath(b"/proc/self") + b"/mounts"
+    assert os.stat(source).st_size == 0
+    repository = new_repository()
+    result, events = told(repository, source)
+    assert result.snapshot is not None
+    node = find_path(result.snapshot, source, repository.trees.load)
+    content = content_of(repository, node)
+    assert (content, node.size) == (Path(os.fsdecode(source)).read_bytes(), len(content))
+    assert result.counts.size == len(content) > 0
+    assert events == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the kernel shows it to root alone")
+def test_a_file_of_the_kernel_without_an_end_is_told(tmp_path: Path) -> None:
+    source = os.path.realpath(b"/proc/self") + b"/pagemap"
+    other = build({"f": File(b"1")}, tmp_path / "s")
+    result, events = told(new_repository(), source, other)
+    [skipped] = [event for event in events if isinstance(event, FileSkipped)]
+    assert skipped == FileSkipped(source, "it says a size of 0 and gives more than 64 MiB")
+    assert result.counts.files_skipped == 1
+
+
 def test_an_unreadable_directory_is_told_and_stored_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build({"good": File(b"1"), "bad": {"x": File(b"2")}}, tmp_path / "s")
     real = reading.open_directory
