@@ -97,8 +97,9 @@ def level(text: str) -> int:
         return compression.OFF
     if text == "auto":
         return compression.DEFAULT_LEVEL
-    if text.isdigit() and 1 <= int(text) <= compression.MAX_LEVEL:
-        return int(text)
+    levels = {str(number): number for number in range(1, compression.MAX_LEVEL + 1)}
+    if text in levels:
+        return levels[text]
     raise UsageError(f"{shown(text)} is no compression: write off, auto, or a level from 1 to {compression.MAX_LEVEL}")
 
 

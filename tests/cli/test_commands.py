@@ -304,6 +304,8 @@ def test_the_last_key_slot_cannot_be_removed(cli: Cli) -> None:
         (["backup", "/etc", "--exclude", "[a"], {}, 1, "[a"),
         (["backup", "/etc", "--exclude-larger-than", "big"], {}, 1, "no size"),
         (["backup", "/etc", "--compression", "99"], {}, 1, "no compression"),
+        (["backup", "/etc", "--compression", "²"], {}, 1, "no compression"),
+        (["backup", "/etc", "--compression", "1" * 5000], {}, 1, "no compression"),
         (["backup", "/etc", "--time", "yesterday"], {}, 1, "no time"),
         (["backup", "/etc", "--time", "9999-12-31T23:59:59Z"], {}, 1, "between 1970 and 2262"),
         (["backup", "/etc", "--time", "1600-01-01"], {}, 1, "between 1970 and 2262"),
