@@ -239,9 +239,9 @@ class SnapshotList:
         return snapshots[_that_fits(name, snapshots)]
 
     def _require_none_lost(self, name: str, host: str | None) -> None:
-        """Raise DamagedObject if a name may mean what is gone or cannot be read; whose that was may not be known."""
-        losses = [str(loss) for loss in self.confirmed_losses() if host is None or loss.host in ("", host)]
-        if missed := [*losses, *self._unreadable().values()]:
+        """Raise DamagedObject if a name may mean what is gone or cannot be read: what names that had nobody knows."""
+        losses = sorted(self.confirmed_losses(), key=lambda loss: loss.host != host)
+        if missed := [*map(str, losses), *self._unreadable().values()]:
             raise DamagedObject(
                 f"nothing that can be read fits {shown(name)}, which may mean what is gone or damaged: "
                 f"{'; '.join(missed[:3])}; `backupfs check` says more"

@@ -30,7 +30,8 @@ class Loss(NamedTuple):
     """Snapshots of a host that were made, one after the other, and are not there."""
 
     host_id: bytes
-    host: str  # its name; empty if not known
+    host: str  # the name of the nearest one that is there; empty if none is
+    has_names: bool  # those of the machine have several names, so that of this one is anybody's guess
     first: int
     last: int
     snapshot_id: bytes  # of the last of them; empty if not known
@@ -46,7 +47,8 @@ class Loss(NamedTuple):
     def numbers(self) -> str:
         """Say which ones of which host, as part of a sentence."""
         what = f"snapshots {self.first:,} to {self.last:,}" if self.last > self.first else f"snapshot {self.last:,}"
-        return f"{what} of the host {shown(self.host) if self.host else f'with the id {short(self.host_id)}'}"
+        whose = "the machine of the host" if self.has_names else "the host"
+        return f"{what} of {whose} {shown(self.host) if self.host else f'with the id {short(self.host_id)}'}"
 
     def __str__(self) -> str:
         """Say what is gone, as part of a sentence."""
@@ -141,12 +143,19 @@ def find_losses(
                 found.append((firsts.pop(number - 1, number), number, key, by))
         found += [(first, last, b"", b"") for last, first in firsts.items()]
         newest = max(numbered, default=0)
-        name = next((snapshot.host for snapshot in numbered.values()), "")
+        has_names = len({snapshot.host for snapshot in numbered.values()}) > 1
         for first, last, key, by in sorted(found):
             following = numbered.get(last + 1)
             named_by = by or (following.snapshot_id if following else b"")
-            losses.append(Loss(host_id, name, first, last, key, named_by, last >= newest))
+            name = _nearest_name(numbered, last)
+            losses.append(Loss(host_id, name, has_names, first, last, key, named_by, last >= newest))
     return losses
+
+
+def _nearest_name(numbered: Mapping[int, Snapshot], number: int) -> str:
+    """Return the name of the nearest snapshot by number, of two that of the later one; empty if there is none."""
+    nearest = min(numbered, key=lambda other: (abs(other - number), -other), default=None)
+    return numbered[nearest].host if nearest is not None else ""
 
 
 class Absent(NamedTuple):

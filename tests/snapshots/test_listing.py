@@ -317,6 +317,15 @@ def test_what_was_begun_after_the_one_that_follows_a_lost_one_is_surely_later(re
     assert listed.find("web:latest") == stored[4]
 
 
+@pytest.mark.expected_log
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+def test_a_name_that_nothing_fits_may_be_that_of_what_is_lost(repository: Repository, how: str) -> None:
+    stored = row(repository, {}, {"host": "web"}, {})
+    spoil(repository, stored[1], how)
+    with pytest.raises(DamagedObject, match=r"fits web:latest, which may mean what is gone or damaged"):
+        load_snapshots(repository).find("web:latest")
+
+
 def test_what_only_this_machine_knows_to_be_lost_it_does_not_unlearn(tmp_path: Path) -> None:
     repository = new_repository(folders=folders_in(tmp_path))
     stored = in_a_row(repository, 3)

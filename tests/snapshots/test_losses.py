@@ -138,6 +138,20 @@ def test_what_was_let_go_with_others_and_is_named_later_is_missed() -> None:
     assert found([made(1), made(3)], let_go=let_go) == []
 
 
+def test_a_loss_has_the_name_of_the_nearest_one() -> None:
+    def named(number: int, host: str) -> Snapshot:
+        return replace(made(number), host=host)
+
+    present = [named(9, "nine"), named(1, "one"), named(2, "two"), named(4, "four"), named(8, "nine")]
+    losses = find_losses(present, {}, (), ())
+    assert [(loss.first, loss.last, loss.host) for loss in losses] == [(3, 3, "four"), (5, 7, "nine")]
+    assert str(losses[0]).startswith("snapshot 3 of the machine of the host four is gone")
+    *_, loss = find_losses(present, {HOST: (10, snapshot_id(10))}, (), ())
+    assert (loss.last, loss.host) == (10, "nine")
+    [loss] = find_losses([named(1, "one"), named(3, "one")], {}, (), ())
+    assert loss.numbers == "snapshot 2 of the host one"
+
+
 def test_a_loss_says_whether_later_ones_are_there() -> None:
     seen = {HOST: (3, snapshot_id(3))}
     [newest] = find_losses([made(1)], seen, (), ())
