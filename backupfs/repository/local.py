@@ -7,7 +7,8 @@ CACHE/REPOSITORY-ID/listed-*   empty; touched when packs were listed
 CACHE/REPOSITORY-ID/writing-*  empty; while a run may have put packs that no segment names, and if it failed or died
 CACHE/slot-URL     the id of the key slot that opened the repository at this URL (its hash) the last time; no secret
 STATE/host       a record [host id, hash of the machine id]
-STATE/last-REPOSITORY-ID   a record [[host id, sequence, snapshot id], …]: each host's last snapshot that was seen here
+STATE/last-REPOSITORY-ID   a record [[host id, sequence, snapshot id], …]: each host's last snapshot that was seen here;
+                              those of one sequence, which were made at once, have a row each
 STATE/damaged-REPOSITORY-ID   a record [[pack id, sequence], …]: packs that a check found damaged, and the sequence of
                               this host's last snapshot by then
 """
@@ -26,6 +27,7 @@ from backupfs.errors import DamagedObject
 from backupfs.ids import ID_SIZE, ObjectId
 
 HOST_ID_SIZE = 16
+Last = tuple[int, tuple[bytes, ...]]  # the number of a host's last snapshot, and its id; several if made at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +69,28 @@ def host_id(state: Path | None) -> bytes:
     return fresh
 
 
-def last_seen(state: Path | None, repository_id: bytes) -> dict[bytes, tuple[int, bytes]]:
-    """Return the last snapshot of each host that was ever seen here: id of the host → (number, id)."""
-    found: dict[bytes, tuple[int, bytes]] = {}
+def last_seen(state: Path | None, repository_id: bytes) -> dict[bytes, Last]:
+    """Return the last snapshot of each host that was ever seen here, by the host's id."""
+    found: dict[bytes, Last] = {}
     if state is not None:
         with contextlib.suppress(OSError, DamagedObject):
             path = _seen_path(state, repository_id)
             for entry in decode_record(path.read_bytes(), str(path)):
                 match entry:
                     case [bytes(host), int(number), bytes(snapshot_id)]:
-                        found[host] = number, snapshot_id
+                        own = number, ((snapshot_id,) if snapshot_id else ())
+                        found[host] = later_of(found.get(host, own), own)
     return found
 
 
-def note_seen(state: Path | None, repository_id: bytes, lasts: Mapping[bytes, tuple[int, bytes]]) -> bool:
+def later_of(one: Last, other: Last) -> Last:
+    """Return the later of two, or both together if they have one number."""
+    if one[0] == other[0]:
+        return one[0], tuple(sorted({*one[1], *other[1]}))
+    return max(one, other)
+
+
+def note_seen(state: Path | None, repository_id: bytes, lasts: Mapping[bytes, Last]) -> bool:
     """Remember the last snapshot of each host; one that is earlier than what was seen changes nothing.
 
     Return whether all of it is remembered.
@@ -88,9 +98,11 @@ def note_seen(state: Path | None, repository_id: bytes, lasts: Mapping[bytes, tu
     if state is None:
         return False
     seen = last_seen(state, repository_id)
-    merged = {host: max(seen.get(host, (0, b"")), lasts.get(host, (0, b""))) for host in {*seen, *lasts}}
+    merged = {host: later_of(seen.get(host, (0, ())), lasts.get(host, (0, ()))) for host in {*seen, *lasts}}
     if merged != seen:
-        rows: list[Field] = [[host, number, last] for host, (number, last) in sorted(merged.items())]
+        rows: list[Field] = [
+            [host, number, last] for host, (number, ids) in sorted(merged.items()) for last in ids or (b"",)
+        ]
         try:
             write_privately(_seen_path(state, repository_id), encode_record(rows))
         except OSError:

@@ -21,7 +21,7 @@ from backupfs.repository.objects import load_object
 from backupfs.repository.repository import Repository
 from backupfs.snapshots import notes
 from backupfs.snapshots.indexing import indexed
-from backupfs.snapshots.losses import Doubt, Doubts, Last, LetGo, Loss, find_absent, find_losses, lasts_of
+from backupfs.snapshots.losses import Doubt, Doubts, LetGo, Loss, find_absent, find_losses, lasts_of
 from backupfs.snapshots.snapshot import FILES, IMAGE, Snapshot, decode_snapshot, encode_snapshot
 from backupfs.snapshots.verification import VERIFY, Verification, decode_verification
 from backupfs.stores.store import Store
@@ -84,7 +84,7 @@ class SnapshotList:
         """Return what this machine has seen last and a listing does not show, though it is there: it may be stale."""
         repository = self.repository
         seen = local.last_seen(repository.local.state, repository.config.repository_id)
-        missed = {SnapshotId(last) for _, last in seen.values() if last} - listed - self.forgotten - self._gone
+        missed = {SnapshotId(last) for _, ids in seen.values() for last in ids} - listed - self.forgotten - self._gone
         found: list[SnapshotId] = []
         for snapshot_id in missed:
             try:
@@ -280,7 +280,7 @@ class SnapshotList:
         repository = self.repository
         return self._losses_if(local.last_seen(repository.local.state, repository.config.repository_id))
 
-    def _losses_if(self, seen: Mapping[bytes, Last]) -> list[Loss]:
+    def _losses_if(self, seen: Mapping[bytes, local.Last]) -> list[Loss]:
         broken = {*self._unreadable(), *(layout.id_in_key(key) or b"" for key in self.damaged_forgotten)}
         return find_losses(self._loaded.values(), seen, self.forgotten, broken, self._let_go)
 

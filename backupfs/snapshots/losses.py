@@ -11,9 +11,9 @@ from typing import NamedTuple
 from backupfs.codec.sealing import hash_object
 from backupfs.errors import shown
 from backupfs.ids import short
+from backupfs.repository.local import Last, later_of
 from backupfs.snapshots.snapshot import Snapshot, has_doubtful_time
 
-Last = tuple[int, bytes]  # the number of a host's last snapshot, and its id; empty if not known
 Run = tuple[int, int]  # the first and the last of numbers that follow on each other
 
 
@@ -168,10 +168,11 @@ class Absent(NamedTuple):
 
 def find_absent(present: Iterable[Snapshot], seen: Mapping[bytes, Last]) -> dict[bytes, Absent]:
     """Return what is not present but known, by its id."""
-    named = {last_id: Absent(host_id, last, b"") for host_id, (last, last_id) in seen.items() if last_id}
+    named = {last_id: Absent(host_id, last, b"") for host_id, (last, ids) in seen.items() for last_id in ids}
     for one in present:
-        if one.previous:
-            named[one.previous] = Absent(one.host_id, one.sequence - 1, one.snapshot_id)
+        for before in (one.previous, *one.beside):
+            if before:
+                named[before] = Absent(one.host_id, one.sequence - 1, one.snapshot_id)
     for one in present:
         named.pop(one.snapshot_id, None)
     return named
@@ -186,7 +187,7 @@ def _unnamed(
 ) -> list[Run]:
     """Return the numbers of a host that are missing with no id, and were not let go."""
     named = {one.number for one in absent.values() if one.host == host_id}
-    top = max([seen.get(host_id, (0, b""))[0], *numbered])
+    top = max([seen.get(host_id, (0, ()))[0], *numbered])
     runs = _gaps(sorted({0, *numbered, *named, top + 1}))
     for one in let_go:
         if one.host_id == host_id:
@@ -209,5 +210,6 @@ def lasts_of(present: Iterable[Snapshot]) -> dict[bytes, Last]:
     """Return the last snapshot of each host."""
     found: dict[bytes, Last] = {}
     for snapshot in present:
-        found[snapshot.host_id] = max(found.get(snapshot.host_id, (0, b"")), (snapshot.sequence, snapshot.snapshot_id))
+        own = snapshot.sequence, (snapshot.snapshot_id,)
+        found[snapshot.host_id] = later_of(found.get(snapshot.host_id, own), own)
     return found

@@ -82,6 +82,7 @@ class Snapshot:
     disks: tuple[Disk, ...] = ()
     volumes: tuple[Volume, ...] = ()
     snapshot_id: SnapshotId = _NO_ID
+    beside: tuple[bytes, ...] = ()  # ids of others with the number of the one before, made at the same time
 
     @property
     def time_name(self) -> str:
@@ -102,6 +103,7 @@ def time_name(time_ns: int) -> str:
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     """Return the canonical bytes of a snapshot's record."""
     statistics = [getattr(snapshot.statistics, item.name) for item in fields(Statistics)]
+    others: list[Field] = [list(snapshot.beside)] if snapshot.beside else []
     return encode_record(
         [
             FORMAT,
@@ -129,6 +131,7 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
             _encode_image(snapshot),
             [encode_volume(volume) for volume in snapshot.volumes],
             b"",
+            *others,
         ]
     )
 
@@ -160,7 +163,7 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
             list(image),
             list(volumes),
             bytes(),
-            *_,
+            *later,
         ] if len(root) == ID_SIZE and is_directory_row(root_row):
             return Snapshot(
                 kind,
@@ -185,6 +188,7 @@ def decode_snapshot(data: bytes, snapshot_id: SnapshotId) -> Snapshot:
                 *_decode_image(image, len(volumes), what),
                 decode_volumes(volumes, what),
                 snapshot_id,
+                _decode_beside(later),
             )
     raise DamagedObject(f"{what} is damaged: its fields are not those of format 1")
 
@@ -209,6 +213,13 @@ def _decode_image(fields: list[Field], volumes: int, what: str) -> tuple[str, tu
                         raise DamagedObject(f"{what} is damaged: a disk of it is no disk")
             return name, tuple(disks)
     raise DamagedObject(f"{what} is damaged: its disks are not those of format 1")
+
+
+def _decode_beside(later: list[Field]) -> tuple[bytes, ...]:
+    match later:
+        case [list(ids), *_]:
+            return tuple(one for one in ids if isinstance(one, bytes))
+    return ()
 
 
 def is_directory_row(row: bytes) -> bool:

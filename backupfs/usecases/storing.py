@@ -285,22 +285,20 @@ class StoringRun:
             return result
         host_id = local.host_id(self._repository.local.state)
         state, repository_id = self._repository.local.state, self._repository.config.repository_id
-        lasts = lasts_of(self.listed.present)
-        if local.last_seen(state, repository_id).get(host_id, (0, b"")) > lasts.get(host_id, (0, b"")):
+        listed, seen = (found.get(host_id, (0, ())) for found in self._lasts())
+        if local.later_of(listed, seen) != listed:
             # Another backup of this host ended meanwhile, or the last one is lost: its number is not given again.
             self.listed.refresh()
         for loss in self.listed.confirmed_losses():
             self._report(Remark(f"{loss}: see `backupfs check`"))
-        last, last_id = max(
-            local.last_seen(state, repository_id).get(host_id, (0, b"")),
-            lasts_of(self.listed.present).get(host_id, (0, b"")),
-        )
+        last, before = local.later_of(*(found.get(host_id, (0, ())) for found in self._lasts()))
         snapshot = Snapshot(
             kind=kind,
             host_id=host_id,
             host=self.host,
             sequence=last + 1,
-            previous=last_id,
+            previous=before[-1] if before else b"",
+            beside=before[:-1],
             time_ns=self.taken_ns,
             store_time_ns=self._store_time_ns,
             paths=tuple(sorted(set(paths))),
@@ -329,9 +327,15 @@ class StoringRun:
         )
         snapshot = put_snapshot(self._repository, snapshot)
         self.listed.note_seen()
-        is_seen = local.note_seen(state, repository_id, {host_id: (snapshot.sequence, snapshot.snapshot_id)})
+        is_seen = local.note_seen(state, repository_id, {host_id: (snapshot.sequence, (snapshot.snapshot_id,))})
         self._tell_of_state(host_id, is_seen)
         return replace(result, snapshot=snapshot, requests=self._repository.store.requests)
+
+    def _lasts(self) -> tuple[dict[bytes, local.Last], dict[bytes, local.Last]]:
+        """Return the last snapshots of hosts: by what is listed, and by what this machine saw."""
+        repository = self._repository
+        seen = local.last_seen(repository.local.state, repository.config.repository_id)
+        return lasts_of(self.listed.present), seen
 
     def _tell_of_state(self, host_id: bytes, is_seen: bool) -> None:
         """Say what it means where this machine keeps nothing of its own. is_seen: it remembers the snapshot."""

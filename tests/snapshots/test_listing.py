@@ -342,11 +342,11 @@ def test_what_only_this_machine_knows_to_be_lost_it_does_not_unlearn(tmp_path: P
         assert listed.find("latest") in (fourth, *other)
         listed.note_seen()
         seen.append(local.last_seen(repository.local.state, repository.config.repository_id))
-    assert seen == [{bytes(16): (3, stored[2].snapshot_id), bytes(15) + b"b": (1, other[0].snapshot_id)}] * 2
+    assert seen == [{bytes(16): (3, (stored[2].snapshot_id,)), bytes(15) + b"b": (1, (other[0].snapshot_id,))}] * 2
     notes.put_note(repository, notes.new_note(stored[2].snapshot_id, notes.FORGET))
     load_snapshots(repository).note_seen()
     now = local.last_seen(repository.local.state, repository.config.repository_id)
-    assert now[bytes(16)] == (4, fourth.snapshot_id)
+    assert now[bytes(16)] == (4, (fourth.snapshot_id,))
 
 
 @pytest.mark.expected_log
@@ -410,7 +410,7 @@ def test_a_mount_shows_no_latest_where_that_is_in_doubt(tmp_path: Path) -> None:
     assert listed.refresh()
     assert shown() == (True, True, True, True)
     key = f"snapshots/{image[0].snapshot_id.hex()}"
-    local.note_seen(repository.local.state, repository.config.repository_id, {bytes(15) + b"c": (9, b"")})
+    local.note_seen(repository.local.state, repository.config.repository_id, {bytes(15) + b"c": (9, ())})
     listed.refresh()
     assert shown() == (False, True, True, False)
     assert key in keys_of(repository.store)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from backupfs.codec.sealing import hash_object
 from backupfs.ids import ChunkId, SnapshotId, short
-from backupfs.snapshots.losses import Last, LetGo, find_losses, lasts_of
+from backupfs.repository.local import Last
+from backupfs.snapshots.losses import LetGo, find_losses, lasts_of
 from backupfs.snapshots.snapshot import FILES, Snapshot, Statistics
 
 ROOT = ChunkId(hash_object(b"root"))
@@ -46,7 +47,7 @@ def test_what_is_whole_has_lost_nothing() -> None:
     whole = [made(1), made(2), made(3), made(1, host=OTHER)]
     assert found(whole) == []
     assert found(whole, lasts_of(whole)) == []
-    assert lasts_of(whole) == {HOST: (3, snapshot_id(3)), OTHER: (1, snapshot_id(1, OTHER))}
+    assert lasts_of(whole) == {HOST: (3, (snapshot_id(3),)), OTHER: (1, (snapshot_id(1, OTHER),))}
     assert found([]) == []
 
 
@@ -64,21 +65,21 @@ def test_two_that_ran_at_once_are_no_loss() -> None:
     assert found([made(1), made(2), twin]) == []
     # Of two of one number, too, the one that is gone is missed by who names it and by who saw it.
     assert found([made(1), twin, made(3)]) == [(2, 2, snapshot_id(2), snapshot_id(3))]
-    assert found([made(1), twin], {HOST: (2, snapshot_id(2))}) == [(2, 2, snapshot_id(2), b"")]
+    assert found([made(1), twin], {HOST: (2, (snapshot_id(2),))}) == [(2, 2, snapshot_id(2), b"")]
     assert found([made(1), twin, made(3)], forgotten=(2,)) == []
     # Which one was lost is not known then.
     assert found([made(1), made(3, previous=1)]) == [(2, 2, b"", snapshot_id(3))]
 
 
 def test_what_was_seen_last_is_missed_though_nothing_names_it() -> None:
-    assert found([made(1)], {HOST: (3, snapshot_id(3))}) == [(2, 3, snapshot_id(3), b"")]
-    assert found([], {HOST: (2, snapshot_id(2))}) == [(1, 2, snapshot_id(2), b"")]
-    assert found([made(1), made(2)], {HOST: (1, snapshot_id(1))}) == []
+    assert found([made(1)], {HOST: (3, (snapshot_id(3),))}) == [(2, 3, snapshot_id(3), b"")]
+    assert found([], {HOST: (2, (snapshot_id(2),))}) == [(1, 2, snapshot_id(2), b"")]
+    assert found([made(1), made(2)], {HOST: (1, (snapshot_id(1),))}) == []
 
 
 def test_what_was_forgotten_is_not_missed_and_nothing_else() -> None:
     assert found([made(1), made(3)], forgotten=(2,)) == []
-    assert found([made(1)], {HOST: (2, snapshot_id(2))}, forgotten=(2,)) == []
+    assert found([made(1)], {HOST: (2, (snapshot_id(2),))}, forgotten=(2,)) == []
     # Of those before it nobody said so.
     assert [one[:2] for one in found([made(1), made(5)], forgotten=(4,))] == [(2, 3)]
     assert found([made(1), made(5)], forgotten=(4,), let_go=(run(2, 4),)) == []
@@ -93,8 +94,8 @@ def test_what_was_forgotten_is_not_missed_and_nothing_else() -> None:
 
 def test_what_is_there_and_damaged_is_not_gone() -> None:
     assert found([made(1), made(3)], unreadable=(2,)) == []
-    assert found([made(1)], {HOST: (2, snapshot_id(2))}, unreadable=(2,)) == []
-    assert found([], {HOST: (5, snapshot_id(5))}, unreadable=(1, 2, 3, 4, 5)) == []
+    assert found([made(1)], {HOST: (2, (snapshot_id(2),))}, unreadable=(2,)) == []
+    assert found([], {HOST: (5, (snapshot_id(5),))}, unreadable=(1, 2, 3, 4, 5)) == []
     # Which number a damaged one has is known only where another names it.
     assert found([made(1), made(4)], unreadable=(2, 3)) == []
     assert [one[:2] for one in found([made(1), made(4)], unreadable=(3,))] == [(2, 2)]
@@ -104,7 +105,7 @@ def test_what_is_there_and_damaged_is_not_gone() -> None:
 def test_what_is_known_by_its_id_is_lost_whatever_else_is_damaged() -> None:
     # An object of no known number explains a number that nobody knows more of, and no id.
     assert found([made(1), made(3)], unreadable=(77,)) == [(2, 2, snapshot_id(2), snapshot_id(3))]
-    assert found([made(1)], {HOST: (2, snapshot_id(2))}, unreadable=(77,)) == [(2, 2, snapshot_id(2), b"")]
+    assert found([made(1)], {HOST: (2, (snapshot_id(2),))}, unreadable=(77,)) == [(2, 2, snapshot_id(2), b"")]
     assert found([made(1), made(3, previous=1)], unreadable=(77,)) == []
     # One that was forgotten with its number explains no other.
     forgotten = LetGo(OTHER, 4, 4, snapshot_id(77))
@@ -146,14 +147,14 @@ def test_a_loss_has_the_name_of_the_nearest_one() -> None:
     losses = find_losses(present, {}, (), ())
     assert [(loss.first, loss.last, loss.host) for loss in losses] == [(3, 3, "four"), (5, 7, "nine")]
     assert str(losses[0]).startswith("snapshot 3 of the machine of the host four is gone")
-    *_, loss = find_losses(present, {HOST: (10, snapshot_id(10))}, (), ())
+    *_, loss = find_losses(present, {HOST: (10, (snapshot_id(10),))}, (), ())
     assert (loss.last, loss.host) == (10, "nine")
     [loss] = find_losses([named(1, "one"), named(3, "one")], {}, (), ())
     assert loss.numbers == "snapshot 2 of the host one"
 
 
 def test_a_loss_says_whether_later_ones_are_there() -> None:
-    seen = {HOST: (3, snapshot_id(3))}
+    seen = {HOST: (3, (snapshot_id(3),))}
     [newest] = find_losses([made(1)], seen, (), ())
     assert "saw" in str(newest)
     assert newest.is_newest

@@ -53,6 +53,15 @@ def test_a_snapshot_decodes_to_what_was_encoded(
     assert decode_snapshot(encode_snapshot(snapshot), ID) == replace(snapshot, snapshot_id=ID)
 
 
+def test_the_others_of_one_number_are_a_field_that_is_there_only_with_them() -> None:
+    both = replace(FULL, beside=(b"a" * 32, b"b" * 32))
+    assert decode_record(encode_snapshot(both), "it") == [*FIELDS, [b"a" * 32, b"b" * 32]]
+    assert decode_snapshot(encode_snapshot(both), ID) == replace(both, snapshot_id=ID)
+    # What a later version puts there is passed over.
+    for later in (None, 5, ["x"]):
+        assert decode_snapshot(encode_record([*FIELDS, later]), ID) == replace(FULL, snapshot_id=ID)
+
+
 def test_the_root_is_an_array_in_the_place_of_the_tree() -> None:
     pairs: list[Field] = [list(pair) for pair in XATTRS]
     assert FIELDS[ROOT] == [TREE, ROW, b"seven", b"\xff", pairs]

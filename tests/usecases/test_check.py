@@ -13,7 +13,7 @@ import trio
 
 from backupfs.codec.records import encode_record
 from backupfs.codec.sealing import Kind, hash_object
-from backupfs.errors import AccessDenied, ObjectArchived, StoreError, UsageError
+from backupfs.errors import AccessDenied, DamagedObject, ObjectArchived, StoreError, UsageError
 from backupfs.ids import ChunkId, SnapshotId, short
 from backupfs.repository import layout
 from backupfs.repository.pack import ROW, Block, compress_block, encode_pack
@@ -608,19 +608,55 @@ def test_the_worst_findings_come_first() -> None:
 
 
 class Meanwhile(AroundStore):
-    """Lets something else happen, once, when the first pack is put."""
+    """Lets something else happen, once, when the first pack (or what the prefix says) is put."""
 
-    def __init__(self, inner: MemoryStore, happens: Callable[[], object]) -> None:
+    def __init__(self, inner: MemoryStore, happens: Callable[[], object], prefix: str = "packs/") -> None:
         super().__init__(inner)
+        self._prefix = prefix
         self._happens: Callable[[], object] | None = happens
 
     def around(self, verb: str, key: str, call: Callable[[], Result]) -> Result:
-        if verb == "put" and key.startswith("packs/") and (happens := self._happens) is not None:
+        if verb == "put" and key.startswith(self._prefix) and (happens := self._happens) is not None:
             self._happens = None
             other = threading.Thread(target=happens)
             other.start()
             other.join()
         return call()
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_of_two_backups_at_once_each_is_missed_when_it_is_lost(tmp_path: Path, lost: int) -> None:
+    store = MemoryStore()
+    here = folders_in(tmp_path / "here")
+    source = build(TREE, tmp_path / "source")
+    first = back_up(new_repository(store, here), source)
+
+    def other() -> None:
+        twin = replace(first, sequence=2, previous=first.snapshot_id, time_ns=first.time_ns + 1)
+        put_snapshot(reopened(store, here), twin)
+        # The other program remembers what it made.
+        load_snapshots(reopened(store, here)).note_seen()
+
+    back_up(reopened(Meanwhile(store, other, "snapshots/"), here), source)
+    twins = sorted(one.snapshot_id for one in load_snapshots(reopened(store)).snapshots if one.sequence == 2)
+    assert len(twins) == 2
+    key = f"snapshots/{twins[lost].hex()}"
+    data = store.get(key)
+    store.delete(key)
+    # This machine knows both, and goes on to know them.
+    for _ in range(2):
+        assert [one.key for one in run_check(reopened(store, here)).findings] == [key]
+    with pytest.raises(DamagedObject, match=r"latest may be another.*snapshot 2 of the host.*is gone"):
+        load_snapshots(reopened(store, here)).find("latest")
+    # The next one names both, lost or not, so that everybody knows.
+    third = back_up(reopened(store, here), source)
+    assert sorted((third.previous, *third.beside)) == twins
+    elsewhere = load_snapshots(reopened(store))
+    assert [loss.snapshot_id for loss in elsewhere.losses()] == [twins[lost]]
+    assert elsewhere.snapshots[-1] == third
+    store.put(key, data)
+    assert load_snapshots(reopened(store, here)).losses() == []
+    assert not run_check(reopened(store)).damaged
 
 
 def test_what_another_host_makes_during_a_backup_is_not_taken_for_lost(tmp_path: Path) -> None:
