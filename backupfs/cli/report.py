@@ -11,7 +11,7 @@ from typing import TextIO
 
 from backupfs.cli.settings import Settings
 from backupfs.errors import shown
-from backupfs.usecases.events import Deleted, Event, FileChanged, FileSkipped, LeftOut, Progress, Remark
+from backupfs.usecases.events import Deleted, Event, FileChanged, FileSkipped, FileVanished, LeftOut, Progress, Remark
 
 Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
 
@@ -100,6 +100,11 @@ class Reporter:
                 self.changed.append(event)
                 text = f"{shown(path)} changed while it was read; what was read is kept"
                 self._say("file_changed", text, name_value("path", path))
+            case FileVanished(path):
+                if self._settings.json:
+                    print_json({"event": "file_vanished", **name_value("path", path)})
+                elif self._settings.verbose:
+                    self.line(f"{shown(path)} vanished before it was read")
             case LeftOut(path, reason):
                 self.left_out.append(event)
                 if self._settings.json:

@@ -13,7 +13,7 @@ from backupfs.snapshots.content import Content
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW, Xattrs
 from backupfs.snapshots.tree import LeafPage, TreeBuilder
 from backupfs.usecases.archive_counts import Counts
-from backupfs.usecases.events import FileSkipped, LeftOut
+from backupfs.usecases.events import FileSkipped, FileVanished, LeftOut
 from backupfs.usecases.scanner import Counted, Scanner
 
 # Xattrs beyond this go to a chunk of their own.
@@ -108,6 +108,10 @@ class ArchiveContext:
         """Report that something could not be read."""
         self.counts.files_skipped += 1
         self.scanner.send(FileSkipped(path, error.strerror or str(error)))
+
+    def vanish(self, path: bytes) -> None:
+        """Report that something is gone that was there a moment ago."""
+        self.scanner.send(FileVanished(path))
 
     def leave_out(self, path: bytes, reason: str) -> None:
         """Report a directory whose content is left out on purpose."""

@@ -160,12 +160,9 @@ class Part:
         for name in self._names:
             try:
                 status = status_of(name, dir_fd=fd, follow_symlinks=False)
-            except FileNotFoundError:
-                missing.add(name)  # it was deleted since the directory was listed
-                continue
             except OSError as error:
                 missing.add(name)
-                context.skip(self._prefix + name, error)
+                self._tell_unread(name, error)
                 continue
             mode, inode, device, links, uid, gid, length = status[:7]
             mtime_ns, ctime_ns = status.st_mtime_ns, status.st_ctime_ns
@@ -248,7 +245,7 @@ class Part:
 
     def _compare(self, directories: list[int]) -> dict[int, ChunkId]:
         """Reuse or read every entry that is no directory; return the parent's trees of directories by position."""
-        page, context, counts = self._page, self._context, self._context.counts
+        page, counts = self._page, self._context.counts
         positions = {name: at for at, name in enumerate(page.names)} if page is not None else {}
         page_xattrs = page.sparse_columns[0] if page is not None else {}
         trees: dict[int, ChunkId] = {}
@@ -276,7 +273,7 @@ class Part:
             try:
                 self._read(at, name)
             except OSError as error:
-                context.skip(self._prefix + name, error)
+                self._tell_unread(name, error)
                 dropped.add(at)
                 continue
             if old is None:
@@ -395,8 +392,25 @@ class Part:
         except OSError as error:
             if self._directory.fd < 0:
                 raise  # the way back is lost: the directory above reports it
-            context.skip(path, error)
+            self._tell_unread(name, error)
             return context.empty_tree(), ()
+
+    def _tell_unread(self, name: bytes, error: OSError) -> None:
+        """Report what could not be read; that it is gone meanwhile is no failure, unless the user named it."""
+        path = self._prefix + name
+        if isinstance(error, FileNotFoundError) and not self._is_source and self._is_gone(name):
+            self._context.vanish(path)
+        else:
+            self._context.skip(path, error)
+
+    def _is_gone(self, name: bytes) -> bool:
+        try:
+            os.stat(name, dir_fd=self._directory.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return False
 
 
 def _mode_of(row: bytes) -> int:

@@ -13,6 +13,13 @@ class FileSkipped:
 
 
 @dataclass(frozen=True, slots=True)
+class FileVanished:
+    """A file or a folder was deleted or moved away after its folder was listed, as happens while a system is in use."""
+
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class LeftOut:
     """A directory whose content was left out on purpose."""
 
@@ -54,7 +61,7 @@ class Progress:
     current: bytes = b""
 
 
-Event = FileSkipped | LeftOut | Deleted | FileChanged | Remark | Progress
+Event = FileSkipped | FileVanished | LeftOut | Deleted | FileChanged | Remark | Progress
 Report = Callable[[Event], None]
 
 
