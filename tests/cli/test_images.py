@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,14 +170,29 @@ def test_commands_run_before_disks_are_opened_and_after_they_were_read(cli: Cli,
     )  # fmt: skip
     assert log.read_text() == "before\nafter\n"
     assert not snapshot.exists()
-    said = cli("image", disk, "--before", "exit 7", "--after", f"echo never >>{log}", code=1)
+    said = cli("image", disk, "--before", "exit 7", "--after", f"echo undone >>{log}", code=1)
     assert "the command before the image ended with 7, so no disk was read" in said
     assert "the command after the image ended with 3" in cli("image", disk, "--after", "exit 3", code=3)
     assert "/nosuch cannot be opened" in cli("image", "/nosuch", "--after", f"echo failed >>{log}", code=1)
-    assert log.read_text() == "before\nafter\nfailed\n"
+    assert log.read_text() == "before\nafter\nundone\nfailed\n"
     done = cli.run("--json", "image", disk, "--before", "echo words")
     assert [json.loads(line)["event"] for line in done.stdout.splitlines()][-1] == "summary"
     assert len(cli.json("snapshots")) == 3
+
+
+def test_the_command_after_is_run_where_the_one_before_was_interrupted(cli: Cli, disk: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    words = "--before", f"echo frozen >>{log}; exec sleep 100", "--after", f"echo thawed >>{log}"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "backupfs", "image", disk, *words], env=cli.environment, stderr=subprocess.PIPE
+    )
+    while not log.exists() or not log.read_text():
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.terminate()
+    _, said = running.communicate(timeout=30)
+    assert running.returncode == 130, said
+    assert log.read_text() == "frozen\nthawed\n"
 
 
 @pytest.mark.parametrize("form", ["raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi"])

@@ -4,12 +4,15 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import click
 
 from backupfs.cli.settings import PATH, Settings, as_text, with_settings
 from backupfs.errors import SourceError, UsageError, shown
+
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def with_luks(command: Callable[..., object]) -> Callable[..., object]:
@@ -77,7 +80,9 @@ def with_luks(command: Callable[..., object]) -> Callable[..., object]:
 )
 @click.option("--freeze", is_flag=True, help="Freeze mounted file systems on the disks while these are read.")
 @click.option("--before", metavar="COMMAND", help="Run COMMAND before disks are opened: to freeze, or to snapshot.")
-@click.option("--after", metavar="COMMAND", help="Run COMMAND when disks were read, or could not be.")
+@click.option(
+    "--after", metavar="COMMAND", help="Run COMMAND at the end, whatever came of the disks, and of --before, too."
+)
 @click.option("--compression", default="auto", metavar="LEVEL", help="off, auto, or 1 to 19.", show_default=True)
 @click.option(
     "--format",
@@ -250,14 +255,13 @@ def _named(words: bytes) -> tuple[str, bytes]:
 def _between(before: str | None, after: str | None) -> Iterator[list[str]]:
     """Run commands of the user around what is done; nothing is done if the first one fails.
 
+    The second one is run then, too, and after an interrupt: the first may have done half of its work.
     Gives a list that has the second one in it, once that has failed.
     """
     failed: list[str] = []
-    if before:
-        code = _run(before)
-        if code:
-            raise SourceError(f"the command before the image ended with {code}, so no disk was read: {shown(before)}")
     try:
+        if before and (code := _run(before)):
+            raise SourceError(f"the command before the image ended with {code}, so no disk was read: {shown(before)}")
         yield failed
     finally:
         if after:
@@ -269,7 +273,24 @@ def _between(before: str | None, after: str | None) -> Iterator[list[str]]:
 
 
 def _run(command: str) -> int:
+    """Run a command of the user and return its exit code; an interrupt ends it, too."""
     import subprocess
 
-    # Its words go where they disturb no JSON.
-    return subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=2, check=False).returncode
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    # Until it is known which process it is, an interrupt would leave it running.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        # Its words go where they disturb no JSON.
+        process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=2, preexec_fn=unblock)
+    except BaseException:
+        unblock()
+        raise
+    with process:
+        try:
+            unblock()
+            return process.wait()
+        except BaseException:
+            process.kill()
+            raise
