@@ -31,12 +31,31 @@ _LONGEST_NAME = 255
 
 
 def absolute_paths(given: Iterable[bytes], files_from: Iterable[str]) -> list[bytes]:
-    """Return paths as absolute ones, those listed in files too. Raises: UsageError."""
+    """Return paths as absolute ones, those listed in files too. Raises: UsageError.
+
+    One that ends in a slash and is a link to a folder means the folder, as for the system itself.
+    """
     found = list(given)
     for name in files_from:
         found += read_list(read_input(name))
     here = os.getcwdb()
-    return [normalise(path, here) for path in found]
+    return [_followed(path, normalise(path, here)) for path in found]
+
+
+def _followed(text: bytes, path: bytes) -> bytes:
+    is_followed = text.endswith((b"/", b"/.")) and os.path.islink(path) and os.path.isdir(path)
+    return os.path.realpath(path) if is_followed else path
+
+
+def bare_links(paths: Iterable[bytes]) -> list[bytes]:
+    """Return those paths that are links to folders outside of all of them."""
+    paths = list(paths)
+    tops = tuple(path.rstrip(b"/") + b"/" for path in paths)
+    return [
+        path
+        for path in paths
+        if os.path.islink(path) and os.path.isdir(path) and not (os.path.realpath(path) + b"/").startswith(tops)
+    ]
 
 
 def patterns(texts: Iterable[str], files: Iterable[str] = ()) -> tuple[Pattern, ...]:

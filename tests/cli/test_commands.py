@@ -111,6 +111,23 @@ def test_the_report_counts_new_changed_and_unchanged_files(cli: Cli, source: Pat
     assert second["parent"] == first["snapshot"]["id"]
 
 
+def test_a_link_to_a_folder_is_followed_where_its_name_ends_in_a_slash(cli: Cli, source: Path, tmp_path: Path) -> None:
+    link = tmp_path / "ly"
+    link.symlink_to("source")
+    for end in ("/", "/.", "//"):
+        *_, summary = cli.json("backup", f"{link}{end}")
+        assert (summary["snapshot"]["paths"], summary["files"]) == ([str(source)], 3)
+    said = cli("backup", link)
+    assert f"{link} is a symbolic link, and only the link is stored: name {link}/ for what it leads to" in said
+    assert cli("ls", f"latest:{link}").split() == [str(link)]
+    # What is stored anyhow needs no word, nor does a link to a file.
+    assert "symbolic" not in cli("backup", link, source)
+    assert "symbolic" not in cli("backup", source / "link", f"{source / 'link'}/")
+    # No `..` goes through a link.
+    *_, summary = cli.json("backup", f"{link}/..")
+    assert summary["snapshot"]["paths"] == [str(tmp_path)]
+
+
 def test_one_file_system_leaves_out_what_is_mounted_below_and_says_so(cli: Cli, source: Path) -> None:
     # A mount of our own, seen by nobody else: root needs no user namespace for it, everybody else does.
     alone = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--user", "--map-root-user"])]

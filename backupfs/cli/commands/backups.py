@@ -6,7 +6,7 @@ import os
 import click
 
 from backupfs.cli.settings import PATH, Settings, as_text, run_case, with_settings
-from backupfs.errors import UsageError
+from backupfs.errors import UsageError, shown
 
 
 @click.command("backup")
@@ -71,6 +71,9 @@ def backup_command(
     Only what changed since the last snapshot of the same paths is read, and only what the repository does not have
     is stored. Interrupt it at any time: the next run goes on from what was stored. Memory and kernel file systems
     (/proc, /sys, /run …), the repository and the cache are left out, and the report says so.
+
+    Symbolic links are stored as links. A PATH that is one to a folder and ends in a slash means the folder, which is
+    stored at its own place.
     """
     import sys
     from functools import partial
@@ -103,6 +106,7 @@ def backup_command(
     from backupfs.cli.report import Reporter
     from backupfs.cli.summaries import tell_backup
     from backupfs.usecases.backup import BackupOptions, backup, backup_stream
+    from backupfs.usecases.events import Remark
 
     options = BackupOptions(
         host=host,
@@ -121,6 +125,9 @@ def backup_command(
         read_into = partial(_read_into, sys.stdin.buffer.fileno())
         result = backup_stream(repository, name, read_into, options, report)
     else:
+        for path in values.bare_links(sources):
+            link = shown(path)
+            report(Remark(f"{link} is a symbolic link, and only the link is stored: name {link}/ for what it leads to"))
         result = backup(repository, sources, options, report)
     report.clear()
     tell_backup(settings, result, report)
