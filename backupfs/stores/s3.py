@@ -37,6 +37,8 @@ from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Stor
 
 # What servers take of a difference between clocks.
 _MOST_SKEW_S = 15 * 60
+# No object of a repository comes near it: what is larger would only take up memory.
+_MOST_SIZE = 1 << 30
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _KEY_START = re.compile(rf"[A-Za-z0-9._/-]{{0,{MAX_KEY_LENGTH}}}")
 
@@ -154,8 +156,13 @@ class S3Store(Store):
                     raise
                 answer = None
             if answer is not None:
-                with contextlib.closing(answer["Body"]) as stream:
-                    body = self._received(stream)
+                # A server that knows no ranges gives the whole object.
+                is_range = answer["ResponseMetadata"]["HTTPStatusCode"] == 206
+                with contextlib.closing(answer["Body"]):
+                    if is_range and length is not None:
+                        body = self._received(answer, length, f"{about}: other bytes came than asked for")
+                    else:
+                        body = self._received(answer, _MOST_SIZE, f"{about}: the answer is garbled: it is too long")
                 # A body of unknown length shows only by what is in it whether it is whole.
                 announced = answer.get("ContentLength", len(body))
         if answer is None:
@@ -166,7 +173,7 @@ class S3Store(Store):
         self._requests.add_received(len(body))
         if len(body) != announced:
             raise StoreUnavailable(f"{about}: {len(body)} bytes came instead of {announced}")
-        if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+        if not is_range:
             # The whole object, asked for or not.
             wanted = range_length(key, len(body), start, length)
             return body if wanted == len(body) else body[start : start + wanted]
@@ -177,12 +184,18 @@ class S3Store(Store):
             raise StoreUnavailable(f"{about}: other bytes came than asked for")
         return body
 
-    def _received(self, stream: Any) -> bytes:
-        if not self._down.rate:
-            return bytes(stream.read())
+    def _received(self, answer: Mapping[str, Any], most: int, too_long: str) -> bytes:
+        """Read a body, at a pace. Raises: StoreUnavailable, saying `too_long`, where it has more than `most` bytes."""
         parts = []
-        begun = self._down.stops
-        while part := stream.read(self._down.step):
+        size, begun = 0, self._down.stops
+        if (announced := answer.get("ContentLength", 0)) > most:
+            raise StoreUnavailable(too_long)
+        # In one piece where that can be, which is faster.
+        step = self._down.step if self._down.rate else max(self._down.step, announced)
+        while part := answer["Body"].read(min(step, most + 1 - size)):
+            size += len(part)
+            if size > most:
+                raise StoreUnavailable(too_long)
             self._down.pass_on(len(part), begun)
             parts.append(part)
         return b"".join(parts)
@@ -382,6 +395,8 @@ class S3Store(Store):
             raise StoreUnavailable(f"{about}: {answers.text_of(error)}") from error
         except boto.BotoCoreError as error:
             raise StoreError(f"{about}: {answers.text_of(error)}") from error
+        except MemoryError as error:
+            raise StoreUnavailable(f"{about}: there is not enough memory for it") from error
         except (ResponseParserError, *answers.GARBLED_ANSWER) as error:
             if answers.own_fault(error) is not None:
                 raise

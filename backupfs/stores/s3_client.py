@@ -1,7 +1,9 @@
 """What a user says of object storage, and the boto3 client that follows from it: one attempt of everything."""
 
+import functools
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,8 @@ _READ_S = 30
 # What may wait unsent in the kernel, or the answer to megabytes that a slow line has yet to take would be late.
 _MOST_UNSENT = 32 << 10
 _TCP_NOTSENT_LOWAT = 25  # Linux
+# A page of a listing is a thousand entries, each with a key of a kilobyte at most.
+_MOST_ANSWER = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +94,31 @@ def make_client(options: S3Options, requests: Requests) -> Any:
     except boto.BotoCoreError as error:
         raise UsageError(f"object storage cannot be used: {text_of(error)}") from error
     # boto3 has no option for it; whoever makes connections later reads this list.
-    client._endpoint.http_session._socket_options.append((socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _MOST_UNSENT))
+    session = client._endpoint.http_session
+    session._socket_options.append((socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _MOST_UNSENT))
+    session.send = functools.partial(_send, session.send)
     # It says with the whole certificate what the error says as well.
     logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
     client.meta.events.register("before-send.s3", requests.count)
     client.meta.events.register("response-received.s3", requests.note_answer)
     return client
+
+
+def _send(send: Callable[[Any], Any], request: Any) -> Any:
+    """Send a request, and read its answer if that is no object: boto3 would read on as long as anything comes."""
+    is_object = request.stream_output
+    request.stream_output = True
+    response = send(request)
+    if not is_object or response.status_code >= 300:
+        parts, size = [], 0
+        for part in response.raw.stream():
+            size += len(part)
+            if size > _MOST_ANSWER:
+                response.raw.close()
+                raise ValueError("it is too long")
+            parts.append(part)
+        response._content = b"".join(parts)
+    return response
 
 
 def _require_plain(options: S3Options) -> None:

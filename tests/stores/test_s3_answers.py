@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from backupfs.errors import DamagedObject, ObjectExists, StoreError, StoreMissing, StoreUnavailable, UsageError
-from backupfs.stores import s3
+from backupfs.stores import s3, s3_client
 from backupfs.stores.pace import Pace
 from backupfs.stores.s3 import S3Store
 from backupfs.stores.s3_client import S3Options
@@ -20,6 +20,12 @@ from backupfs.stores.store import ObjectInfo
 
 KEY = "packs/data/ab"
 TAG = 'ETag: "x"'
+
+
+class Endless(bytes):
+    """An answer whose last bytes come again and again, for as long as anybody reads."""
+
+    repeated = 0
 
 
 class Answering:
@@ -61,7 +67,9 @@ class Answering:
                     length = int(line.partition(b":")[2])
             file.read(length)
         self.seen.append((method, path))
-        here.sendall(self.answer(method, path))
+        here.sendall(said := self.answer(method, path))
+        while isinstance(said, Endless):
+            here.sendall(said[-said.repeated :])
 
 
 def answer(body: str, *headers: str, status: str = "200 OK", length: str | None = "") -> bytes:
@@ -465,3 +473,45 @@ def test_a_deletion_that_only_something_between_confirmed_is_tried_again(store: 
     with pytest.raises(StoreMissing):
         store.delete(KEY)
     assert deleted == ["DELETE"]
+
+
+@pytest.mark.parametrize("status", ["200 OK", "206 Partial Content"])
+@pytest.mark.parametrize("length", [None, 3])
+def test_an_object_that_is_said_to_be_huge_is_not_read(
+    length: int | None, status: str, store: S3Store, server: Answering
+) -> None:
+    for said in (1 << 40, 1 << 70):
+        server.answer = lambda *_, said=said: answer(  # type: ignore[misc]
+            "abc", TAG, f"Content-Range: bytes 1-{said}/{said + 1}", status=status, length=str(said)
+        )
+        with pytest.raises(StoreUnavailable, match=f"cannot read object {KEY} .*(garbled|other bytes)"):
+            store.get(KEY, start=1, length=length)
+
+
+def test_what_comes_without_end_is_read_no_further_than_an_object_may_be_long(
+    store: S3Store, server: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "_MOST_SIZE", 1 << 20)
+    monkeypatch.setattr(s3_client, "_MOST_ANSWER", 1 << 20)
+    chunk = f"{1 << 16:x}\r\n{'a' * (1 << 16)}\r\n"
+    for said, endless in ((None, "a" * (1 << 16)), ("Transfer-Encoding: chunked", chunk)):
+        for status in ("200 OK", "404 Not Found"):
+            head = answer("", TAG, *([said] if said else []), status=status, length=None)
+            said_on = Endless(head + endless.encode())
+            said_on.repeated = len(endless)
+            server.answer = lambda *_, said_on=said_on: said_on  # type: ignore[misc]
+            for call in (lambda: store.get(KEY), lambda: list(store.list(""))):
+                with pytest.raises(StoreUnavailable, match=r"cannot .*garbled.*too long"):
+                    call()
+
+
+def test_memory_that_is_not_there_for_an_answer_is_told_in_one_line(
+    store: S3Store, server: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(S3Store, "_received", lacking)
+    server.answer = lambda *_: answer("abc", TAG)
+    with pytest.raises(StoreUnavailable, match=f"cannot read object {KEY} .*not enough memory"):
+        store.get(KEY)
