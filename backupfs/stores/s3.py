@@ -18,6 +18,7 @@ from typing import Any
 
 from backupfs.errors import (
     AccessDenied,
+    DamagedObject,
     ObjectArchived,
     ObjectExists,
     ObjectMissing,
@@ -159,6 +160,8 @@ class S3Store(Store):
                 # A server that knows no ranges gives the whole object.
                 is_range = answer["ResponseMetadata"]["HTTPStatusCode"] == 206
                 with contextlib.closing(answer["Body"]):
+                    if not answer.get("ETag"):
+                        raise self._not_s3(about)
                     if is_range and length is not None:
                         body = self._received(answer, length, f"{about}: other bytes came than asked for")
                     else:
@@ -175,11 +178,11 @@ class S3Store(Store):
             raise StoreUnavailable(f"{about}: {len(body)} bytes came instead of {announced}")
         if not is_range:
             # The whole object, asked for or not.
-            wanted = range_length(key, len(body), start, length)
+            wanted = self._range_length(key, len(body), start, length)
             return body if wanted == len(body) else body[start : start + wanted]
         found = _RANGE.fullmatch(answer.get("ContentRange", ""))
         first, last, size = map(int, found.groups()) if found is not None else (-1, -1, start + (length or 0))
-        wanted = range_length(key, size, start, length)
+        wanted = self._range_length(key, size, start, length)
         if (first, last) != (start, start + wanted - 1) or len(body) != wanted:
             raise StoreUnavailable(f"{about}: other bytes came than asked for")
         return body
@@ -200,6 +203,18 @@ class S3Store(Store):
             parts.append(part)
         return b"".join(parts)
 
+    def _range_length(self, key: str, size: int, start: int, length: int | None) -> int:
+        """Return what `range_length` does; that an object is damaged is believed only where another answer says so."""
+        try:
+            return range_length(key, size, start, length)
+        except DamagedObject:
+            if (other := self.size(key)) == size:
+                raise
+        raise StoreUnavailable(
+            f"cannot read object {key} in {shown(self.url)}: the server says that it has {size} bytes, and that it has "
+            f"{other}"
+        )
+
     def size(self, key: str) -> int:
         """Ask for an object's length."""
         validate_key(key)
@@ -208,6 +223,8 @@ class S3Store(Store):
             size = int(answer["ContentLength"])
             if size < 0:
                 raise ValueError(size)
+        if not answer.get("ETag"):
+            raise self._not_s3(f"cannot look at object {key} in {shown(self.url)}")
         return size
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -407,9 +424,7 @@ class S3Store(Store):
         said = answers.said_by(error)
         if status >= 500 and 200 <= self._requests.last_status < 300 and (not code or code == str(status)):
             # boto3 makes a 500 of what it cannot read.
-            return StoreUnavailable(
-                f"{about}: the answer is none of S3's, or was cut short: another server may answer, see --endpoint-url"
-            )
+            return self._not_s3(about)
         if (location := answers.location_of(error)) and code not in answers.NO_REGION:
             return self._elsewhere(about, location)
         if code in answers.NO_BUCKET or (status == 404 and not key):
@@ -466,6 +481,13 @@ class S3Store(Store):
         if code in answers.REFUSED or status in (401, 403):
             return AccessDenied(f"{about}: the server refuses it to these credentials: {said}")
         return StoreError(f"{about}: {said}")
+
+    @staticmethod
+    def _not_s3(about: str) -> StoreUnavailable:
+        """What an answer means that what lies between gives to anything: S3's have an ETag with whatever is there."""
+        return StoreUnavailable(
+            f"{about}: the answer is none of S3's, or was cut short: another server may answer, see --endpoint-url"
+        )
 
     def _doubt(self) -> str:
         """What a failure may mean where the server has never yet answered."""

@@ -163,26 +163,60 @@ def test_a_range_that_is_another_is_asked_for_again(
     length: int | None, body: str, range_line: str, store: S3Store, server: Answering
 ) -> None:
     said = [f"Content-Range: {range_line}"] if range_line else []
-    server.answer = lambda *_: answer(body, *said, status="206 Partial Content")
+    server.answer = lambda *_: answer(body, TAG, *said, status="206 Partial Content")
     with pytest.raises(StoreUnavailable, match=f"cannot read object {KEY} .*other bytes came than asked for"):
         store.get(KEY, start=1, length=length)
     whole = "bcd" if length else "bcdef"
-    server.answer = lambda *_: answer(whole, f"Content-Range: bytes 1-{len(whole)}/6", status="206 Partial Content")
+    said = [TAG, f"Content-Range: bytes 1-{len(whole)}/6"]
+    server.answer = lambda *_: answer(whole, *said, status="206 Partial Content")
     assert store.get(KEY, start=1, length=length) == whole.encode()
     # One that knows no ranges gives all.
-    server.answer = lambda *_: answer("abcdef")
+    server.answer = lambda *_: answer("abcdef", TAG)
     assert store.get(KEY, start=1, length=length) == whole.encode()
 
 
 def test_a_range_that_is_said_not_to_be_there_and_is_is_asked_for_again(store: S3Store, server: Answering) -> None:
     server.answer = lambda method, _: (
-        answer("", length="6") if method == "HEAD" else answer("", status="416 Range Not Satisfiable")
+        answer("", TAG, length="6") if method == "HEAD" else answer("", status="416 Range Not Satisfiable")
     )
     with pytest.raises(StoreUnavailable, match=f"cannot read object {KEY} .*no such range"):
         store.get(KEY, start=1, length=3)
     assert store.get(KEY, start=6) == b""
     with pytest.raises(DamagedObject, match="cut short"):
         store.get(KEY, start=4, length=3)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_object_is_cut_short_only_where_two_answers_say_so(whole: bool, store: S3Store, server: Answering) -> None:
+    there = 6
+
+    def short(method: str, _: str) -> bytes:
+        if method == "HEAD":
+            return answer("", TAG, length=str(there))
+        if whole:
+            return answer("abcd", TAG)
+        return answer("bcd", TAG, "Content-Range: bytes 1-3/4", status="206 Partial Content")
+
+    server.answer = short
+    with pytest.raises(StoreUnavailable, match=f"cannot read object {KEY} .*it has 4 bytes, and that it has 6"):
+        store.get(KEY, start=1, length=5)
+    there = 4
+    with pytest.raises(DamagedObject, match="cut short"):
+        store.get(KEY, start=1, length=5)
+
+
+@pytest.mark.parametrize("body", ["", "<html><body>log in</body></html>"])
+def test_what_lies_between_and_answers_anything_gives_no_objects(body: str, store: S3Store, server: Answering) -> None:
+    server.answer = lambda method, _: answer("" if method == "HEAD" else body, length=str(len(body)))
+    for call in (
+        lambda: store.get(KEY), lambda: store.get(KEY, start=20), lambda: store.get(KEY, start=5, length=10),
+        lambda: store.get(KEY, length=0), lambda: store.size(KEY), lambda: store.put(KEY, b"1", if_absent=True),
+    ):  # fmt: skip
+        with pytest.raises(StoreUnavailable, match=f"object {KEY} .*none of S3's.*see --endpoint-url"):
+            call()
+    server.answer = lambda *_: answer(body, "Content-Range: bytes 0-4/32", status="206 Partial Content")
+    with pytest.raises(StoreUnavailable, match="none of S3's"):
+        store.get(KEY, length=5)
 
 
 def test_a_listing_that_lacks_something_is_asked_for_again(store: S3Store, server: Answering) -> None:
@@ -286,14 +320,14 @@ def test_an_answer_that_is_no_listing_is_not_an_empty_one(body: str, store: S3St
 
 
 def test_an_object_comes_with_and_without_a_length(store: S3Store, server: Answering) -> None:
-    server.answer = lambda *_: answer("content", length=None)
+    server.answer = lambda *_: answer("content", TAG, length=None)
     assert store.get(KEY) == b"content"
-    server.answer = lambda *_: answer("3\r\nabc\r\n0\r\n\r\n", "Transfer-Encoding: chunked", length=None)
+    server.answer = lambda *_: answer("3\r\nabc\r\n0\r\n\r\n", TAG, "Transfer-Encoding: chunked", length=None)
     assert store.get(KEY) == b"abc"
-    server.answer = lambda *_: answer("3\r\nabc\r\n", "Transfer-Encoding: chunked", length=None)
+    server.answer = lambda *_: answer("3\r\nabc\r\n", TAG, "Transfer-Encoding: chunked", length=None)
     with pytest.raises(StoreUnavailable, match=KEY):
         store.get(KEY)
-    server.answer = lambda *_: answer("abc", length="4")
+    server.answer = lambda *_: answer("abc", TAG, length="4")
     with pytest.raises(StoreUnavailable, match=f"cannot read object {KEY}"):
         store.get(KEY)
 
@@ -362,7 +396,7 @@ def test_a_conflict_means_that_an_object_is_there_only_where_that_was_the_questi
     def conditional(method: str, path: str) -> bytes:
         del path
         missing = method == "HEAD" and len(server.seen) == 5
-        return answer("", status="404 Not Found" if missing else "200 OK" if method == "HEAD" else status)
+        return answer("", TAG, status="404 Not Found" if missing else "200 OK" if method == "HEAD" else status)
 
     server.answer = conditional
     with pytest.raises(ObjectExists, match=f"object {KEY} is in s3://bucket already"):
@@ -463,7 +497,7 @@ def test_a_deletion_that_only_something_between_confirmed_is_tried_again(store: 
 
     def portal(method: str, _: str) -> bytes:
         deleted.extend([method] if method == "DELETE" else [])
-        return answer("", length="6") if method == "HEAD" else answer("")
+        return answer("", TAG, length="6") if method == "HEAD" else answer("")
 
     server.answer = portal
     with pytest.raises(StoreUnavailable, match=f"cannot delete object {KEY} .*it is there after that"):

@@ -161,3 +161,21 @@ def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
     (tmp_path / "installed").touch()
     with pytest.raises(ServerFailed, match=r"process weed ended with status 3.*\n +no room in here"):
         start_seaweedfs(tmp_path / "folder", tmp_path)
+
+
+@pytest.mark.parametrize("server", NAMES, indirect=True)
+def test_a_server_gives_a_tag_with_whatever_it_gives_of_an_object(server: Server) -> None:
+    """What has none is no answer of S3's: `S3Store.get` and `size` go by that."""
+    client = server.client()
+    bucket = new_bucket(client)
+    for body in (b"", b"content"):
+        client.put_object(Bucket=bucket, Key="packs/ab", Body=body)
+        answers = [client.head_object(Bucket=bucket, Key="packs/ab"), client.get_object(Bucket=bucket, Key="packs/ab")]
+        if body:
+            answers += [
+                client.get_object(Bucket=bucket, Key="packs/ab", Range=f"bytes={ends}") for ends in ("1-3", "2-")
+            ]
+        assert [answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers] == [200, 200, 206, 206][
+            : len(answers)
+        ]
+        assert all(answer["ETag"] for answer in answers)
