@@ -40,7 +40,7 @@ from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Stor
 _MOST_SKEW_S = 15 * 60
 # No object of a repository comes near it: what is larger would only take up memory.
 _MOST_SIZE = 1 << 30
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _KEY_START = re.compile(rf"[A-Za-z0-9._/-]{{0,{MAX_KEY_LENGTH}}}")
 
 
@@ -181,7 +181,9 @@ class S3Store(Store):
             wanted = self._range_length(key, len(body), start, length)
             return body if wanted == len(body) else body[start : start + wanted]
         found = _RANGE.fullmatch(answer.get("ContentRange", ""))
-        first, last, size = map(int, found.groups()) if found is not None else (-1, -1, start + (length or 0))
+        first, last = (int(found[1]), int(found[2])) if found is not None else (-1, -1)
+        # A size may be unknown: then the range must be the very one that was asked for, whose end must have been said.
+        size = int(found[3]) if found is not None and found[3] != "*" else start + (length or 0)
         wanted = self._range_length(key, size, start, length)
         if (first, last) != (start, start + wanted - 1) or len(body) != wanted:
             raise StoreUnavailable(f"{about}: other bytes came than asked for")
