@@ -40,7 +40,7 @@ from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Stor
 _MOST_SKEW_S = 15 * 60
 # No object of a repository comes near it: what is larger would only take up memory.
 _MOST_SIZE = 1 << 30
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_RANGE = re.compile(r"bytes (\d{1,20})-(\d{1,20})/(\d{1,20}|\*)")
 _KEY_START = re.compile(rf"[A-Za-z0-9._/-]{{0,{MAX_KEY_LENGTH}}}")
 
 
