@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from backupfs.errors import ObjectExists, StoreFull, StoreMissing, StoreUnavailable
+from backupfs.errors import ObjectExists, ObjectMissing, StoreFull, StoreMissing, StoreUnavailable
 from backupfs.stores.passing import PassingStore
 from backupfs.stores.store import ArchiveState, LastingListing, ObjectInfo, Store
 
@@ -59,8 +59,12 @@ class RetryingStore(PassingStore):
         def put() -> None:
             try:
                 self.inner.put(key, data, if_absent=if_absent)
-            except ObjectExists:
-                if self.inner.get(key) != data:
+            except ObjectExists as error:
+                try:
+                    is_mine = self.inner.get(key) == data
+                except ObjectMissing:
+                    raise StoreUnavailable(f"{error}, and is not") from error
+                if not is_mine:
                     raise
 
         self._try(put)

@@ -10,7 +10,7 @@ from backupfs.errors import BackupfsError, shown
 # What servers answer, by what follows from it. Codes are those of S3 and of the servers that speak it.
 NO_BUCKET = frozenset({"NoSuchBucket"})
 NO_OBJECT = frozenset({"NoSuchKey", "404", "NotFound"})
-EXISTS = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
+EXISTS = frozenset({"PreconditionFailed", "412", "409"})
 NOT_ABLE = frozenset({"NotImplemented", "501"})
 ARCHIVED = frozenset({"InvalidObjectState"})
 FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507", "EntityTooLarge"})
@@ -32,7 +32,7 @@ REFUSED = frozenset(
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 # A body that was garbled on its way: the next may not be.
 GARBLED = frozenset({"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout"})
-# What the server would rather do later.
+# What the server would rather do later; a conflict is another request for the same object, which may yet fail.
 LATER = frozenset({"SlowDown", "Throttling", "OperationAborted", "ConditionalRequestConflict"})
 LATER_STATUS = frozenset({408, 425, 429})
 

@@ -130,6 +130,28 @@ def test_a_put_whose_answer_was_lost_is_not_taken_for_somebody_elses() -> None:
         store.put("config", b"other", if_absent=True)
 
 
+@pytest.mark.expected_log("and is not; trying again")
+def test_an_object_that_is_said_to_be_there_and_is_not_is_put_again() -> None:
+    class Conflicting(AroundStore):
+        left = 2
+
+        def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
+            if self.left:
+                self.left -= 1
+                raise ObjectExists(f"object {key} is there already")
+            self.inner.put(key, data, if_absent=if_absent)
+
+    inner = Conflicting(MemoryStore())
+    store, pauses = around(inner)
+    store.put("config", b"mine", if_absent=True)
+    assert inner.get("config") == b"mine"
+    assert len(pauses) == 2
+    inner.delete("config")
+    inner.left = 100
+    with pytest.raises(StoreUnavailable, match="is there already, and is not"):
+        around(inner)[0].put("config", b"mine", if_absent=True)
+
+
 @pytest.mark.expected_log("stalled; trying again")
 def test_after_one_was_given_up_others_get_one_try_until_any_goes_well() -> None:
     now = 0.0

@@ -165,6 +165,7 @@ def test_a_tag_may_be_written_in_other_ways(store: S3Store, server: Answering) -
         "not what it says",
         "short, of unknown size",
         "of unknown size",
+        "of no size",
         "unsaid",
     ],
 )
@@ -414,6 +415,19 @@ def test_a_conflict_means_that_an_object_is_there_only_where_that_was_the_questi
 
     server.answer = conditional
     with pytest.raises(ObjectExists, match=f"object {KEY} is in s3://bucket already"):
+        store.put(KEY, b"1", if_absent=True)
+
+
+def test_a_put_beside_another_is_tried_again(store: S3Store, server: Answering) -> None:
+    body = "<Error><Code>ConditionalRequestConflict</Code><Message>another is under way</Message></Error>"
+    server.answer = lambda method, _: (
+        answer("", status="404 Not Found")
+        if method == "HEAD" and len(server.seen) % 3 == 1
+        else answer("")
+        if method == "HEAD"
+        else answer(body, status="409 Conflict")
+    )
+    with pytest.raises(StoreUnavailable, match="409 ConditionalRequestConflict, another is under way"):
         store.put(KEY, b"1", if_absent=True)
 
 
