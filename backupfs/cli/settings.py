@@ -84,11 +84,12 @@ class Settings:
         from backupfs.stores.s3_client import DEFAULT_CONNECTIONS, S3Options
 
         # Only data may be in a class that is slow or dear to read: everything else is read all the time.
-        classes = ((layout.prefix_of(Kind.DATA_PACK), self.storage_class),) if self.storage_class else ()
+        data = layout.prefix_of(Kind.DATA_PACK)
+        classes = ((data, self.storage_class),) if self.storage_class else ()
         options = S3Options(
             self.endpoint_url or "", self.region or "", self.profile or "", self.addressing or "auto",
             self.ca_bundle or "", DEFAULT_CONNECTIONS if self.connections is None else self.connections,
-            classes, self.encryption or "", size(self.limit_upload or "0"), size(self.limit_download or "0"),
+            classes, data, self.encryption or "", size(self.limit_upload or "0"), size(self.limit_download or "0"),
         )  # fmt: skip
         return open_store(self.url(), options)
 

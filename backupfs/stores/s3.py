@@ -444,6 +444,13 @@ class S3Store(Store):
             return ObjectExists(f"object {new} is in {shown(self.url)} already")
         if code in answers.ARCHIVED:
             storage_class = shown(str(error.response.get("Error", {}).get("StorageClass") or "an archive class"))
+            thawable = self._options.thawable
+            if thawable and not key.startswith(thawable):
+                # What thaws must read it first.
+                return ObjectArchived(
+                    f"{about}: it is in {storage_class}, where it must not be: restore it with the provider's own "
+                    f"tools, and let its lifecycle rules move only what begins with {self._prefix}{thawable}"
+                )
             return ObjectArchived(
                 f"{about}: it is in {storage_class}: `backupfs thaw SNAP:PATH` makes it readable again"
             )

@@ -42,6 +42,7 @@ class S3Options:
     ca_bundle: str = ""  # a file of certificates to trust; empty: the system's
     connections: int = DEFAULT_CONNECTIONS
     classes: tuple[tuple[str, str], ...] = ()  # (start of the key, storage class) for objects not of the usual class
+    thawable: str = ""  # how keys begin of what may be in an archive class, as it can be thawed; empty: all
     encryption: str = ""  # by the server: AES256, aws:kms or aws:kms:KEY
     limit_upload: int = 0  # bytes a second; 0: no limit
     limit_download: int = 0

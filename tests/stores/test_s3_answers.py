@@ -11,7 +11,15 @@ from dataclasses import replace
 
 import pytest
 
-from backupfs.errors import DamagedObject, ObjectExists, StoreError, StoreMissing, StoreUnavailable, UsageError
+from backupfs.errors import (
+    DamagedObject,
+    ObjectArchived,
+    ObjectExists,
+    StoreError,
+    StoreMissing,
+    StoreUnavailable,
+    UsageError,
+)
 from backupfs.stores import s3, s3_client
 from backupfs.stores.pace import Pace
 from backupfs.stores.s3 import S3Store
@@ -429,6 +437,23 @@ def test_a_put_beside_another_is_tried_again(store: S3Store, server: Answering) 
     )
     with pytest.raises(StoreUnavailable, match="409 ConditionalRequestConflict, another is under way"):
         store.put(KEY, b"1", if_absent=True)
+
+
+def test_what_is_archived_and_cannot_be_thawed_does_not_send_to_thaw(store: S3Store, server: Answering) -> None:
+    body = "<Error><Code>InvalidObjectState</Code><Message>no</Message><StorageClass>GLACIER</StorageClass></Error>"
+    server.answer = lambda *_: answer(body, status="403 Forbidden")
+    options = S3Options(f"http://127.0.0.1:{server.port}", thawable="packs/data/")
+    below = S3Store("bucket", "mine", options)
+    for one in (store, below):
+        with pytest.raises(ObjectArchived, match="it is in GLACIER: `backupfs thaw SNAP:PATH`"):
+            one.get(KEY)
+    for key in ("config", "packs/tree/ab"):
+        with pytest.raises(
+            ObjectArchived, match=f"{key} .*GLACIER, where it must not be: .*only what begins with mine/packs/data/"
+        ) as caught:
+            below.get(key)
+        assert "backupfs thaw" not in str(caught.value)
+    below.close()
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
