@@ -454,6 +454,8 @@ class S3Store(Store):
             return ObjectArchived(
                 f"{about}: it is in {storage_class}: `backupfs thaw SNAP:PATH` makes it readable again"
             )
+        if code in answers.NOT_EXPEDITED:
+            return StoreError(f"{about}: the provider cannot do that so fast now, take --tier standard ({said})")
         if code in answers.FULL or status == 507:
             return StoreFull(f"{about}: there is no room left: {said}")
         ahead_s = answers.clock_ahead_s(error)

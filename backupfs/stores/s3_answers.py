@@ -13,6 +13,8 @@ NO_OBJECT = frozenset({"NoSuchKey", "404", "NotFound"})
 EXISTS = frozenset({"PreconditionFailed", "412", "409"})
 NOT_ABLE = frozenset({"NotImplemented", "501"})
 ARCHIVED = frozenset({"InvalidObjectState"})
+# An error of 503 that does not mend itself within minutes.
+NOT_EXPEDITED = frozenset({"GlacierExpeditedRetrievalNotAvailable"})
 FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507", "EntityTooLarge"})
 NO_CLASS = frozenset({"InvalidStorageClass"})
 NO_REGION = frozenset(

@@ -456,6 +456,14 @@ def test_what_is_archived_and_cannot_be_thawed_does_not_send_to_thaw(store: S3St
     below.close()
 
 
+def test_a_thaw_for_which_there_is_no_room_says_what_to_take_instead(store: S3Store, server: Answering) -> None:
+    body = "<Error><Code>GlacierExpeditedRetrievalNotAvailable</Code><Message>try later</Message></Error>"
+    server.answer = lambda *_: answer(body, status="503 Service Unavailable")
+    with pytest.raises(StoreError, match=f"cannot thaw object {KEY} .*take --tier standard") as caught:
+        store.thaw(KEY, 1, "expedited")
+    assert not isinstance(caught.value, StoreUnavailable)
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_server_that_sends_on_is_told_with_the_place(status: int, store: S3Store, server: Answering) -> None:
     server.answer = lambda *_: answer("", "Location: https://new.example/", status=f"{status} Moved")
