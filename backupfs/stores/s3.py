@@ -262,7 +262,10 @@ class S3Store(Store):
             answer = self._client().head_bucket(Bucket=self._bucket)
         date = answers.date_of(answer["ResponseMetadata"]["HTTPHeaders"])
         if date is None:
-            raise StoreError(f"{shown(self.url)} does not tell the time with its answers")
+            raise StoreUnavailable(
+                f"{shown(self.url)} does not tell the time: its answer has no Date line, or a garbled one; if that "
+                f"stays so, look at what lies between, as a proxy, and at the server at {shown(self._endpoint())}"
+            )
         return date * 10**9
 
     def delete(self, key: str) -> None:

@@ -64,7 +64,7 @@ def date_of(headers: Mapping[str, str]) -> int | None:
 
     try:
         return int(parsedate_to_datetime(headers.get("date", "")).timestamp())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -464,6 +464,26 @@ def test_a_thaw_for_which_there_is_no_room_says_what_to_take_instead(store: S3St
     assert not isinstance(caught.value, StoreUnavailable)
 
 
+@pytest.mark.parametrize(
+    "date",
+    [
+        "",
+        "Fri, 02 Jan",
+        "x",
+        "Fri, 02 Jan 99999999999999999999 03:04:05 GMT",
+        "Fri, 99 Jan 2026 03:04:05 GMT",
+        ",",
+        "9" * 999,
+    ],
+)
+def test_a_time_that_is_none_is_asked_for_again(date: str, store: S3Store, server: Answering) -> None:
+    server.answer = lambda *_: answer("", *([f"Date: {date}"] if date else []))
+    with pytest.raises(StoreUnavailable, match=r"does not tell the time: .*no Date line.*a proxy.*http://127"):
+        store.now()
+    server.answer = lambda *_: answer("", "Date: Fri, 02 Jan 2026 03:04:05 GMT")
+    assert store.now() == 1767323045 * 10**9
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_server_that_sends_on_is_told_with_the_place(status: int, store: S3Store, server: Answering) -> None:
     server.answer = lambda *_: answer("", "Location: https://new.example/", status=f"{status} Moved")
