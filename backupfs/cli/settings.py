@@ -77,7 +77,7 @@ class Settings:
 
     def store(self) -> "Store":
         """Return the repository's store. Raises: UsageError."""
-        from backupfs.cli.values import size
+        from backupfs.cli.values import rate
         from backupfs.codec.sealing import Kind
         from backupfs.repository import layout
         from backupfs.stores.opening import open_store
@@ -89,7 +89,8 @@ class Settings:
         options = S3Options(
             self.endpoint_url or "", self.region or "", self.profile or "", self.addressing or "auto",
             self.ca_bundle or "", DEFAULT_CONNECTIONS if self.connections is None else self.connections,
-            classes, data, self.encryption or "", size(self.limit_upload or "0"), size(self.limit_download or "0"),
+            classes, data, self.encryption or "", rate("--limit-upload", self.limit_upload or "0"),
+            rate("--limit-download", self.limit_download or "0"),
         )  # fmt: skip
         return open_store(self.url(), options)
 
@@ -152,7 +153,7 @@ _S3_OPTIONS = (
     ("--ca-bundle", {"metavar": "FILE", "help": "Trust the certificates in FILE instead of the system's."}),
     ("--connections", {"type": int, "metavar": "N", "help": "At most N connections at once (default: 16)."}),
     ("--storage-class", {"metavar": "CLASS", "help": "Put file content into CLASS; what is read often stays hot."}),
-    ("--limit-upload", {"metavar": "RATE", "help": "At most so many bytes a second: 500K, 2M."}),
+    ("--limit-upload", {"metavar": "RATE", "help": "At most so many bytes a second: 500K, 2M; not below 1K."}),
     ("--limit-download", {"metavar": "RATE", "help": "The same for what is read."}),
     ("--encryption", {"metavar": "KIND", "help": "Encryption by the server, too: AES256, aws:kms or aws:kms:KEY."}),
 )

@@ -12,6 +12,7 @@ from backupfs.localfs.sources import normalise, read_list
 from backupfs.repository.local import LocalFolders
 from backupfs.stores.store import Store
 
+_LEAST_RATE = 1 << 10
 _SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -77,6 +78,15 @@ def size(text: str) -> int:
         found = -1
     if found < 0:
         raise UsageError(f"{shown(text)} is no size: write bytes, or 500K, 20M, 1.5G, 2T")
+    return found
+
+
+def rate(option: str, text: str) -> int:
+    """Return the bytes a second of a limit; 0: there is none. Raises: UsageError for what lets next to nothing pass."""
+    found = size(text)
+    # What is a part of a byte is not the same as none.
+    if found < _LEAST_RATE and any("1" <= letter <= "9" for letter in text):
+        raise UsageError(f"{option} {shown(text)}: at least 1K, which is 1024 bytes a second; 0 is no limit")
     return found
 
 
