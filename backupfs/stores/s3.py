@@ -94,11 +94,15 @@ class S3Store(Store):
         region = client.meta.region_name
         if region not in ("us-east-1", "aws-global"):
             arguments["CreateBucketConfiguration"] = {"LocationConstraint": region}
-        with self._translated(f"make the bucket {shown(self._bucket)}"):
-            try:
+        what = f"make the bucket {shown(self._bucket)}"
+        try:
+            with self._translated(what), contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
                 client.create_bucket(Bucket=self._bucket, **arguments)
-            except client.exceptions.BucketAlreadyOwnedByYou:
-                return
+        except StoreMissing as error:
+            raise StoreError(
+                f"cannot {what} at {shown(self._endpoint())}: it answers 404 to that, so it is no server of object "
+                "storage: see --endpoint-url"
+            ) from error
 
     def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
         """Send an object with the MD5 of its bytes, and compare what the server has of it."""

@@ -484,6 +484,14 @@ def test_a_time_that_is_none_is_asked_for_again(date: str, store: S3Store, serve
     assert store.now() == 1767323045 * 10**9
 
 
+@pytest.mark.parametrize("body", ["", "<html><body>not found</body></html>"])
+def test_a_bucket_cannot_be_made_where_nothing_is_known(body: str, store: S3Store, server: Answering) -> None:
+    server.answer = lambda method, _: answer("" if method == "HEAD" else body, status="404 Not Found")
+    with pytest.raises(StoreError, match=r"the bucket bucket at http://127.*404.*see --endpoint-url$") as caught:
+        store.create()
+    assert not isinstance(caught.value, StoreUnavailable)
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_server_that_sends_on_is_told_with_the_place(status: int, store: S3Store, server: Answering) -> None:
     server.answer = lambda *_: answer("", "Location: https://new.example/", status=f"{status} Moved")
