@@ -26,6 +26,7 @@ class Pages(LastingListing):
         self._waiting: deque[ObjectInfo] = deque()
         self._token: str | None = None
         self._tokens: set[str] = set()
+        self._before: set[str] = set()  # keys of the last page that had any
         self._newest = ""
         self._idle_pages = 0
         self._is_done = False
@@ -52,4 +53,7 @@ class Pages(LastingListing):
         if token is not None:
             self._tokens.add(token)
         self._newest, self._token, self._is_done = newest, token, token is None
-        self._waiting.extend(info for info in entries if is_key(info.key))
+        # Some begin a page with what the one before had.
+        entries = [info for info in entries if is_key(info.key) and info.key not in self._before]
+        self._before = {info.key for info in entries} or self._before
+        self._waiting.extend(entries)

@@ -22,6 +22,7 @@ from backupfs.errors import (
 )
 from backupfs.stores import s3, s3_client
 from backupfs.stores.pace import Pace
+from backupfs.stores.retrying import RetryingStore
 from backupfs.stores.s3 import S3Store
 from backupfs.stores.s3_client import S3Options
 from backupfs.stores.store import ObjectInfo
@@ -329,7 +330,13 @@ def test_a_listing_without_end_is_an_error_at_once(
 def test_pages_that_are_empty_or_twice_there_do_not_end_a_listing(store: S3Store, server: Answering) -> None:
     pages = [listing("b", "a", "a", token="1"), listing(token="2"), listing("b", token="3"), listing("c")]
     server.answer = lambda *_: answer(pages[len(server.seen) - 1])
-    assert [info.key for info in store.list("")] == ["a", "b", "b", "c"]
+    assert [info.key for info in store.list("")] == ["a", "b", "c"]
+
+
+def test_pages_in_no_order_lose_nothing(store: S3Store, server: Answering) -> None:
+    pages = [listing("f", "d", token="1"), listing("b", "a", token="2"), listing("c", "e", token="3"), listing("g")]
+    server.answer = lambda *_: answer(pages[len(server.seen) - 1])
+    assert {info.key for info in RetryingStore(store).list("")} == set("abcdefg")
 
 
 @pytest.mark.parametrize("body", ["", "<Foo/>", "<html><body/></html>", "<ListBucketResult/>"])
