@@ -31,13 +31,17 @@ _DIRECTORY_MAGICS = {b"XD2B": 16, b"XD2D": 16, b"XDB3": 64, b"XDD3": 64}
 _BLOCK_DIRECTORIES = (b"XD2B", b"XDB3")
 _LEAF_OFFSET = 1 << 35  # where a directory's entries end and its hash tables begin
 _ATTRIBUTE_LEAVES = {0xFBEE: (12, 32), 0x3BEE: (56, 80)}  # magic → place of the count, size of the header
+_ATTRIBUTE_NODES = {0xFEBE: (12, 16), 0x3EBE: (56, 64)}  # the same of what is above them; the level follows the count
+_MAGICS_OF_5 = (0x3BEE, 0x3EBE)
 _MOST_DEPTH = 9
 _MOST_EXTENTS = 1 << 24
 _MOST_LINK = 1024
 _MOST_VALUE = 1 << 16
-_HEADER_OF_DATA = 56  # of a block of a remote value or symlink, in version 5
-_VALUE_MAGIC = b"XARM"
-_DATA_MAGICS = (_VALUE_MAGIC, b"XSLM")
+# The head of a block of a remote value, or of an extent of a link, in version 5: magic, how many bytes came before, how
+# many follow, sum, file system, inode.
+_HEAD, _SIZE_OF_HEAD = struct.Struct(">4sIII16sQ"), 56
+_VALUE_MAGIC, _LINK_MAGIC = b"XARM", b"XSLM"
+_OF_VALUE, _OF_LINK = "the value of an attribute", "the target of a link"
 _PREFIXES = {0: b"user.", 2: b"trusted.", 4: b"security."}
 _ACLS = {b"trusted.SGI_ACL_FILE": b"system.posix_acl_access", b"trusted.SGI_ACL_DEFAULT": b"system.posix_acl_default"}
 _LOG_MAGIC = 0xFEEDBABE
@@ -264,20 +268,36 @@ class Xfs:
             raise Unreadable("it is a link that is too long")
         if inode.form == _LOCAL:
             return self._data_fork(inode)[: inode.size]
-        extents = self._extents_of(inode.form, self._data_fork(inode), inode.extents)
-        return self._with_headers(extents, 0, inode.size)
+        found, has_heads = b"", False
+        for extent in self._extents_of(inode.form, self._data_fork(inode), inode.extents):
+            if extent.blocks * self._block_size > _MOST_VALUE:
+                raise Unreadable("it is a link that is too long")
+            part = self._content([extent], extent.offset * self._block_size, extent.blocks * self._block_size)
+            has_heads = has_heads or (self._is_5 and part[:4] == _LINK_MAGIC)
+            found += self._behind_head(part, _LINK_MAGIC, inode, len(found), _OF_LINK) if has_heads else part
+        # Some mkfs.xfs forget the heads; one that is garbled has zeros in it.
+        if len(found) < inode.size or (self._is_5 and b"\0" in found[: inode.size]):
+            raise Unreadable(f"{_OF_LINK} has no head that makes sense")
+        return found[: inode.size]
 
-    def _with_headers(self, extents: list[_Extent], block: int, length: int) -> bytes:
-        """Return bytes that lie in blocks with headers, as version 5 has them; some mkfs.xfs forget some."""
+    def _value(self, inode: _Inode, extents: list[_Extent], block: int, length: int) -> bytes:
+        """Return the value of an attribute that lies in blocks, which have heads in version 5."""
         found = b""
         while len(found) < length:
             part = self._content(extents, block * self._block_size, self._block_size)
-            header = _HEADER_OF_DATA if self._is_5 and part[:4] in _DATA_MAGICS else 0
-            if header and part[:4] == _VALUE_MAGIC:
-                self._require_sum(part, _SUM_OF_ATTRIBUTES, "the value of an attribute")
-            found += part[header:][: length - len(found)]
+            found += self._behind_head(part, _VALUE_MAGIC, inode, len(found), _OF_VALUE) if self._is_5 else part
             block += 1
-        return found
+        return found[:length]
+
+    def _behind_head(self, block: bytes, wanted: bytes, inode: _Inode, at: int, what: str) -> bytes:
+        """Return the bytes behind a head; at: how many came before. Raises: Unreadable."""
+        magic, start, count, _, _, owner = _HEAD.unpack_from(block)
+        if magic != wanted:
+            raise Unreadable(f"{what} has no head that makes sense")
+        self._require_sum(block, _SUM_OF_ATTRIBUTES, what)
+        if (start, owner) != (at, inode.number) or not 0 < count <= len(block) - _SIZE_OF_HEAD:
+            raise Unreadable(f"{what} has a head that makes no sense")
+        return block[_SIZE_OF_HEAD : _SIZE_OF_HEAD + count]
 
     def identity(self, directory: Entry) -> object:
         """Return the inode's number."""
@@ -398,18 +418,33 @@ class Xfs:
 
     def _long_attributes(self, inode: _Inode, fork: bytes) -> Iterator[tuple[int, bytes, bytes]]:
         extents = self._extents_of(inode.attribute_form, fork, inode.attribute_extents)
-        for extent in extents:
-            for number in range(extent.offset, extent.offset + extent.blocks):
-                block = self._content(extents, number * self._block_size, self._block_size)
-                known = _ATTRIBUTE_LEAVES.get(int.from_bytes(block[8:10], "big"))
-                # Others are nodes above the leaves, and values.
-                if known is not None and self._is_5 == (known[0] == 56):
-                    if self._is_5:
-                        self._require_sum(block, _SUM_OF_ATTRIBUTES, "a block of attributes")
-                    yield from self._attributes_in(block, extents, *known)
+        stack: list[tuple[int, int | None]] = [(0, None)]  # blocks of the fork, with the levels that they must have
+        seen: set[int] = set()
+        while stack:
+            number, wanted = stack.pop()
+            if number in seen:
+                raise Unreadable("the tree of its attributes goes in circles")
+            seen.add(number)
+            block = self._content(extents, number * self._block_size, self._block_size)
+            magic = int.from_bytes(block[8:10], "big")
+            leaf, node = _ATTRIBUTE_LEAVES.get(magic), _ATTRIBUTE_NODES.get(magic)
+            if (leaf is None and node is None) or self._is_5 != (magic in _MAGICS_OF_5):
+                raise Unreadable("a block of attributes is none")
+            if self._is_5:
+                self._require_sum(block, _SUM_OF_ATTRIBUTES, "a block of attributes")
+            if leaf is not None and wanted in (None, 0):
+                yield from self._attributes_in(inode, block, extents, *leaf)
+                continue
+            count, level = struct.unpack_from(">HH", block, node[0]) if node is not None else (0, 0)
+            if node is None or not 0 < level <= _MOST_DEPTH or wanted not in (None, level):
+                raise Unreadable("a block of attributes makes no sense")
+            if node[1] + count * 8 > len(block):
+                raise Unreadable("a block of attributes makes no sense")
+            below = [before for _, before in struct.iter_unpack(">II", block[node[1] : node[1] + count * 8])]
+            stack += ((one, level - 1) for one in reversed(below))
 
     def _attributes_in(
-        self, block: bytes, extents: list[_Extent], count_at: int, header: int
+        self, inode: _Inode, block: bytes, extents: list[_Extent], count_at: int, header: int
     ) -> Iterator[tuple[int, bytes, bytes]]:
         (count,) = struct.unpack_from(">H", block, count_at)
         if header + count * 8 > len(block):
@@ -430,7 +465,7 @@ class Xfs:
                 name = block[at + 9 : at + 9 + length]
                 if size > _MOST_VALUE:
                     raise Unreadable("an attribute is too large")
-                value = self._with_headers(extents, first, size)
+                value = self._value(inode, extents, first, size)
             yield flags & ~1, name, value
 
 

@@ -231,3 +231,73 @@ def test_an_attribute_may_end_with_its_block() -> None:
     assert filesystem is not None
     [entry] = filesystem.entries(filesystem.top())
     assert filesystem.xattrs(entry) == [(b"trusted.t", b"\0\1"), (b"user.large", b"v" * 900), (b"user.one", b"1")]
+
+
+def headed() -> bytearray:
+    """Return a volume with blocks of 1 KiB, made by mkfs.xfs 6.1 and the kernel: links to 1020 `y` and 500 `z`, ninety
+    attributes on `many`, and a large one on `large`.
+    """
+    packed = (Path(__file__).parent / "headed.xfs.zst").read_bytes()
+    return bytearray(zstandard.ZstdDecompressor().decompress(packed, 400 << 20))
+
+
+def seen_in(volume: bytearray) -> tuple[dict[bytes, object], set[str]]:
+    """Return targets and attributes, and what cannot be read of them."""
+    filesystem = open_xfs(lambda offset, length: bytes(volume[offset : offset + length]), len(volume))
+    assert filesystem is not None
+    found: dict[bytes, object] = {}
+    problems = set()
+    for entry in filesystem.entries(filesystem.top()):
+        try:
+            if entry.problem:
+                raise Unreadable(entry.problem)
+            found[entry.name] = entry.target or filesystem.xattrs(entry)
+        except Unreadable as error:
+            problems.add(str(error))
+    return found, problems
+
+
+def test_links_and_attributes_in_blocks_with_a_head_of_their_own_are_compared() -> None:
+    volume = headed()
+    wanted: dict[bytes, object] = {
+        b"long": b"y" * 1020, b"short": b"z" * 500,
+        b"many": [(b"user.a%03d" % number, b"%d" % number * 30) for number in range(90)],
+        b"large": [(b"user.large", b"v" * 9000), (b"user.small", b"1")],
+    }  # fmt: skip
+    assert seen_in(volume) == (wanted, set())
+    # They lie before the journal, which has some of them, too.
+    links = [at for at in range(0, MIB, 1024) if volume[at : at + 4] == b"XSLM"]
+    values = [at for at in range(0, MIB, 1024) if volume[at : at + 4] == b"XARM"]
+    blocks = {kind: [at for at in range(0, MIB, 1024) if volume[at + 8 : at + 10] == magic]
+              for kind, magic in (("leaf", b"\x3b\xee"), ("node", b"\x3e\xbe"))}  # fmt: skip
+    assert (len(links), len(values), len(blocks["node"])) == (2, 10, 1)
+    assert len(blocks["leaf"]) > 5
+    damages = {
+        "the target of a link has a wrong checksum": [at + 100 for at in links] + [max(links) + 1100],
+        "the target of a link has no head that makes sense": links,
+        "the value of an attribute has a wrong checksum": [at + 100 for at in values],
+        "the value of an attribute has no head that makes sense": values,
+        "a block of attributes is none": [at + 9 for at in blocks["leaf"] + blocks["node"]],
+        "a block of attributes has a wrong checksum": [at + 70 for at in blocks["leaf"] + blocks["node"]],
+    }
+    for says, places in damages.items():
+        for place in places:
+            volume[place] ^= 1
+            found, problems = seen_in(volume)
+            volume[place] ^= 1
+            assert problems == {says}, place
+            assert {name: one for name, one in wanted.items() if name in found} == found
+            assert len(found) == 3
+
+
+def test_a_value_that_looks_like_a_block_of_attributes_adds_none() -> None:
+    """Blocks of values lie among those of attributes, and were looked at, too."""
+    volume = headed()
+    filesystem = open_xfs(lambda offset, length: bytes(volume[offset : offset + length]), len(volume))
+    assert filesystem is not None
+    [large] = [entry for entry in filesystem.entries(filesystem.top()) if entry.name == b"large"]
+    forged = next(at for at in range(0, MIB, 1024) if volume[at + 8 : at + 10] == b"\x3b\xee")
+    value = next(at for at in range(0, MIB, 1024) if volume[at : at + 4] == b"XARM")
+    volume[value : value + 1024] = volume[forged : forged + 1024]
+    with pytest.raises(Unreadable, match="has no head"):
+        filesystem.xattrs(large)
