@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from backupfs.disks.superblocks import form_of, is_swap
+from backupfs.disks.superblocks import fixed_form_of, form_of, is_swap
 from backupfs.disks.unread import unread_form
 
 Read = Callable[[int, int], bytes]  # (offset, length) → bytes, fewer at the end of the disk
@@ -149,7 +149,8 @@ def _holds_some(read: Read, table: Table) -> bool:
             return read(part.start + offset, max(0, min(length, part.length - offset)))
 
         is_volume = inside(0, 6) == _LUKS or any(inside(512 * at, 8) == _LVM for at in range(4))
-        return is_volume or bool(form_of(inside) or unread_form(inside) or is_swap(inside))
+        is_known = form_of(inside) or fixed_form_of(inside) or unread_form(inside)
+        return is_volume or bool(is_known) or is_swap(inside)
 
     return any(begins(part) for part in table.partitions)
 

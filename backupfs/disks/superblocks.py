@@ -19,6 +19,8 @@ _MARKS = (
     (EXT, 0x438, b"\x53\xef"), (XFS, 0, b"XFSB"), (BTRFS, 0x10040, b"_BHRfS_M"), (NTFS, 3, b"NTFS    "),
     (EXFAT, 3, b"EXFAT   "), (FAT, 82, b"FAT32   "), (FAT, 54, b"FAT16   "), (FAT, 54, b"FAT12   "),
 )  # fmt: skip
+# What is made once, with all that is in it, and is neither checked nor changed.
+_FIXED_MARKS = (("squashfs", 0, b"hsqs"), ("ISO 9660", 0x8001, b"CD001"))
 _SWAP_PAGES = (4096, 8192, 16384, 65536)
 _SWAP_MARKS = (b"SWAPSPACE2", b"SWAP-SPACE")
 _BLOCK_SIZES = tuple(1 << bits for bits in range(9, 17))
@@ -47,6 +49,11 @@ class Copy(NamedTuple):
 def form_of(read: Read) -> str:
     """Return what file system a volume says that it holds; empty if none of those that can be checked."""
     return next((form for form, place, mark in _MARKS if read(place, len(mark)) == mark), "")
+
+
+def fixed_form_of(read: Read) -> str:
+    """Return the same of those that nothing is ever written to."""
+    return next((form for form, place, mark in _FIXED_MARKS if read(place, len(mark)) == mark), "")
 
 
 def is_swap(read: Read) -> bool:

@@ -318,7 +318,6 @@ class DiskStorer:
             content, size = unread_content(unread, self._context.save_tree)
             row = _row(stat.S_IFREG | 0o400, size, inode + 1, taken_ns)
             self._context.add_plain(builder, UNREAD, row, content)
-            self._context.counts.files += 1
         for name, found in sorted(looked.items()):
             tree = found.tree
             if tree is None:

@@ -157,10 +157,13 @@ def walk_volume(line: Line, read_all: Read, size: int, kept: list[int], free: Ra
 def _tell_nothing(line: Line, read: Read, size: int) -> None:
     """Say why nothing is shown of a volume, where something might be."""
     form = superblocks.form_of(read)
+    if not form and superblocks.is_swap(read):
+        return
+    form = form or superblocks.fixed_form_of(read)
     if form:
         lacks = "which cannot be read" if explorer.is_installed() else "and the library that reads it is missing"
         line.send(Nothing(f"it holds {form}, {lacks}"))
-    elif not superblocks.is_swap(read):
+    else:
         copy = superblocks.copy_in(read, size)
         line.send(Nothing("no file system that is known") if copy is None else Problem(b"/", copy.words))
 

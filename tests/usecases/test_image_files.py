@@ -386,6 +386,26 @@ def test_without_the_library_disks_are_complete_and_the_report_says_what_is_miss
     assert bytes_of(repository, snapshot, "/disks/disk.raw") == path.read_bytes()
 
 
+@pytest.mark.parametrize(("make", "form"), [(lambda *a: _squashfs(*a), "squashfs"), (lambda *a: _iso(*a), "ISO 9660")])
+def test_without_the_library_what_it_would_read_is_named(
+    make: Callable[[bytes, Path], list[list[str | bytes | Path]]],
+    form: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(explorer, "is_installed", lambda: False)
+    path = tmp_path / "disk.raw"
+    for command in make(build({"a": File(b"a")}, tmp_path / "source"), path):
+        subprocess.run(command, check=True, capture_output=True)
+    repository = new_repository()
+    snapshot = run_image(repository, path).snapshot
+    assert snapshot is not None
+    kept = bytes_of(repository, snapshot, "/files/.unread").decode()
+    assert kept == f"disk: it holds {form}, and the library that reads it is missing\n"
+    # The list is none of the files in the disk.
+    assert snapshot.statistics.files == 0
+
+
 def test_files_of_a_volume_that_did_not_change_are_not_looked_at_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
