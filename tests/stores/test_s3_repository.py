@@ -325,6 +325,45 @@ def test_content_that_is_kept_on_disk_is_fetched_once(swift: Server, tmp_path: P
         proxy.close()
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (403, "AccessDenied", "AccessDenied"),
+        (400, "ExpiredToken", "ExpiredToken"),
+        (403, "InvalidObjectState", "archived"),
+    ],
+)
+def test_packs_that_the_server_does_not_give_are_no_damage(
+    swift: Server, tmp_path: Path, status: int, code: str, said: str
+) -> None:
+    source = built({f"f{number}": File(os.urandom(9000)) for number in range(9)}, tmp_path / "source")
+    bucket = f"ungiven-{code.lower()}"
+    first = runner(swift, tmp_path, bucket)
+    first("init")
+    for name in ("f1", "f2", "f3"):
+        first("backup", f"{source}/{name}")
+    host, _, port = swift.endpoint_url.removeprefix("http://").partition(":")
+    proxy = FaultProxy(host, int(port))
+    try:
+        run = runner(replace(swift, endpoint_url=proxy.endpoint_url), tmp_path, bucket)
+        proxy.rule("status", method="GET", path="/packs/(data|tree)/[0-9a-f]{64}", status=status, code=code)
+        if code == "InvalidObjectState":
+            found = summary_of(run("--json", "check", "--read-data", code=3))
+            assert (found["damaged"], found["unread"], found["archived"]) == (False, 6, 6)
+            assert {finding["severity"] for finding in found["findings"]} == {"unread"}
+            assert "unread: packs/data/: 3 objects are archived" in run("check", "--read-data", code=3).stdout
+        else:
+            done = run("check", "--read-data", code=1)
+            assert "damage" not in done.stdout
+            assert done.stderr.splitlines()[-1].startswith("backupfs: failed: ")
+            assert said in done.stderr
+        assert said in run("verify", "latest", "--level", "1", code=1).stderr
+        proxy.rules.clear()
+        assert all(not one["verifications"] for one in json.loads(run("--json", "snapshots").stdout))
+    finally:
+        proxy.close()
+
+
 def test_a_report_has_the_requests_of_all_processes(swift: Server, disk: Path, tmp_path: Path) -> None:
     host, _, port = swift.endpoint_url.removeprefix("http://").partition(":")
     proxy = FaultProxy(host, int(port))
