@@ -37,6 +37,13 @@ def as_text(_context: click.Context, _parameter: click.Parameter, value: Result)
     return value
 
 
+def as_host(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Refuse what HOST:latest:/PATH could not name, too. Raises: click.BadParameter."""
+    if ":" in value:
+        raise click.BadParameter(f"{shown(value)}: a host that is to be named in HOST:latest has no ':' in its name")
+    return as_text(context, parameter, value)
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the common options say; None where neither the option nor the environment was given."""
@@ -70,6 +77,8 @@ class Settings:
 
     def url(self) -> str:
         """Return the repository's URL. Raises: UsageError."""
+        if self.repository == "":
+            raise UsageError("-r was given an empty word: where is the repository?")
         url = self.repository or os.environ.get("BACKUPFS_REPOSITORY")
         if not url:
             raise UsageError("which repository? give -r REPO, or set BACKUPFS_REPOSITORY")

@@ -51,9 +51,10 @@ def serve_in_background(serve: Callable[[Callable[[], None]], None], log_file: P
 
 def _open_log(path: Path) -> int:
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Private: it names files.
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError as error:
+        raise MountError(f"the log file {shown(str(path))} cannot be made: its folder is missing") from error
     except OSError as error:
         raise MountError(f"the log file {shown(str(path))} cannot be written: {error.strerror}") from error
 

@@ -319,6 +319,10 @@ class SnapshotList:
 
 def _that_fits(name: str, snapshot_ids: Iterable[SnapshotId]) -> SnapshotId:
     """Return the one id that begins with a name. Raises: UnknownSnapshot."""
+    if not name:
+        raise UnknownSnapshot(
+            "a snapshot needs a name: its id or the first digits, latest, HOST:latest or IMAGE:latest"
+        )
     fitting = [snapshot_id for snapshot_id in snapshot_ids if snapshot_id.hex().startswith(name.lower())]
     if len(fitting) > 1:
         several = ", ".join(map(short, fitting[:5]))

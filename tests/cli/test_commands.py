@@ -312,6 +312,12 @@ def test_the_last_key_slot_cannot_be_removed(cli: Cli) -> None:
         (["snapshots"], {"BACKUPFS_REPOSITORY": "/etc/passwd"}, 1, "/etc/passwd"),
         (["snapshots"], {"BACKUPFS_REPOSITORY": ""}, 1, "BACKUPFS_REPOSITORY"),
         (["snapshots"], {"BACKUPFS_REPOSITORY": "ftp://x/y"}, 1, "ftp"),
+        (["-r", "", "snapshots"], {}, 1, "-r was given an empty word"),
+        (["snapshots", "-r", ""], {}, 1, "-r was given an empty word"),
+        (["ls", ""], {}, 1, "a snapshot needs a name"),
+        (["forget", ""], {}, 1, "a snapshot needs a name"),
+        (["backup", "/etc", "--host", "a:/b"], {}, 1, "a:/b"),
+        (["image", "/dev/null", "--host", "a:b"], {}, 1, "a:b"),
         (["init"], {}, 1, "holds a repository"),
         (["ls", "latest"], {}, 1, "no file snapshot"),
         (["ls", "abcdef"], {}, 1, "no snapshot abcdef"),
@@ -340,6 +346,13 @@ def test_bad_input_gets_one_message_and_its_exit_code(
 ) -> None:
     said = cli(*words, code=code, **environment)
     assert says in said
+
+
+def test_a_log_file_in_a_folder_that_is_missing_makes_no_folder(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    said = cli("mount", tmp_path / "mnt", "--log-file", tmp_path / "x" / "y" / "log", code=1)
+    assert "its folder is missing" in said
+    assert not (tmp_path / "x").exists()
 
 
 def test_names_cannot_drive_the_terminal(cli: Cli, tmp_path: Path) -> None:

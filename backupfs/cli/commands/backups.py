@@ -5,7 +5,7 @@ import os
 
 import click
 
-from backupfs.cli.settings import PATH, Settings, as_text, run_case, with_settings
+from backupfs.cli.settings import PATH, Settings, as_host, as_text, run_case, with_settings
 from backupfs.errors import UsageError, shown
 
 
@@ -36,7 +36,7 @@ from backupfs.errors import UsageError, shown
 )
 @click.option("--stdin", "stdin_name", metavar="NAME", help="Back up standard input as the file NAME.")
 @click.option("--tag", callback=as_text, multiple=True, metavar="TAG", help="Tag the snapshot.")
-@click.option("--host", callback=as_text, default="", metavar="NAME", help="Another host name than this machine's.")
+@click.option("--host", callback=as_host, default="", metavar="NAME", help="Another host name than this machine's.")
 @click.option("--time", "when", metavar="TIME", help="Another time than now: 2026-11-22T08:13:11, with Z or +01:00.")
 @click.option(
     "--parent",

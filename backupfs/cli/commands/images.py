@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from backupfs.cli.settings import PATH, Settings, as_text, with_settings
+from backupfs.cli.settings import PATH, Settings, as_host, as_text, with_settings
 from backupfs.errors import SourceError, UsageError, shown
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -60,7 +60,7 @@ def with_luks(command: Callable[..., object]) -> Callable[..., object]:
     help="What the image is called, and found by (default: the host).",
 )
 @click.option("--tag", callback=as_text, multiple=True, metavar="TAG", help="Tag the snapshot.")
-@click.option("--host", callback=as_text, default="", metavar="NAME", help="Another host name than this machine's.")
+@click.option("--host", callback=as_host, default="", metavar="NAME", help="Another host name than this machine's.")
 @click.option("--time", "when", metavar="TIME", help="Another time than now: 2026-11-22T08:13:11, with Z or +01:00.")
 @click.option("--force", is_flag=True, help="Compare with no other image; look through all file systems again.")
 @click.option(
