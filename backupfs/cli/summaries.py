@@ -243,7 +243,7 @@ def tell_index(settings: Settings, result: "IndexResult") -> None:
 
 def _skipped_in_image(count: int) -> str:
     problems = "1 problem, named above" if count == 1 else f"{count:,} problems, each named above"
-    return f"; {problems}: the disks themselves are complete" if count else ""
+    return f"; {problems}: the disks themselves are stored as they were read" if count else ""
 
 
 def _tell_requests(requests: RequestCounts) -> None:

@@ -12,6 +12,7 @@ import pytest
 from backupfs.disks.source import open_disk
 from tests.cli.test_commands import Cli
 from tests.disks.test_luks import PASSPHRASE, encrypted
+from tests.disks.test_source import damage
 
 MIB = 1 << 20
 
@@ -272,3 +273,17 @@ def test_free_space_is_left_out_when_that_is_wanted(cli: Cli, disk: Path) -> Non
     assert dumped[40 * MIB : 41 * MIB - 4096] == bytes(MIB - 4096)
     assert dumped[:MIB] == disk.read_bytes()[:MIB]
     assert dumped[41 * MIB :] == disk.read_bytes()[41 * MIB :]
+
+
+def test_an_image_of_a_damaged_file_with_a_disk_ends_with_3_and_promises_nothing(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "web.vdi"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vdi", path, "40M"], check=True)
+    subprocess.run(["qemu-io", "-c", "write -P 7 0 8M", path], check=True, capture_output=True)
+    damage(path, "vdi")
+    said = cli("image", path, "--name", "web", code=3)
+    assert "skipped web: it is damaged by the word of `qemu-img check`: ERROR" in said
+    assert "complete" not in said
+    assert "web: it is damaged by" in cli("dump", "web:latest:/files/.unread")
+    os.truncate(path, path.stat().st_size - MIB)
+    said = cli("image", path, "--name", "web", code=1)
+    assert f"the disk {path} cannot be read: it is cut short: 1,048,576 bytes of it are missing" in said
