@@ -90,16 +90,20 @@ class Restorer:
         start.directory = self.target.root
         if not self.target.root.existed and not self._options.dry_run:
             self.target.root.metadata = metadata
-        start.seen = set() if self._deletes_in(self.target.root, metadata) else None
+        if self.target.root.existed:
+            self._ask_names(start, metadata)
 
-    def _deletes_in(self, directory: Directory, metadata: Metadata | None) -> bool:
+    def _ask_names(self, place: Place, metadata: Metadata | None) -> None:
+        """Have the names of a directory collected, if something may have to be deleted in it."""
         # A directory that was only on the way to a source was not backed up itself: the snapshot does not say what is
         # in it.
-        was_backed_up = metadata is not None and metadata.mtime_ns is not None
-        return self._options.delete and directory.existed and was_backed_up
+        if self._options.delete and metadata is not None and metadata.mtime_ns is not None:
+            place.seen = set()
 
     def directory(self, place: Place) -> bool:
         """Make or open a directory, unless it may turn out that nothing in it is wanted."""
+        # Now, though it may be opened later: what is left out of any page would be deleted.
+        self._ask_names(place, place.metadata)
         if not place.included or self._directory_of(place) is not None:
             return True
         self.blocked.add(place.number)
@@ -136,7 +140,7 @@ class Restorer:
         if name in parent.names:
             status = target.status(parent, name)
             if status is not None and stat.S_ISDIR(status.st_mode):
-                directory = target.open_existing(parent, name)
+                directory = place.standing or target.open_existing(parent, name)
                 # One that was only on the way to a source was not backed up itself.
                 if not dry and self._options.overwrite != NEVER and metadata.mtime_ns is not None:
                     directory.metadata = metadata
@@ -155,8 +159,8 @@ class Restorer:
         directory.ordinal = place.number
         parent.pending += 1
         self.outcome.counts.current = name
-        if self._deletes_in(directory, metadata):
-            place.seen = set()
+        if not directory.existed:
+            place.seen = None
         return directory
 
     def page(self, place: Place, page: LeafPage, positions: list[int], first: int) -> Iterator[None]:
@@ -200,15 +204,41 @@ class Restorer:
 
     def left(self, place: Place, complete: bool) -> None:
         """Delete what does not belong there, if that was asked for, and let the directory go."""
-        directory = place.directory
-        if directory is None:
-            return
         # A page that cannot be read may hold any name.
         if place.seen is not None and complete:
-            for name, error in self._existing.delete_others(directory, place.seen):
-                self.outcome.failed(self.target.path_of(directory, name), error, "it could not be deleted: ")
+            directory = place.directory or self._standing(place)
+            if directory is not None:
+                for name, error in self._existing.delete_others(directory, place.seen):
+                    self.outcome.failed(self.target.path_of(directory, name), error, "it could not be deleted: ")
         place.seen = None
-        self.outcome.release(directory)
+        if place.directory is not None:
+            self.outcome.release(place.directory)
+        elif place.standing is not None:
+            self.target.finish_directory(place.standing)
+
+    def _standing(self, place: Place) -> Directory | None:
+        """Return a directory of the target that nothing was restored into, or None; none is made for this."""
+        missing: list[Place] = []
+        above: Place | None = place
+        while above is not None and (above.directory or above.standing) is None:
+            if above.blocked:
+                return None
+            missing.append(above)
+            above = above.parent
+        for below in reversed(missing):
+            assert below.parent is not None
+            parent = below.parent.directory or below.parent.standing
+            assert parent is not None
+            try:
+                status = self.target.status(parent, below.name) if below.name in parent.names else None
+                if status is None or not stat.S_ISDIR(status.st_mode):
+                    return None
+                below.standing = self.target.open_existing(parent, below.name)
+            except OSError as error:
+                below.blocked = True
+                self.outcome.failed(self.target.path_of(parent, below.name), error)
+                return None
+        return place.standing
 
     def damaged(self, place: Place, name: bytes, error: DamagedObject) -> None:
         """Tell that the snapshot itself cannot be read at a place."""

@@ -29,7 +29,7 @@ PAUSE = 64
 class Place:
     """A directory of the snapshot during the walk."""
 
-    __slots__ = ("blocked", "directory", "included", "metadata", "name", "number", "parent", "seen")
+    __slots__ = ("blocked", "directory", "included", "metadata", "name", "number", "parent", "seen", "standing")
 
     def __init__(self, parent: "Place | None", name: bytes, included: bool, number: int) -> None:
         self.parent = parent
@@ -38,8 +38,10 @@ class Place:
         self.number = number
         self.metadata: Metadata | None = None
         self.directory: Directory | None = None  # once it is made or opened
+        self.standing: Directory | None = None  # once it was opened for what may have to go from it
         self.blocked = False  # it cannot be made, and somebody was told
-        self.seen: set[bytes] | None = None  # names that the snapshot has here, where somebody asks
+        # Names that the snapshot has here, where somebody asked before the first page.
+        self.seen: set[bytes] | None = None
 
     @property
     def path(self) -> bytes:

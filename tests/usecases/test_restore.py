@@ -30,8 +30,11 @@ from backupfs.repository import fetch
 from backupfs.repository.pack import Block
 from backupfs.repository.repository import Repository
 from backupfs.repository.writer import PackWriter
+from backupfs.snapshots import tree as tree_module
 from backupfs.snapshots.node import STAT_ROW
 from backupfs.snapshots.snapshot import Snapshot, Statistics
+from backupfs.snapshots.tree import leaf_pages
+from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.usecases import archive_context, restore_files, restore_verify
 from backupfs.usecases import restore as restore_module
 from backupfs.usecases.events import Deleted, Event, FileSkipped, Progress
@@ -706,6 +709,78 @@ def test_delete_touches_only_what_is_included(tmp_path: Path) -> None:
     assert set(below(snapshot_of(target))) == {b"d", b"d/a.c", b"d/mine", b"d/e", b"d/e/z.c"}
 
 
+def holds(pattern: bytes, path: bytes, is_directory: bool) -> bool:
+    """Tell whether a path, or a directory that it is in, fits one of the patterns of the test below."""
+    parts = path.split(b"/")
+    for end in range(1, len(parts) + 1):
+        above, name, inner = b"/".join(parts[:end]), parts[end - 1], end < len(parts) or is_directory
+        if (
+            pattern in (b"*", b"/" + above, name)
+            or (pattern[:1] == b"*" and name.endswith(pattern[1:]))
+            or (pattern[-1:] == b"/" and inner and name == pattern[:-1])
+        ):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("overwrite", ["always", "if-changed", "if-newer", "never"])
+def test_delete_with_include_deletes_what_fits_and_is_not_in_the_snapshot_and_nothing_else(
+    overwrite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What was seen of a directory on an earlier page counts, too.
+    monkeypatch.setattr(tree_module, "LEAST_PAGE", 1 << 10)
+    monkeypatch.setattr(tree_module, "MOST_PAGE", 4 << 10)
+    many: dict[str, Entry] = {f"{number:04}.txt": File(noise(number % 700, number)) for number in range(120)}
+    tree: dict[str, Entry] = {
+        "a.txt": File(b"1"),
+        "only bin": {"b.bin": File(b"2"), "deep": {"c.bin": File(b"3")}},
+        "sub": {
+            "a.txt": File(b"4"), "b.bin": File(b"5"), "many": dict(many), "z": {"a.txt": File(BIG), "x": {}},
+            "z.bin": {"of a directory": File(b"1")},
+        },
+    }  # fmt: skip
+    repository, snapshot, source = saved(tmp_path, tree)
+    many_node = find_path(snapshot, source + b"/sub/many", repository.trees.load)
+    assert len(list(leaf_pages(tree_of(many_node), repository.trees.load))) > 1
+    wanted = snapshot_of(source)
+    for pattern in (
+        b"*", b"*.txt", b"*.bin", b"/sub/a.txt", b"a.txt", b"many", b"/sub/many", b"many/", b"0119.txt", b"z", b"z.bin",
+        b"x", b"deep", b"/only bin/deep", b"old.txt", b"nothing", b"gone.txt",
+    ):  # fmt: skip
+        target = tmp_path / "target"
+        run_restore(repository, snapshot, source, target)
+        for folder in ("", "sub", "sub/many", "sub/z/x", "only bin", "only bin/deep", "sub/z.bin"):
+            build({"old.txt": File(b"x"), "old.bin": File(b"x")}, target / folder / "mine")
+            for name in ("old.txt", "0119a.txt", "z.old.bin"):
+                (target / folder / name).write_bytes(b"x")
+            build({"a": File(b"x")}, target / folder / "gone.txt")
+        (target / "sub" / "a.txt").write_bytes(b"mine")
+        before = snapshot_of(target)
+
+        def goes(path: bytes, before: dict[bytes, object] = before, pattern: bytes = pattern) -> bool:
+            parts = path.split(b"/")
+            # Something strange goes with all that is in it, or stays so.
+            strange = next(
+                (b"/".join(parts[:end]) for end in range(1, len(parts) + 1) if b"/".join(parts[:end]) not in wanted),
+                b"",
+            )
+            return bool(strange) and holds(pattern, strange, before[strange].kind == "directory")  # type: ignore[attr-defined]
+
+        expected = {path for path in before if not goes(path)}
+        options = {"include": (parse_pattern(pattern),), "delete": True, "overwrite": overwrite}
+        planned, _ = run_restore(repository, snapshot, source, target, **options, dry_run=True)
+        result, events = run_restore(repository, snapshot, source, target, **options)
+        after = snapshot_of(target)
+        assert (pattern, set(after) ^ expected, events) == (pattern, set(), [])
+        assert (planned.deleted, result.deleted) == (len(before) - len(expected),) * 2
+        for path, entry in after.items():
+            if entry.kind != "directory" and not (
+                overwrite == "always" and path in wanted and holds(pattern, path, False)
+            ):
+                assert entry == before[path] or (path == b"sub/a.txt" and holds(pattern, path, False))
+        subprocess.run(["rm", "-rf", target], check=True)
+
+
 def test_a_dry_run_counts_and_touches_nothing(tmp_path: Path) -> None:
     repository, snapshot, source = saved(tmp_path, TOGETHER)
     real, _ = run_restore(repository, snapshot, source, tmp_path / "real")
@@ -1010,8 +1085,6 @@ def test_a_damaged_directory_is_named_and_nothing_in_it_deleted(tmp_path: Path) 
     repository = new_repository()
     snapshot = back_up(repository, source)
     target = build({"d": {"mine": File(b"x")}, "e": {"old": File(b"x")}}, tmp_path / "target")
-    from backupfs.snapshots.walk import find_path
-
     tree = find_path(snapshot, source + b"/d", repository.trees.load).content
     fresh = reopened(repository)
     load = fresh.trees.load
