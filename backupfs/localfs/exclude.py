@@ -89,7 +89,7 @@ def parse_pattern(text: bytes, base: bytes = b"/", origin: str = "") -> Pattern:
                 )
     except _BadPatternError as error:
         place = f" ({origin})" if origin else ""
-        raise UsageError(f"exclude pattern '{shown(text)}'{place}: {error}") from None
+        raise UsageError(f"pattern '{shown(text)}'{place}: {error}") from None
     path: list[_Glob | None] = [None if _is_double_star(component) else component for component in components]
     if anchored:
         path[:0] = [_literal_glob(name) for name in base.split(b"/") if name]
