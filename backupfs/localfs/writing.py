@@ -443,35 +443,51 @@ class Target:
                 raise
             self._problem(path, f"its attribute {shown(name)} could not be set: {error.strerror}")
 
-    def _remove_foreign_xattrs(self, at: int, wanted: Xattrs) -> None:
-        names = {name for name, _ in wanted}
-        try:
-            present = os.listxattr(at)
-        except OSError:
-            return
-        for name in present:
-            if os.fsencode(name) not in names and name.startswith(("user.", "system.posix_acl_")):
-                _remove_xattr(at, name)
+    def _remove_foreign_xattrs(self, at: int | bytes, wanted: Xattrs) -> None:
+        for name in foreign_xattrs(at, wanted):
+            _remove_xattr(at, name)
 
     def mend(self, directory: Directory, name: bytes, status: os.stat_result, metadata: Metadata) -> None:
         """Bring what a file has beside its bytes up to date, where that differs. Raises: OSError."""
         same_owner = not self.is_root_user or (status.st_uid, status.st_gid) == (metadata.owner, metadata.group)
-        if stat.S_IMODE(status.st_mode) == stat.S_IMODE(metadata.mode) and same_owner and not metadata.xattrs:
-            return
         above = self.fd(directory)
+        at = path_in(above, name)
+        if (
+            stat.S_IMODE(status.st_mode) == stat.S_IMODE(metadata.mode)
+            and same_owner
+            and _has_xattrs(at, metadata.xattrs)
+            and not foreign_xattrs(at, metadata.xattrs)
+        ):
+            return
         path = self.path_of(directory, name)
         own = (status.st_uid, status.st_gid)
         if not stat.S_ISREG(status.st_mode):
+            self._remove_foreign_xattrs(at, metadata.xattrs)
             self._apply_by_name(above, name, metadata, path, own != self._own)
             return
-        fd = os.open(name, _CHANGE_FLAGS, dir_fd=above)
+        fd = self._open_to_change(above, name, status)
+        if fd < 0:
+            return
         try:
-            now = os.fstat(fd)
-            if (now.st_dev, now.st_ino) == (status.st_dev, status.st_ino):
-                self._remove_foreign_xattrs(fd, metadata.xattrs)
-                self._apply(fd, metadata, path, own)
+            self._remove_foreign_xattrs(fd, metadata.xattrs)
+            self._apply(fd, metadata, path, own)
         finally:
             os.close(fd)
+
+    def _open_to_change(self, above: int, name: bytes, status: os.stat_result) -> int:
+        """Open a file whose status is known, though its mode may keep its owner out; -1 if it is another by now.
+
+        Its owner may read and write it from then on. Raises: OSError.
+        """
+        identity = (status.st_dev, status.st_ino)
+        if not self.is_root_user and status.st_mode & 0o600 != 0o600 and status.st_uid == self._own[0]:
+            _change_mode(above, name, stat.S_IMODE(status.st_mode) | 0o600, identity)
+        fd = os.open(name, _CHANGE_FLAGS, dir_fd=above)
+        now = os.fstat(fd)
+        if (now.st_dev, now.st_ino) != identity:
+            os.close(fd)
+            return -1
+        return fd
 
     # Looking and removing.
 
@@ -607,10 +623,38 @@ def unlink_quietly(name: bytes, dir_fd: int) -> None:
         return
 
 
-def _change_mode(above: int, name: bytes, mode: int) -> None:
+def foreign_xattrs(at: int | bytes, wanted: Xattrs) -> list[str]:
+    """Return the names of attributes that somebody set and the snapshot does not have; ACLs are among them.
+
+    at: a descriptor, or the path of something that is not to be followed.
+    """
+    try:
+        present = os.listxattr(at, follow_symlinks=isinstance(at, int))
+    except OSError:
+        return []
+    if not present:
+        return []
+    names = {name for name, _ in wanted}
+    return [
+        name for name in present if name.startswith(("user.", "system.posix_acl_")) and os.fsencode(name) not in names
+    ]
+
+
+def _has_xattrs(at: bytes, wanted: Xattrs) -> bool:
+    try:
+        return all(os.getxattr(at, name, follow_symlinks=False) == value for name, value in wanted)
+    except OSError:
+        return False
+
+
+def _change_mode(above: int, name: bytes, mode: int, identity: tuple[int, int] | None = None) -> None:
     # chmod by name would follow a symlink that took the file's place just now.
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
     try:
+        if identity is not None:
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) != identity:
+                return
         os.chmod(b"/proc/self/fd/%d" % fd, mode)
     finally:
         os.close(fd)

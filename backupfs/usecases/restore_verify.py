@@ -5,9 +5,9 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
-from backupfs.errors import DamagedObject
+from backupfs.errors import DamagedObject, shown
 from backupfs.ids import ChunkId
-from backupfs.localfs.writing import Directory, Metadata, is_fatal
+from backupfs.localfs.writing import Directory, Metadata, foreign_xattrs, is_fatal
 from backupfs.repository.chunks import ChunkReader
 from backupfs.snapshots.content import CHUNK, HOLE, Content, Extents, pieces
 from backupfs.snapshots.node import STAT_ROW, Node
@@ -208,6 +208,8 @@ class Verifier:
                 raise Differs(f"it lacks the attribute {name.decode('utf-8', 'replace')}") from error
             if found != value:
                 raise Differs(f"its attribute {name.decode('utf-8', 'replace')} differs")
+        if foreign := foreign_xattrs(at, metadata.xattrs):
+            raise Differs(f"it has the attribute {shown(foreign[0])}, which the snapshot does not have")
 
     def _compare_content(self, fd: int, content: Content, size: int) -> Iterator[None]:
         at = 0

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,7 @@ from backupfs.snapshots.node import STAT_ROW
 from backupfs.snapshots.snapshot import Snapshot, Statistics
 from backupfs.snapshots.tree import leaf_pages
 from backupfs.snapshots.walk import find_path, tree_of
+from backupfs.stores.directory import DirectoryStore
 from backupfs.usecases import archive_context, restore_files, restore_verify
 from backupfs.usecases import restore as restore_module
 from backupfs.usecases.events import Deleted, Event, FileSkipped, Progress
@@ -521,6 +522,46 @@ def test_an_unchanged_file_gets_its_metadata_back_without_being_written(tmp_path
     assert (result.unchanged, result.verified) == (3, 3)
 
 
+FOREIGN = {"user.mine": b"1", "system.posix_acl_access": bytes.fromhex(
+    "0200000001000600ffffffff02000400feff000004000400ffffffff10000400ffffffff20000400ffffffff"
+)}  # fmt: skip
+
+
+def test_an_unchanged_file_loses_attributes_and_acls_that_the_snapshot_lacks(tmp_path: Path) -> None:
+    tree: Tree = {"a": File(b"1", mode=0o644), "b": File(b"1", mode=0o644, xattrs={"user.a": b"1"})}
+    repository, snapshot, source = saved(tmp_path, {**tree, "p": Special(mode=0o644)})
+    target = tmp_path / "target"
+    run_restore(repository, snapshot, source, target)
+    for name in "ab":
+        for attribute, value in FOREIGN.items():
+            os.setxattr(target / name, attribute, value)
+    os.setxattr(target / "p", "system.posix_acl_access", FOREIGN["system.posix_acl_access"])
+    result, _ = run_restore(repository, snapshot, source, target, overwrite="if-changed", verify=True)
+    assert snapshot_of(target) == snapshot_of(source)
+    assert (result.unchanged, result.verified, result.errors) == (3, 3, 0)
+    changed = [os.stat(target / name).st_ctime_ns for name in "abp"]
+    run_restore(repository, snapshot, source, target, overwrite="if-changed")
+    assert changed == [os.stat(target / name).st_ctime_ns for name in "abp"]
+
+
+@pytest.mark.parametrize("attribute", FOREIGN)
+def test_verify_finds_attributes_that_the_snapshot_lacks(
+    attribute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1", mode=0o644), "d": Directory({}, mode=0o644)})
+    target = tmp_path / "target"
+
+    def add(_verifier: object) -> None:
+        for name in "ad":
+            os.setxattr(target / name, attribute, FOREIGN[attribute])
+            os.utime(target / name, ns=(OLD_NS, OLD_NS))
+
+    monkeypatch.setattr(restore_verify.Verifier, "sync", add)
+    result, events = run_restore(repository, snapshot, source, target, verify=True)
+    assert (result.verified, result.errors) == (0, 2)
+    assert all(attribute in event.reason for event in events)  # type: ignore[union-attr]
+
+
 def test_a_lost_link_is_made_again_when_only_changes_are_written(tmp_path: Path) -> None:
     repository, snapshot, source = saved(tmp_path, {"a": File(BIG), "b": Hardlink("a"), "c": Hardlink("a")})
     run_restore(repository, snapshot, source, tmp_path / "target")
@@ -829,23 +870,51 @@ from tests.builders import reopened, NOWHERE
 repository = reopened(open_store({store!r}), NOWHERE)
 snapshot = load_snapshots(repository).find("latest")
 os.setgroups([]); os.setgid(54321); os.setuid(54321)
-result = trio.run(restore, repository, snapshot, {source!r}, {target!r}, RestoreOptions(verify=True),
+result = trio.run(restore, repository, snapshot, {source!r}, {target!r}, RestoreOptions(**{options!r}),
     lambda event: None if isinstance(event, Progress) else print(repr(event)))
-print(result.files, result.errors, result.verified)
+print(result.files, result.errors, result.verified, result.deleted)
 """
 
 
-@as_root
-def test_a_user_gets_what_a_user_may_have() -> None:
+class OfUser:
+    """A backup in a folder that an ordinary user may read, and a target that is the user's."""
+
+    def __init__(self, folder: Path, tree: Tree) -> None:
+        self.source = build(tree, folder / "source")
+        self._store = folder / "store"
+        store = DirectoryStore(self._store)
+        store.create()
+        back_up(new_repository(store), self.source)
+        subprocess.run(["chmod", "-R", "a+rwX", self._store], check=True)
+        (folder / "target").mkdir()
+        self.target = os.fsencode(folder / "target")
+        os.chown(self.target, 54321, 54321)
+
+    def own(self) -> None:
+        """Give everything in the target to the user."""
+        subprocess.run(["chown", "-hR", "54321:54321", self.target], check=True)
+
+    def restore(self, **options: object) -> list[str]:
+        """Restore as the user; return the events, and the counts as the last line."""
+        script = AS_USER.format(
+            checkout=str(Path(__file__).parents[2]), store=str(self._store), source=self.source, target=self.target,
+            options=options,
+        )  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
     # pytest keeps its own folders to the user who runs it.
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        check_as_user(Path(folder))
+        yield Path(folder)
 
 
-def check_as_user(tmp_path: Path) -> None:
-    from backupfs.stores.directory import DirectoryStore
-
+@as_root
+def test_a_user_gets_what_a_user_may_have(open_folder: Path) -> None:
     tree = {
         "a": File(b"1", owner=(1, 1), mode=0o6755),
         "b": File(BIG, mode=0o400, xattrs={"user.a": b"1"}),
@@ -855,21 +924,9 @@ def check_as_user(tmp_path: Path) -> None:
         "p": Special(),
         "s": File(b"1", xattrs={"trusted.x": b"1", "user.y": b"2"}),
     }
-    source = build(tree, tmp_path / "source")
-    store = DirectoryStore(tmp_path / "store")
-    store.create()
-    repository = new_repository(store)
-    back_up(repository, source)
-    subprocess.run(["chmod", "-R", "a+rwX", tmp_path / "store"], check=True)
-    (tmp_path / "target").mkdir()
-    os.chown(tmp_path / "target", 54321, 54321)
-    target = os.fsencode(tmp_path / "target")
-    script = AS_USER.format(
-        checkout=str(Path(__file__).parents[2]), store=str(tmp_path / "store"), source=source, target=target
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stderr
+    of_user = OfUser(open_folder, tree)
+    target = of_user.target
+    lines = of_user.restore(verify=True)
     assert lines[-1].split()[:2] == ["7", "2"]
     assert repr(FileSkipped(target + b"/c", "only root can make a device file")) in lines
     assert (
@@ -885,6 +942,32 @@ def check_as_user(tmp_path: Path) -> None:
     assert seen[b"b"].xattrs == ((b"user.a", b"1"),)
     assert seen[b"e/x"].links == (b"e/x", b"e/y")
     assert [seen[name].mode for name in (b"b", b"d", b"e")] == [0o400, 0o555, 0]
+
+
+@as_root
+def test_a_user_gets_the_modes_of_unchanged_files_that_cannot_be_read_there(open_folder: Path) -> None:
+    tree: Tree = {
+        "a": File(b"1", mode=0o644),
+        "b": File(BIG, mode=0o400, xattrs={"user.a": b"1"}),
+        "c": File(b"2", mode=0o000, xattrs={"user.a": b"1"}),
+        "d": File(b"2", mode=0o444),
+    }
+    of_user = OfUser(open_folder, tree)
+    build(
+        {
+            "a": File(b"1", mode=0o000, xattrs={"user.mine": b"1"}),
+            "b": File(BIG, mode=0o000, xattrs={"user.a": b"2"}),
+            "c": File(b"2", mode=0o000, xattrs={"user.mine": b"2"}),
+            "d": File(b"2", mode=0o444, xattrs={"user.mine": b"2"}),
+        },
+        of_user.target,
+    )
+    of_user.own()
+    of_user.restore(overwrite="if-changed", verify=True)
+    seen, wanted = snapshot_of(of_user.target), snapshot_of(of_user.source)
+    assert [(seen[name].mode, seen[name].xattrs) for name in (b"a", b"b", b"c", b"d")] == [
+        (wanted[name].mode, wanted[name].xattrs) for name in (b"a", b"b", b"c", b"d")
+    ]
 
 
 # Hostile things.
