@@ -114,9 +114,22 @@ class RunLock:
         """Let go of the lock and its file."""
         if self._fd >= 0:
             with _unchanged_times(self._root_fd), contextlib.suppress(OSError):
-                os.unlink(self._target.temporary_prefix + b"lock", dir_fd=self._root_fd)
+                self._unlink_lock()
             os.close(self._fd)
         os.close(self._root_fd)
+
+    def _unlink_lock(self) -> None:
+        name = self._target.temporary_prefix + b"lock"
+        try:
+            os.unlink(name, dir_fd=self._root_fd)
+        except PermissionError:
+            # The target has its mode by now, and that may keep its owner from writing.
+            mode = stat.S_IMODE(os.fstat(self._root_fd).st_mode)
+            os.fchmod(self._root_fd, mode | 0o700)
+            try:
+                os.unlink(name, dir_fd=self._root_fd)
+            finally:
+                os.fchmod(self._root_fd, mode)
 
 
 def _is_locked(fd: int) -> bool:

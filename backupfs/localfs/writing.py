@@ -5,6 +5,7 @@ content gets its name only when it is whole. Only the target itself, which the u
 Threading: a Target belongs to one thread at a time. `for_another_process` gives one more of the same directory.
 """
 
+import contextlib
 import copy
 import errno
 import itertools
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from backupfs.errors import SourceError, shown
+from backupfs.localfs.mounts import read_mounts
 from backupfs.localfs.reading import path_in
 from backupfs.snapshots.node import Xattrs
 
@@ -27,6 +29,8 @@ _CHANGE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.
 _MOST_OPEN = 128
 # The same for another process, which needs little more than the way to where it is.
 _MOST_OPEN_APART = 32
+# What making a directory gives in windows into the kernel.
+_NOTHING_CAN_BE_MADE = {"proc": errno.ENOENT, "sysfs": errno.EPERM, "devpts": errno.EPERM}
 _ACCESS_ACL, _DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
 # These end a restore: the next file would meet them again.
 _FATAL = {
@@ -52,13 +56,18 @@ class Metadata(NamedTuple):
 class Directory:
     """A directory at or below the target."""
 
-    __slots__ = ("existed", "identity", "inherits", "metadata", "name", "names", "ordinal", "parent", "pending")
+    __slots__ = (
+        "closed", "existed", "former_mode", "identity", "inherits", "metadata", "name", "names", "ordinal", "parent",
+        "pending",
+    )  # fmt: skip
 
     def __init__(self, parent: "Directory | None", name: bytes) -> None:
         self.parent = parent
         self.name = name
         self.identity: tuple[int, int] | None = None  # (st_dev, st_ino), known once it was opened
         self.existed = False  # before this run
+        self.former_mode: int | None = None  # to be given back: this user was let in to write
+        self.closed = False  # a dry run found that this user cannot write into it
         self.inherits = False  # gives what is made in it a group or an ACL of its own
         self.names: frozenset[bytes] | set[bytes] = frozenset()  # what was in it before this run
         self.metadata: Metadata | None = None  # to be set when everything in it is done; None: leave it alone
@@ -91,6 +100,8 @@ class Target:
         self._kept_bits = 0o777 & ~_umask()  # what a new file's mode keeps of the one asked for
         self._open: OrderedDict[Directory, int] = OrderedDict()
         self._most_open = _MOST_OPEN
+        self._let_in: set[Directory] = set()  # those that have a former mode
+        self._is_dry = not make
         self._root_fd = -1
         self.temporary_prefix = b""  # that the names of all temporary files of this run begin with
         self._temporary = b""  # and those of this process
@@ -104,11 +115,14 @@ class Target:
             if not self.root.existed:
                 if not make and not os.path.lexists(path):
                     self.exists = False
-                    _require_directory_above(path)
+                    _require_place_above(path)
                     return
                 _make_path(path)
             # Resolved once, here: a symlink that the user names is meant.
             self._root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if not make and os.fstatvfs(self._root_fd).f_flag & os.ST_RDONLY:
+                os.close(self._root_fd)
+                raise self.full(OSError(errno.EROFS, os.strerror(errno.EROFS)))
         except (FileExistsError, NotADirectoryError) as error:
             raise SourceError(
                 f"the target {shown(path)} is not a directory: name one, or a path that is free"
@@ -118,6 +132,10 @@ class Target:
                 f"the target {shown(path)} cannot be used: {error.strerror}; choose a directory you may write to"
             ) from error
         if self.root.existed:
+            status = os.fstat(self._root_fd)
+            if self._keeps_owner_out(status) and not self._is_dry:
+                self._note_former_mode(self.root, status)
+                os.fchmod(self._root_fd, stat.S_IMODE(status.st_mode) | 0o700)
             self._note_existing(self.root, self._root_fd)
 
     def renew_temporary_prefix(self) -> None:
@@ -131,6 +149,7 @@ class Target:
         """
         other = copy.copy(self)
         other._open = OrderedDict()
+        other._let_in = set()
         other._most_open = _MOST_OPEN_APART
         other._temporary += b"%d-" % number
         other._problem = problem
@@ -196,15 +215,59 @@ class Target:
         return directory
 
     def open_existing(self, parent: Directory, name: bytes) -> Directory:
-        """Take a directory that was there before. Raises: OSError, also for a symlink."""
+        """Take a directory that was there before. Raises: OSError, also for a symlink.
+
+        One of this ordinary user's that keeps him out is opened to him until `finish_directory`, or `close`. A dry run
+        that cannot look into such a one knows nothing in it.
+        """
         directory = Directory(parent, name)
         directory.existed = True
-        self._note_existing(directory, self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd(parent))))
+        above = self.fd(parent)
+        is_known = self._let_owner_in(directory, above)
+        if is_known:
+            self._note_existing(directory, self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=above)))
         return directory
+
+    def _let_owner_in(self, directory: Directory, above: int) -> bool:
+        """Make a directory one that its owner, if that is this user, may list and write into; False if it cannot be."""
+        if self.is_root_user:
+            return True
+        status = os.stat(directory.name, dir_fd=above, follow_symlinks=False)
+        if not stat.S_ISDIR(status.st_mode) or not self._keeps_owner_out(status):
+            return True
+        if self._is_dry:
+            return status.st_mode & 0o500 == 0o500
+        self._note_former_mode(directory, status)
+        identity = (status.st_dev, status.st_ino)
+        _change_mode(above, directory.name, stat.S_IMODE(status.st_mode) | 0o700, identity)
+        return True
+
+    def _keeps_owner_out(self, status: os.stat_result) -> bool:
+        return not self.is_root_user and status.st_uid == self._own[0] and status.st_mode & 0o700 != 0o700
+
+    def _note_former_mode(self, directory: Directory, status: os.stat_result) -> None:
+        directory.former_mode = stat.S_IMODE(status.st_mode)
+        self._let_in.add(directory)
+
+    def _forget_former_mode(self, directory: Directory) -> None:
+        directory.former_mode = None
+        self._let_in.discard(directory)
+
+    def _give_mode_back(self, directory: Directory) -> None:
+        if directory.former_mode is not None:
+            os.fchmod(self.fd(directory), directory.former_mode)
+            self._forget_former_mode(directory)
+
+    def _refuses(self, fd: int) -> bool:
+        """Tell whether this user cannot write into an open directory, nor be let in."""
+        if self.is_root_user or os.fstat(fd).st_uid == self._own[0]:
+            return False
+        return not os.access(b".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=True)
 
     def _note_existing(self, directory: Directory, fd: int) -> None:
         directory.names = {os.fsencode(name) for name in os.listdir(fd)}
         directory.inherits = bool(os.fstat(fd).st_mode & stat.S_ISGID)
+        directory.closed = self._is_dry and self._refuses(fd)
         try:
             directory.inherits |= _DEFAULT_ACL in os.listxattr(fd)
         except OSError as error:
@@ -221,6 +284,9 @@ class Target:
                 if directory.existed:
                     self._remove_foreign_xattrs(fd, metadata.xattrs)
                 self._apply(fd, metadata, self.path_of(directory), (status.st_uid, status.st_gid))
+                self._forget_former_mode(directory)
+            else:
+                self._give_mode_back(directory)
             self._open_above(directory)
         finally:
             self._close(directory)
@@ -246,7 +312,10 @@ class Target:
             self._close(directory)
 
     def close(self) -> None:
-        """Close every descriptor."""
+        """Close every descriptor, and give directories that were not finished their modes back."""
+        for directory in sorted(self._let_in, key=lambda directory: directory.depth, reverse=True):
+            with contextlib.suppress(OSError):
+                self._give_mode_back(directory)
         self.close_directories()
         if self._root_fd >= 0:
             os.close(self._root_fd)
@@ -679,13 +748,25 @@ def _remove_xattr(at: int | bytes, name: str) -> None:
         return  # there is none
 
 
-def _require_directory_above(path: bytes) -> None:
-    """Raise what making a path would raise because of what stands above it."""
+def _require_place_above(path: bytes) -> None:
+    """Raise what making a path would raise because of where it is."""
     above = os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above):
         raise NotADirectoryError(errno.ENOTDIR, "not a directory", above)
+    number = 0
+    if os.statvfs(above).f_flag & os.ST_RDONLY:
+        number = errno.EROFS
+    elif not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+        number = errno.EACCES
+    else:
+        # Root may write there, says the kernel, but nothing can be made.
+        device = os.stat(above).st_dev
+        kinds = {mount.fstype for mount in read_mounts() if mount.device == (os.major(device), os.minor(device))}
+        number = next((_NOTHING_CAN_BE_MADE[kind] for kind in kinds if kind in _NOTHING_CAN_BE_MADE), 0)
+    if number:
+        raise OSError(number, os.strerror(number), above)
 
 
 def _make_path(path: bytes) -> None:

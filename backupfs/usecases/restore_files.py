@@ -153,6 +153,7 @@ class Restorer:
                 if not dry:
                     target.unlink(parent, name)
         if directory is None:
+            _require_open(parent)
             directory = Directory(parent, name) if dry else target.make_directory(parent, name)
             directory.metadata = None if dry else metadata
             self.outcome.counts.directories += 1
@@ -186,6 +187,7 @@ class Restorer:
                     if item.state is State.DONE:
                         self.outcome.mark(number)
                     continue
+                _require_open(directory)
                 if key is not None and self._is_link(item, key, nlink):
                     continue
                 content = item.content
@@ -271,8 +273,7 @@ class Restorer:
         if kind != stat.S_IFREG:
             if not isinstance(content, bytes) or (kind == stat.S_IFLNK and (not content or b"\0" in content)):
                 raise DamagedObject("the snapshot holds an impossible link")
-            if not self._options.dry_run:
-                self._make_special(item, kind, content)
+            self._make_special(item, kind, content)
             self.outcome.finished(item, 0)
         elif self._options.dry_run:
             self.outcome.finished(item, item.size)
@@ -302,7 +303,8 @@ class Restorer:
             device = device_of(content)
             if not self.target.is_root_user:
                 raise OSError(errno.EPERM, "only root can make a device file")
-        self.target.make_special(item.directory, item.name, item.metadata, content, device)
+        if not self._options.dry_run:
+            self.target.make_special(item.directory, item.name, item.metadata, content, device)
 
     def _start_large(self, item: Item) -> Iterator[None]:
         """Create a file of more than one piece and note what is wanted for it."""
@@ -423,6 +425,12 @@ class Restorer:
                     if use.error:
                         self.outcome.fail(item, use.error)
                     piece_done(item)
+
+
+def _require_open(directory: Directory) -> None:
+    """Raise what making something in a directory would, as far as a dry run knows."""
+    if directory.closed:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 Placed = tuple[int, Piece]  # with its offset in the file

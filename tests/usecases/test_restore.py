@@ -945,6 +945,65 @@ def test_a_user_gets_what_a_user_may_have(open_folder: Path) -> None:
 
 
 @as_root
+@pytest.mark.parametrize("overwrite", ["always", "if-changed", "never"])
+def test_a_user_restores_over_folders_of_his_own_that_keep_him_out(overwrite: str, open_folder: Path) -> None:
+    files: dict[str, Entry] = {"new": File(BIG), "same": File(b"1"), "other": File(b"2" * 600)}
+    tree: Tree = {
+        "ro": Directory({**files, "deep": Directory(dict(files), mode=0o500)}, mode=0o555),
+        "none": Directory(dict(files), mode=0o000),
+        "open": Directory(dict(files), mode=0o755),
+    }
+    there: dict[str, Entry] = {"same": File(b"1"), "other": File(b"x")}
+    of_user = OfUser(open_folder, tree)
+    build(
+        {
+            "ro": Directory(
+                {
+                    **there,
+                    "deep": Directory(
+                        {
+                            **there,
+                        },
+                        mode=0o000,
+                    ),
+                },
+                mode=0o555,
+            ),
+            "none": Directory(dict(there), mode=0o000),
+            "open": Directory(dict(there), mode=0o411),
+        },
+        of_user.target,
+    )
+    of_user.own()
+    os.chmod(of_user.target, 0o555)
+    before = snapshot_of(of_user.target)
+    planned = of_user.restore(overwrite=overwrite, delete=True, dry_run=True)
+    assert snapshot_of(of_user.target) == before
+    lines = of_user.restore(overwrite=overwrite, delete=True)
+    assert planned[-1].split()[1] == lines[-1].split()[1] == "0"
+    seen, wanted = snapshot_of(of_user.target), snapshot_of(of_user.source)
+    assert stat.S_IMODE(os.stat(of_user.target).st_mode) == 0o555
+    assert below(seen).keys() == below(wanted).keys()
+    for path in below(seen):
+        kept = before if overwrite == "never" and path in before else wanted
+        assert (path, seen[path].mode) == (path, kept[path].mode)
+        assert seen[path].content == kept[path].content
+
+
+@as_root
+def test_a_new_target_that_keeps_its_owner_out_has_no_lock_left(open_folder: Path) -> None:
+    of_user = OfUser(open_folder, {"a": File(b"1")})
+    os.chmod(of_user.source, 0o555)
+    store = DirectoryStore(open_folder / "store")
+    back_up(reopened(store), of_user.source)
+    subprocess.run(["chmod", "-R", "a+rwX", open_folder / "store"], check=True)
+    of_user.target += b"/new"
+    of_user.restore()
+    assert os.listdir(of_user.target) == [b"a"]
+    assert stat.S_IMODE(os.stat(of_user.target).st_mode) == 0o555
+
+
+@as_root
 def test_a_user_gets_the_modes_of_unchanged_files_that_cannot_be_read_there(open_folder: Path) -> None:
     tree: Tree = {
         "a": File(b"1", mode=0o644),
@@ -1232,6 +1291,25 @@ def test_a_target_that_is_no_directory_is_refused(kind: str, tmp_path: Path) -> 
         run_restore(repository, snapshot, source, tmp_path / path)
     with pytest.raises(SourceError, match="target"):
         run_restore(repository, snapshot, source, tmp_path / path, dry_run=True)
+
+
+@as_root
+@pytest.mark.parametrize("place", ["/proc/x", "/sys/x/y", "read-only/x", "read-only"])
+def test_a_target_that_nothing_can_be_made_in_is_refused_in_a_dry_run_too(place: str, tmp_path: Path) -> None:
+    repository, snapshot, source = saved(tmp_path, {"a": File(b"1")})
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", folder], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        said = []
+        for dry_run in (True, False):
+            with pytest.raises(SourceError, match="the target") as raised:
+                run_restore(repository, snapshot, source, tmp_path / place, dry_run=dry_run)
+            said.append(str(raised.value))
+        assert said[0] == said[1]
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def test_an_unknown_path_is_named(tmp_path: Path) -> None:
