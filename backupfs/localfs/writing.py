@@ -43,6 +43,10 @@ _FATAL = {
 }
 
 
+# Removes the directory that stands under a name, called just before the rename to it.
+MakeWay = Callable[[], None]
+
+
 class Metadata(NamedTuple):
     """What a file has beside its bytes."""
 
@@ -57,8 +61,8 @@ class Directory:
     """A directory at or below the target."""
 
     __slots__ = (
-        "closed", "existed", "former_mode", "identity", "inherits", "metadata", "name", "names", "ordinal", "parent",
-        "pending",
+        "closed", "existed", "foreign", "former_mode", "identity", "inherits", "metadata", "name", "names", "ordinal",
+        "parent", "pending",
     )  # fmt: skip
 
     def __init__(self, parent: "Directory | None", name: bytes) -> None:
@@ -68,6 +72,7 @@ class Directory:
         self.existed = False  # before this run
         self.former_mode: int | None = None  # to be given back: this user was let in to write
         self.closed = False  # a dry run found that this user cannot write into it
+        self.foreign = False  # a dry run found that this user cannot give it a mode or times
         self.inherits = False  # gives what is made in it a group or an ACL of its own
         self.names: frozenset[bytes] | set[bytes] = frozenset()  # what was in it before this run
         self.metadata: Metadata | None = None  # to be set when everything in it is done; None: leave it alone
@@ -81,6 +86,14 @@ class Directory:
         while above is not None:
             depth, above = depth + 1, above.parent
         return depth
+
+
+class Removal(NamedTuple):
+    """What became of something that was to go."""
+
+    gone: int  # entries
+    stays: bool  # something of it is there still: kept, or because of an error
+    error: OSError | None  # the first that hindered
 
 
 class Target:
@@ -214,6 +227,21 @@ class Target:
             os.fchmod(made, 0o700)
         return directory
 
+    def replace_by_directory(self, parent: Directory, name: bytes) -> Directory:
+        """Make a new directory in place of what is none, which stays if that cannot be. Raises: OSError."""
+        above = self.fd(parent)
+        aside = self.temporary_name()
+        os.rename(name, aside, src_dir_fd=above, dst_dir_fd=above)
+        try:
+            directory = self.make_directory(parent, name)
+        except BaseException:
+            above = self.fd(parent)
+            with contextlib.suppress(OSError):
+                os.rename(aside, name, src_dir_fd=above, dst_dir_fd=above)
+            raise
+        self.remove_temporary(parent, aside)
+        return directory
+
     def open_existing(self, parent: Directory, name: bytes) -> Directory:
         """Take a directory that was there before. Raises: OSError, also for a symlink.
 
@@ -266,8 +294,10 @@ class Target:
 
     def _note_existing(self, directory: Directory, fd: int) -> None:
         directory.names = {os.fsencode(name) for name in os.listdir(fd)}
-        directory.inherits = bool(os.fstat(fd).st_mode & stat.S_ISGID)
+        status = os.fstat(fd)
+        directory.inherits = bool(status.st_mode & stat.S_ISGID)
         directory.closed = self._is_dry and self._refuses(fd)
+        directory.foreign = self._is_dry and not self.is_root_user and status.st_uid != self._own[0]
         try:
             directory.inherits |= _DEFAULT_ACL in os.listxattr(fd)
         except OSError as error:
@@ -363,12 +393,22 @@ class Target:
             unlink_quietly(temporary, fd_above)
             raise
 
-    def finish_file(self, fd: int, directory: Directory, temporary: bytes, name: bytes, metadata: Metadata) -> None:
+    def finish_file(
+        self,
+        fd: int,
+        directory: Directory,
+        temporary: bytes,
+        name: bytes,
+        metadata: Metadata,
+        make_way: MakeWay | None = None,
+    ) -> None:
         """Set what a written file has beside its bytes, close it and give it its name. Raises: OSError."""
         try:
             self._finish_file(fd, directory, name, metadata)
         finally:
             os.close(fd)
+        if make_way is not None:
+            make_way()
         above = self.fd(directory)
         os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
 
@@ -395,7 +435,13 @@ class Target:
             return
 
     def make_special(
-        self, directory: Directory, name: bytes, metadata: Metadata, link_target: bytes, device: tuple[int, int]
+        self,
+        directory: Directory,
+        name: bytes,
+        metadata: Metadata,
+        link_target: bytes,
+        device: tuple[int, int],
+        make_way: MakeWay | None = None,
     ) -> None:
         """Make a symlink, fifo, socket or device in place of whatever file is there. Raises: OSError."""
         above = self.fd(directory)
@@ -409,12 +455,22 @@ class Target:
             raise OSError(errno.EINVAL, f"a file of the unknown type {kind:o} cannot be made")
         try:
             self._apply_by_name(above, temporary, metadata, self.path_of(directory, name), directory.inherits)
+            if make_way is not None:
+                make_way()
+                above = self.fd(directory)
             os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
         except BaseException:
-            unlink_quietly(temporary, above)
+            self.remove_temporary(directory, temporary)
             raise
 
-    def link(self, source: Directory, source_name: bytes, directory: Directory, name: bytes) -> None:
+    def link(
+        self,
+        source: Directory,
+        source_name: bytes,
+        directory: Directory,
+        name: bytes,
+        make_way: MakeWay | None = None,
+    ) -> None:
         """Give a restored file another name. Raises: OSError."""
         # Opening the way to the one may close the other.
         first = os.dup(self.fd(source))
@@ -425,10 +481,13 @@ class Target:
         finally:
             os.close(first)
         try:
+            if make_way is not None:
+                make_way()
+                above = self.fd(directory)
             os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
         finally:
             # Renaming onto another name of the same file does nothing, by POSIX, and leaves both names.
-            unlink_quietly(temporary, above)
+            self.remove_temporary(directory, temporary)
 
     # Metadata.
 
@@ -571,9 +630,16 @@ class Target:
         """Return where a symlink leads. Raises: OSError."""
         return os.readlink(name, dir_fd=self.fd(directory))
 
-    def unlink(self, directory: Directory, name: bytes) -> None:
-        """Remove what is no directory. Raises: OSError."""
-        os.unlink(name, dir_fd=self.fd(directory))
+    def is_empty(self, directory: Directory, name: bytes) -> bool:
+        """Tell whether a directory has nothing in it, or cannot be looked into. Raises: OSError."""
+        try:
+            fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd(directory))
+        except PermissionError:
+            return True
+        try:
+            return not os.listdir(fd)
+        finally:
+            os.close(fd)
 
     def remove_empty(self, directory: Directory, name: bytes) -> None:
         """Remove an empty directory. Raises: OSError."""
@@ -581,71 +647,98 @@ class Target:
 
     def remove_tree(
         self, directory: Directory, name: bytes, kept: Callable[[bytes, bool], bool], dry_run: bool = False
-    ) -> int:
-        """Remove a file, or a directory with everything in it, on its own file system; return how many entries went.
+    ) -> Removal:
+        """Remove a file, or a directory with everything in it that can go, on its own file system.
 
         kept: (path below the target with a leading slash, is a directory) → leave it alone. A directory that keeps
         something stays, too.
-        dry_run: only count.
-        Raises: OSError for the first that cannot be removed.
+        dry_run: only tell what would be.
+        Raises: OSError if it is not there.
         """
         relative = self.path_of(directory, name)[len(self.path.rstrip(b"/")) :]
         above = self.fd(directory)
         status = os.stat(name, dir_fd=above, follow_symlinks=False)
-        if kept(relative, stat.S_ISDIR(status.st_mode)):
-            return 0
-        if not stat.S_ISDIR(status.st_mode):
-            if not dry_run:
-                os.unlink(name, dir_fd=above)
-            return 1
-        removed = 0
-        root = Directory(directory, name)
+        is_directory = stat.S_ISDIR(status.st_mode)
+        if kept(relative, is_directory):
+            return Removal(0, True, None)
+        if not is_directory:
+            error = self._unlink_error(directory, name, dry_run)
+            return Removal(0, True, error) if error else Removal(1, False, None)
+        removed, first = 0, None
         device = os.fstat(above).st_dev
-        holders = {directory}  # directories that something stays in, with all above
-        stack = [(root, relative, False)]
+        holders: set[Directory] = set()  # directories that something stays in, with all above
+        stack = [(Directory(directory, name), relative, False)]
         while stack:
             current, at, emptied = stack.pop()
             assert current.parent is not None
-            if emptied:
-                self._open_above(current)
-                self._close(current)
-                if current in holders:
-                    holders.add(current.parent)
-                    continue
-                if not dry_run and not self._removed_empty(current):
-                    holders.add(current.parent)
-                    continue
-                removed += 1
-                continue
-            fd = self.fd(current)
-            if os.fstat(fd).st_dev != device:
-                raise OSError(errno.EBUSY, "another file system is mounted in it")
-            stack.append((current, at, True))
-            with os.scandir(fd) as entries:
-                found = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
-            for child, is_directory in found:
-                path = at + b"/" + child
-                if kept(path, is_directory):
+            if not emptied:
+                try:
+                    found = self._entries(current, device, dry_run)
+                except OSError as raised:
                     holders.add(current)
-                    continue
-                if is_directory:
-                    stack.append((Directory(current, child), path, False))
-                else:
-                    if not dry_run:
-                        os.unlink(child, dir_fd=self.fd(current))
-                    removed += 1
-        return removed
+                    first, found = first or raised, []
+                stack.append((current, at, True))
+                for child, is_directory in found:
+                    path = at + b"/" + child
+                    if kept(path, is_directory):
+                        holders.add(current)
+                    elif is_directory:
+                        stack.append((Directory(current, child), path, False))
+                    elif error := self._unlink_error(current, child, dry_run):
+                        holders.add(current)
+                        first = first or error
+                    else:
+                        removed += 1
+                continue
+            goes = current not in holders
+            if goes:
+                goes, error = self._remove_empty(current, dry_run)
+                first = first or error
+            if goes:
+                self._forget_former_mode(current)
+                removed += 1
+            else:
+                holders.add(current.parent)
+                with contextlib.suppress(OSError):
+                    self._give_mode_back(current)
+            self._open_above(current)
+            self._close(current)
+        return Removal(removed, directory in holders, first)
 
-    def _removed_empty(self, directory: Directory) -> bool:
-        """Remove a directory; False if something came into it meanwhile. Raises: OSError."""
+    def _entries(self, directory: Directory, device: int, dry_run: bool) -> list[tuple[bytes, bool]]:
+        """Return (name, is a directory) of what is in a directory that is to be removed. Raises: OSError."""
         assert directory.parent is not None
+        if not self._let_owner_in(directory, self.fd(directory.parent)):
+            return []
+        fd = self.fd(directory)
+        if os.fstat(fd).st_dev != device:
+            raise OSError(errno.EBUSY, "another file system is mounted in it")
+        directory.closed = dry_run and self._refuses(fd)
+        with os.scandir(fd) as entries:
+            return [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
+
+    def _unlink_error(self, directory: Directory, name: bytes, dry_run: bool) -> OSError | None:
+        """Remove what is no directory; return what hinders that, or would."""
+        if dry_run:
+            return _closed_error() if directory.closed else None
+        try:
+            os.unlink(name, dir_fd=self.fd(directory))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return error
+        return None
+
+    def _remove_empty(self, directory: Directory, dry_run: bool) -> tuple[bool, OSError | None]:
+        """Remove a directory; return (whether it went, what hindered that). Something may have come into it."""
+        assert directory.parent is not None
+        if dry_run:
+            return not directory.parent.closed, _closed_error() if directory.parent.closed else None
         try:
             os.rmdir(directory.name, dir_fd=self.fd(directory.parent))
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            return False
-        return True
+            return False, None if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else error
+        return True, None
 
     def full(self, error: OSError) -> SourceError:
         """Return the error that ends the run."""
@@ -682,6 +775,10 @@ def write_sparsely(fd: int, data: bytes | memoryview, offset: int, least_hole: i
         start = at + least_hole
         while plain.startswith(zeros, start):
             start += least_hole
+
+
+def _closed_error() -> OSError:
+    return PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def unlink_quietly(name: bytes, dir_fd: int) -> None:

@@ -7,8 +7,9 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 
-from backupfs.localfs.writing import Directory, Metadata, Target
+from backupfs.localfs.writing import Directory, Metadata, Removal, Target
 from backupfs.usecases.events import Deleted, Report
 from backupfs.usecases.restore_items import (
     IF_CHANGED,
@@ -22,6 +23,8 @@ from backupfs.usecases.restore_items import (
     device_of,
 )
 
+_NOT_EMPTY = "a directory that is not empty stands in its place; --delete removes it"
+_HOLDS_KEPT = "a directory stands in its place that holds what is excluded"
 # A hardlinked file, by which all its names are found: its file system and inode where it was backed up.
 LinkKey = tuple[int, int]
 
@@ -59,7 +62,7 @@ class ExistingFiles:
         return overwrite != NEVER
 
     def keeps(self, item: Item, key: LinkKey | None) -> bool:
-        """Decide about what stands under the item's name; whatever has to go is gone or can be renamed over.
+        """Decide about what stands under the item's name: it is kept, can be renamed over, or the item makes way.
 
         Raises: Blocked if it is a directory that must stay; OSError.
         """
@@ -74,8 +77,7 @@ class ExistingFiles:
             self._count_unchanged(item)
             return True
         if is_directory:
-            if not self._options.dry_run:
-                self._clear_directory(directory, name)
+            self._plan_to_make_way(item)
             return False
         if self._options.overwrite != IF_CHANGED or not self._is_unchanged(item, status, key):
             return False
@@ -89,23 +91,29 @@ class ExistingFiles:
         self._count_unchanged(item)
         return True
 
-    def delete_others(self, directory: Directory, wanted: set[bytes]) -> list[tuple[bytes, OSError]]:
+    def delete_others(self, directory: Directory, wanted: set[bytes]) -> list[tuple[bytes, OSError, bool]]:
         """Delete what stands in a directory under other names than those wanted, or count it in a dry run.
 
-        Return (name, error) of what could not be deleted.
+        Return (name, error, whether something of it went) of what could not be deleted.
         """
-        failed: list[tuple[bytes, OSError]] = []
+        failed: list[tuple[bytes, OSError, bool]] = []
         for name in sorted(name for name in directory.names if name not in wanted):
             try:
-                count = self._target.remove_tree(directory, name, self._stays, self._options.dry_run)
-                if count:
-                    self._counts.deleted += count
-                    self._report(Deleted(self._target.path_of(directory, name), self._options.dry_run))
+                removal = self._target.remove_tree(directory, name, self._stays, self._options.dry_run)
             except FileNotFoundError:
                 continue
             except OSError as error:
-                failed.append((name, error))
+                failed.append((name, error, False))
+                continue
+            self._count_deleted(directory, name, removal)
+            if removal.error is not None:
+                failed.append((name, removal.error, removal.gone > 0))
         return failed
+
+    def _count_deleted(self, directory: Directory, name: bytes, removal: Removal) -> None:
+        self._counts.deleted += removal.gone
+        if removal.gone and removal.error is None:
+            self._report(Deleted(self._target.path_of(directory, name), self._options.dry_run))
 
     def _stays(self, path: bytes, is_directory: bool) -> bool:
         return path in self._own_folders or self._is_excluded(path, is_directory)
@@ -114,17 +122,39 @@ class ExistingFiles:
         self._counts.unchanged += 1
         self._counts.unchanged_size += item.size if stat.S_ISREG(item.metadata.mode) else 0
 
-    def _clear_directory(self, directory: Directory, name: bytes) -> None:
+    def _plan_to_make_way(self, item: Item) -> None:
+        """Have the directory in an item's place removed when the item is whole. Raises: Blocked; OSError."""
+        directory, name = item.directory, item.name
+        if not self._target.is_empty(directory, name):
+            if not self._options.delete:
+                raise Blocked(_NOT_EMPTY)
+            removal = self._target.remove_tree(directory, name, self._stays, dry_run=True)
+            if removal.error is not None:
+                raise removal.error
+            if removal.stays:
+                raise Blocked(_HOLDS_KEPT)
+            if self._options.dry_run:
+                self._count_deleted(directory, name, removal)
+        if not self._options.dry_run:
+            item.make_way = partial(self._make_way, directory, name)
+
+    def _make_way(self, directory: Directory, name: bytes) -> None:
+        """Remove a directory. Raises: OSError."""
         try:
             self._target.remove_empty(directory, name)
+        except (FileNotFoundError, NotADirectoryError):
+            return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             if not self._options.delete:
-                raise Blocked("a directory that is not empty stands in its place; --delete removes it") from error
-            self._counts.deleted += self._target.remove_tree(directory, name, self._stays)
-            if self._target.status(directory, name) is not None:
-                raise Blocked("a directory stands in its place that holds what is excluded") from error
+                raise OSError(errno.ENOTEMPTY, _NOT_EMPTY) from error
+            removal = self._target.remove_tree(directory, name, self._stays)
+            self._count_deleted(directory, name, removal)
+            if removal.error is not None:
+                raise removal.error from error
+            if removal.stays:
+                raise OSError(errno.ENOTEMPTY, _HOLDS_KEPT) from error
 
     def _is_unchanged(self, item: Item, status: os.stat_result, key: LinkKey | None) -> bool:
         metadata, content = item.metadata, item.content

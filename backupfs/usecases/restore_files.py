@@ -137,24 +137,32 @@ class Restorer:
         assert metadata is not None
         dry = self._options.dry_run
         directory: Directory | None = None
+        stands = False  # something that is no directory
         if name in parent.names:
             status = target.status(parent, name)
             if status is not None and stat.S_ISDIR(status.st_mode):
                 directory = place.standing or target.open_existing(parent, name)
                 # One that was only on the way to a source was not backed up itself.
-                if not dry and self._options.overwrite != NEVER and metadata.mtime_ns is not None:
-                    directory.metadata = metadata
+                if self._options.overwrite != NEVER and metadata.mtime_ns is not None:
+                    if directory.foreign:
+                        self.outcome.skip(target.path_of(directory), os.strerror(errno.EPERM))
+                    elif not dry:
+                        directory.metadata = metadata
             elif status is not None:
                 if not self._existing.may_replace(status, metadata):
                     raise Blocked(
                         f"something that is no directory stands in its place and --overwrite {self._options.overwrite} "
                         "keeps it; nothing below was restored"
                     )
-                if not dry:
-                    target.unlink(parent, name)
+                stands = True
         if directory is None:
             _require_open(parent)
-            directory = Directory(parent, name) if dry else target.make_directory(parent, name)
+            if dry:
+                directory = Directory(parent, name)
+            elif stands:
+                directory = target.replace_by_directory(parent, name)
+            else:
+                directory = target.make_directory(parent, name)
             directory.metadata = None if dry else metadata
             self.outcome.counts.directories += 1
         directory.ordinal = place.number
@@ -191,7 +199,7 @@ class Restorer:
                 if key is not None and self._is_link(item, key, nlink):
                     continue
                 content = item.content
-                if size and mode & 0o170000 == 0o100000 and type(content) is bytes and not dry:
+                if size and mode & 0o170000 == 0o100000 and type(content) is bytes and not dry and not item.make_way:
                     self._restore_small(item, content)
                 else:
                     yield from self._restore(item)
@@ -210,8 +218,9 @@ class Restorer:
         if place.seen is not None and complete:
             directory = place.directory or self._standing(place)
             if directory is not None:
-                for name, error in self._existing.delete_others(directory, place.seen):
-                    self.outcome.failed(self.target.path_of(directory, name), error, "it could not be deleted: ")
+                for name, error, in_part in self._existing.delete_others(directory, place.seen):
+                    what = "not all of it could be deleted: " if in_part else "it could not be deleted: "
+                    self.outcome.failed(self.target.path_of(directory, name), error, what)
         place.seen = None
         if place.directory is not None:
             self.outcome.release(place.directory)
@@ -277,7 +286,8 @@ class Restorer:
             self.outcome.finished(item, 0)
         elif self._options.dry_run:
             self.outcome.finished(item, item.size)
-        elif not isinstance(content, bytes):
+        elif item.make_way is not None or not isinstance(content, bytes):
+            # Finished here and by a rename of its own, not by whoever writes it.
             yield from self._start_large(item)
         else:
             self._restore_small(item, content)
@@ -304,7 +314,7 @@ class Restorer:
             if not self.target.is_root_user:
                 raise OSError(errno.EPERM, "only root can make a device file")
         if not self._options.dry_run:
-            self.target.make_special(item.directory, item.name, item.metadata, content, device)
+            self.target.make_special(item.directory, item.name, item.metadata, content, device, item.make_way)
 
     def _start_large(self, item: Item) -> Iterator[None]:
         """Create a file of more than one piece and note what is wanted for it."""

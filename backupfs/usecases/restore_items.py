@@ -5,7 +5,7 @@ from enum import Enum
 
 from backupfs.errors import DamagedObject
 from backupfs.localfs.exclude import Pattern
-from backupfs.localfs.writing import Directory, Metadata
+from backupfs.localfs.writing import Directory, MakeWay, Metadata
 from backupfs.snapshots.content import Content, Piece
 
 ALWAYS, IF_CHANGED, IF_NEWER, NEVER = "always", "if-changed", "if-newer", "never"
@@ -56,8 +56,8 @@ class Item:
     """A file that is not written yet, or that others are links to."""
 
     __slots__ = (
-        "content", "directory", "error", "failure", "links", "metadata", "name", "number", "remaining", "size",
-        "state", "temporary", "unseen",
+        "content", "directory", "error", "failure", "links", "make_way", "metadata", "name", "number", "remaining",
+        "size", "state", "temporary", "unseen",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +75,7 @@ class Item:
         self.failure = ""
         self.state = State.WAITING
         self.links: list[Item] = []  # other names, to be made when this one is there
+        self.make_way: MakeWay | None = None  # removes a directory in its place, when the file is whole
         self.unseen = 0  # names of the same file that the walk may still meet
 
 

@@ -90,7 +90,7 @@ class Outcome:
     def _finish_large(self, item: Item) -> None:
         try:
             fd = self.target.reopen(item.directory, item.temporary)
-            self.target.finish_file(fd, item.directory, item.temporary, item.name, item.metadata)
+            self.target.finish_file(fd, item.directory, item.temporary, item.name, item.metadata, item.make_way)
         except OSError as error:
             self.target.remove_temporary(item.directory, item.temporary)
             if is_fatal(error):
@@ -118,7 +118,7 @@ class Outcome:
         """Give a restored file another name; False if it has to be a file of its own. Raises: OSError."""
         if not dry_run:
             try:
-                self.target.link(first.directory, first.name, item.directory, item.name)
+                self.target.link(first.directory, first.name, item.directory, item.name, item.make_way)
             except OSError as error:
                 if is_fatal(error):
                     raise

@@ -226,3 +226,18 @@ def test_sparse_writing_reads_back_the_same(
     write_at(fd, data, 0)
     assert os.pread(fd, len(data), 0) == data
     os.close(fd)
+
+
+def test_a_directory_that_an_owner_was_let_into_gets_its_mode_back_at_any_end(tmp_path: Path) -> None:
+    (tmp_path / "d" / "e").mkdir(parents=True)
+    (tmp_path / "d" / "e").chmod(0o111)
+    (tmp_path / "d").chmod(0o555)
+    target, _ = opened(tmp_path)
+    # Root needs no letting in.
+    target.is_root_user = False
+    outer = target.open_existing(target.root, b"d")
+    inner = target.open_existing(outer, b"e")
+    target.write_file(inner, b"a", b"1", PLAIN)
+    assert [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("d", "d/e")] == [0o755, 0o711]
+    target.close()
+    assert [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("d", "d/e")] == [0o555, 0o111]

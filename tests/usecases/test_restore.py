@@ -619,6 +619,91 @@ def test_a_full_directory_in_the_place_of_a_file_goes_only_with_delete(tmp_path:
     assert (tmp_path / "target" / "x").read_bytes() == b"1"
 
 
+@pytest.mark.expected_log
+@pytest.mark.parametrize("size", [3000, 300_000])
+def test_a_directory_goes_only_when_the_file_for_its_place_is_whole(size: int, tmp_path: Path) -> None:
+    tree: Tree = {"x": File(noise(size)), "y": Hardlink("x"), "z": File(b"1")}
+    repository, snapshot, source = saved(tmp_path, tree)
+    there: Tree = {name: {"mine": File(b"3"), "d": {"e": File(b"4")}} for name in "xyz"}
+    target = build(there, tmp_path / "target")
+    before = snapshot_of(target)
+    good = {key: repository.store.get(key) for key in data_packs(repository)}
+    for key, data in good.items():
+        repository.store.put(key, data[:40] + bytes(len(data) - 40))
+    result, _ = run_restore(reopened(repository), snapshot, source, target, delete=True)
+    after = snapshot_of(target)
+    assert (result.errors, result.files, result.deleted) == (2, 1, 4)
+    assert {path: entry for path, entry in after.items() if path[:1] in (b"x", b"y")} == {
+        path: entry for path, entry in before.items() if path[:1] in (b"x", b"y")
+    }
+    assert after[b"z"] == snapshot_of(source)[b"z"]
+    for key, data in good.items():
+        repository.store.put(key, data)
+    result, events = run_restore(reopened(repository), snapshot, source, target, delete=True, verify=True)
+    assert (result.errors, result.files, result.deleted, result.verified, events) == (0, 3, 8, 3, [])
+    assert below(snapshot_of(target)) == below(snapshot_of(source))
+    assert temporaries(target) == []
+
+
+def test_a_file_stays_where_the_directory_for_its_place_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, snapshot, source = saved(tmp_path, {"x": {"y": File(b"1")}})
+    target = build({"x": File(b"2")}, tmp_path / "target")
+
+    def failing(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.EMLINK, "Too many links")
+
+    monkeypatch.setattr(os, "mkdir", failing)
+    _, events = run_restore(repository, snapshot, source, target)
+    assert events == [FileSkipped(target + b"/x", "Too many links")]
+    assert os.listdir(target) == [b"x"]
+    assert (tmp_path / "target" / "x").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("overwrite", ["always", "never"])
+@pytest.mark.parametrize("delete", [False, True])
+def test_a_dry_run_says_what_the_real_run_does_about_what_stands_in_the_way(
+    delete: bool, overwrite: str, tmp_path: Path
+) -> None:
+    tree: dict[str, Entry] = {
+        "big": File(BIG), "chunk": File(b"1" * 600), "empty": File(b"1"), "inline": File(b"1"), "kept": File(b"1"),
+        "link": Symlink(b"x"), "other": Hardlink("chunk"), "over a file": {"x": File(b"1")}, "pipe": Special(),
+        "same": File(b"1"),
+    }  # fmt: skip
+    repository, snapshot, source = saved(tmp_path, tree)
+    there: dict[str, Entry] = {
+        **{name: {"mine": File(b"3"), "d": {"e": File(b"4")}} for name in tree},
+        "empty": {}, "kept": {"x.log": File(b"1"), "y": File(b"2")}, "over a file": File(b"2"), "same": File(b"3"),
+        "strange": {"x": File(b"1"), "x.log": File(b"1")},
+    }  # fmt: skip
+    target = build(there, tmp_path / "target")
+    before = snapshot_of(target)
+    told = []
+    for dry_run in (True, False):
+        assert snapshot_of(target) == before
+        events: list[Event] = []
+        options = RestoreOptions(
+            delete=delete, dry_run=dry_run, overwrite=overwrite, exclude=(parse_pattern(b"*.log"),)
+        )
+        result = trio.run(restore, repository, snapshot, source, target, options, events.append)
+        told.append(
+            (
+                sorted(event.path for event in events if isinstance(event, Deleted)),
+                sorted((event.path, event.reason) for event in events if isinstance(event, FileSkipped)),
+                (result.files, result.directories, result.size, result.unchanged, result.deleted, result.errors),
+            )
+        )
+    assert told[0] == told[1]
+    if overwrite == "always":
+        assert len(told[0][0]) == (7 if delete else 0)
+        assert result.deleted == (6 * 4 + 1 if delete else 0)
+        assert result.errors == (1 if delete else 7)
+        # Nothing of what stays goes.
+        assert {path for path in snapshot_of(target) if path[:4] == b"kept"} == {b"kept", b"kept/x.log", b"kept/y"}
+        assert temporaries(target) == []
+
+
 def test_delete_removes_what_the_snapshot_lacks_and_nothing_else(tmp_path: Path) -> None:
     repository, snapshot, source = saved(tmp_path, {"d": {"a": File(b"1")}, "e": {"b": File(b"2")}})
     outside = build({"precious": File(b"!")}, tmp_path / "outside")
@@ -697,14 +782,16 @@ def test_delete_never_removes_the_repository(tmp_path: Path) -> None:
 @as_root
 def test_delete_stops_at_another_file_system(tmp_path: Path) -> None:
     repository, snapshot, source = saved(tmp_path, {"a": File(b"1")})
-    target = build({"gone": {"disk": {}}}, tmp_path / "target")
+    target = build({"gone": {"disk": {}, "x": File(b"1")}}, tmp_path / "target")
     if subprocess.run(["mount", "-t", "tmpfs", "none", target + b"/gone/disk"], check=False).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         (tmp_path / "target" / "gone" / "disk" / "precious").touch()
-        _, events = run_restore(repository, snapshot, source, target, delete=True)
+        planned, skipped = run_restore(repository, snapshot, source, target, delete=True, dry_run=True)
+        result, events = run_restore(repository, snapshot, source, target, delete=True)
         assert (tmp_path / "target" / "gone" / "disk" / "precious").exists()
         assert [type(event) for event in events] == [FileSkipped]
+        assert (planned.deleted, skipped, os.listdir(target + b"/gone")) == (result.deleted, events, [b"disk"])
     finally:
         subprocess.run(["umount", target + b"/gone/disk"], check=True)
 
@@ -955,20 +1042,11 @@ def test_a_user_restores_over_folders_of_his_own_that_keep_him_out(overwrite: st
     }
     there: dict[str, Entry] = {"same": File(b"1"), "other": File(b"x")}
     of_user = OfUser(open_folder, tree)
+    strange = Directory({"x": File(b"1")}, mode=0o111)
+    deep = Directory({**there, "strange": strange}, mode=0o000)
     build(
         {
-            "ro": Directory(
-                {
-                    **there,
-                    "deep": Directory(
-                        {
-                            **there,
-                        },
-                        mode=0o000,
-                    ),
-                },
-                mode=0o555,
-            ),
+            "ro": Directory({**there, "deep": deep}, mode=0o555),
             "none": Directory(dict(there), mode=0o000),
             "open": Directory(dict(there), mode=0o411),
         },
@@ -988,6 +1066,22 @@ def test_a_user_restores_over_folders_of_his_own_that_keep_him_out(overwrite: st
         kept = before if overwrite == "never" and path in before else wanted
         assert (path, seen[path].mode) == (path, kept[path].mode)
         assert seen[path].content == kept[path].content
+
+
+@as_root
+def test_a_user_is_told_of_folders_that_are_not_his_in_a_dry_run_too(open_folder: Path) -> None:
+    tree: Tree = {
+        "d": {"a": File(b"1"), "b": {"c": File(BIG)}, "l": Symlink(b"x")},
+        "n": Special(stat.S_IFCHR, device=(1, 3)),
+    }
+    of_user = OfUser(open_folder, tree)
+    build({"d": {"mine": File(b"1"), "strange": {"x": File(b"1")}}}, of_user.target)
+    for delete in (False, True):
+        planned = of_user.restore(delete=delete, dry_run=True)
+        real = of_user.restore(delete=delete)
+        assert sorted(planned[:-1]) == sorted(line for line in real[:-1] if "Remark" not in line)
+        assert planned[-1] == real[-1]
+        assert planned[-1].split()[1] == ("7" if delete else "5")
 
 
 @as_root
