@@ -78,7 +78,7 @@ def test_images_are_listed_and_read_by_name(cli: Cli, disk: Path) -> None:
     assert "/volumes/web1p1.raw" in cli("ls", "-R", "web:latest")
     assert cli.run("dump", "web:latest:/disks/web1.raw").stdout == disk.read_bytes()
     assert "no file snapshot" in cli("ls", "latest", code=1)
-    [summary] = cli.json("image", disk, "--name", "web")
+    summary = cli.json("image", disk, "--name", "web")[-1]
     assert (summary["disks"], summary["size"], summary["chunks_new"]) == (1, 64 * MIB, 0)
     assert summary["parent"] == snapshot["id"]
     assert "dry run" in cli("image", "--dry-run", disk)
