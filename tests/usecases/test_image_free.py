@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from backupfs.disks import checkers
+from backupfs.disks.btrfs_sums import sums_of
 from backupfs.disks.checkers import check_volume
 from backupfs.disks.filesystem import Read
 from backupfs.disks.free_space import FreeSpace
@@ -296,7 +297,10 @@ def dirty_ntfs(path: Path) -> None:
 
 
 def dirty_btrfs(path: Path) -> None:
-    write(path, (64 << 10) + 96, b"\0\0\1")
+    block = bytearray(path.read_bytes()[64 << 10 :][:4096])
+    block[98] = 1  # of where its log is
+    total = sums_of(bytes(block)).of(bytes(block[32:]))
+    write(path, 64 << 10, total + bytes(block[len(total) :]))
 
 
 def write(path: Path, at: int, data: bytes) -> None:

@@ -232,7 +232,7 @@ def test_what_finds_fewer_volumes_takes_nothing_out_of_sight(
     before = keys_of(repository.store)
     real = layout.read_table
     monkeypatch.setattr(
-        layout, "read_table", lambda read, size: (table := real(read, size))._replace(partitions=table.partitions[:1])
+        layout, "read_table", lambda *of: (table := real(*of))._replace(partitions=table.partitions[:1])
     )
     for force in (False, True):
         with pytest.raises(UsageError, match="two2: files are shown in a volume that this backupfs does not find"):
