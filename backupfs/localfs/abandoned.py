@@ -13,7 +13,8 @@ import re
 import stat
 from collections.abc import Iterator
 
-from backupfs.localfs.writing import TEMPORARY_PREFIX, Directory, Target
+from backupfs.localfs.directories import Directory
+from backupfs.localfs.writing import TEMPORARY_PREFIX, Target
 
 _LOCK = re.compile(re.escape(TEMPORARY_PREFIX) + rb"[0-9a-f]{12}-lock")
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

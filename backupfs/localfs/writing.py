@@ -13,87 +13,33 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
 
 from backupfs.errors import SourceError, shown
-from backupfs.localfs.mounts import read_mounts
-from backupfs.localfs.reading import path_in
-from backupfs.snapshots.node import Xattrs
+from backupfs.localfs.content import write_at
+from backupfs.localfs.directories import Access, Directory
+from backupfs.localfs.fatal import fatal_reason
+from backupfs.localfs.metadata import (
+    ACCESS_ACL,
+    DEFAULT_ACL,
+    Metadata,
+    MetadataSetter,
+    remove_foreign_xattrs,
+    remove_xattr,
+    umask,
+)
+from backupfs.localfs.place import make_path, require_place_above
 
 TEMPORARY_PREFIX = b".backupfs-"
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_CHANGE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 # Directories beyond them are opened again when needed; a default limit of 1024 descriptors leaves room for files.
 _MOST_OPEN = 128
 # The same for another process, which needs little more than the way to where it is.
 _MOST_OPEN_APART = 32
-# What making a directory gives in windows into the kernel.
-_NOTHING_CAN_BE_MADE = {"proc": errno.ENOENT, "sysfs": errno.EPERM, "devpts": errno.EPERM}
-_ACCESS_ACL, _DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
-# These end a restore: the next file would meet them again.
-_FATAL = {
-    errno.ENOSPC: "is full: make room and run the restore again with --overwrite if-changed",
-    errno.EDQUOT: "is over its quota: make room and run the restore again with --overwrite if-changed",
-    errno.EROFS: "is on a read-only file system: choose another target or mount it for writing",
-    errno.EMFILE: "cannot be written: too many files are open in this process",
-    errno.ENFILE: "cannot be written: too many files are open on this machine",
-    errno.ENOMEM: "cannot be written: the machine is out of memory",
-}
-
 
 # Removes the directory that stands under a name, called just before the rename to it.
 MakeWay = Callable[[], None]
-
-
-class Metadata(NamedTuple):
-    """What a file has beside its bytes."""
-
-    mode: int  # type and permissions
-    owner: int  # ids of this machine
-    group: int
-    mtime_ns: int | None  # None: not recorded
-    xattrs: Xattrs = ()
-
-
-class Directory:
-    """A directory at or below the target."""
-
-    __slots__ = (
-        "closed", "existed", "foreign", "former_mode", "identity", "inherits", "metadata", "name", "names", "ordinal",
-        "parent", "pending",
-    )  # fmt: skip
-
-    def __init__(self, parent: "Directory | None", name: bytes) -> None:
-        self.parent = parent
-        self.name = name
-        self.identity: tuple[int, int] | None = None  # (st_dev, st_ino), known once it was opened
-        self.existed = False  # before this run
-        self.former_mode: int | None = None  # to be given back: this user was let in to write
-        self.closed = False  # a dry run found that this user cannot write into it
-        self.foreign = False  # a dry run found that this user cannot give it a mode or times
-        self.inherits = False  # gives what is made in it a group or an ACL of its own
-        self.names: frozenset[bytes] | set[bytes] = frozenset()  # what was in it before this run
-        self.metadata: Metadata | None = None  # to be set when everything in it is done; None: leave it alone
-        self.pending = 1  # what is not done in it, and 1 for the walk that is still in it
-        self.ordinal = 0
-
-    @property
-    def depth(self) -> int:
-        """The number of directories above, up to the target."""
-        depth, above = 0, self.parent
-        while above is not None:
-            depth, above = depth + 1, above.parent
-        return depth
-
-
-class Removal(NamedTuple):
-    """What became of something that was to go."""
-
-    gone: int  # entries
-    stays: bool  # something of it is there still: kept, or because of an error
-    error: OSError | None  # the first that hindered
 
 
 class Target:
@@ -108,19 +54,17 @@ class Target:
         """
         self.path = path
         self.is_root_user = os.geteuid() == 0
-        self._problem = problem
         self._own = (os.geteuid(), os.getegid())
-        self._kept_bits = 0o777 & ~_umask()  # what a new file's mode keeps of the one asked for
+        self._metadata = MetadataSetter(self.is_root_user, self._own, problem)
+        self.access = Access(self.is_root_user, self._own[0], is_dry=not make)
+        self._kept_bits = 0o777 & ~umask()  # what a new file's mode keeps of the one asked for
         self._open: OrderedDict[Directory, int] = OrderedDict()
         self._most_open = _MOST_OPEN
-        self._let_in: set[Directory] = set()  # those that have a former mode
-        self._is_dry = not make
         self._root_fd = -1
         self.temporary_prefix = b""  # that the names of all temporary files of this run begin with
         self._temporary = b""  # and those of this process
         self.renew_temporary_prefix()
         self._numbers = itertools.count(1)
-        self.owners_kept = False  # ownership was recorded and not set, as only root may
         self.root = Directory(None, b"")
         self.exists = True
         try:
@@ -128,9 +72,9 @@ class Target:
             if not self.root.existed:
                 if not make and not os.path.lexists(path):
                     self.exists = False
-                    _require_place_above(path)
+                    require_place_above(path)
                     return
-                _make_path(path)
+                make_path(path)
             # Resolved once, here: a symlink that the user names is meant.
             self._root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if not make and os.fstatvfs(self._root_fd).f_flag & os.ST_RDONLY:
@@ -146,8 +90,8 @@ class Target:
             ) from error
         if self.root.existed:
             status = os.fstat(self._root_fd)
-            if self._keeps_owner_out(status) and not self._is_dry:
-                self._note_former_mode(self.root, status)
+            if self.access.keeps_owner_out(status) and make:
+                self.access.note_former_mode(self.root, status)
                 os.fchmod(self._root_fd, stat.S_IMODE(status.st_mode) | 0o700)
             self._note_existing(self.root, self._root_fd)
 
@@ -162,11 +106,16 @@ class Target:
         """
         other = copy.copy(self)
         other._open = OrderedDict()
-        other._let_in = set()
+        other.access = self.access.for_another_process()
         other._most_open = _MOST_OPEN_APART
         other._temporary += b"%d-" % number
-        other._problem = problem
+        other._metadata = self._metadata.for_another_process(problem)
         return other
+
+    @property
+    def owners_kept(self) -> bool:
+        """Whether ownership was recorded and not set, as only root may."""
+        return self._metadata.owners_kept
 
     # Directories.
 
@@ -222,8 +171,8 @@ class Target:
         directory = Directory(parent, name)
         if parent.inherits:
             made = self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=fd))
-            for acl in (_ACCESS_ACL, _DEFAULT_ACL):
-                _remove_xattr(made, acl)
+            for acl in (ACCESS_ACL, DEFAULT_ACL):
+                remove_xattr(made, acl)
             os.fchmod(made, 0o700)
         return directory
 
@@ -251,55 +200,25 @@ class Target:
         directory = Directory(parent, name)
         directory.existed = True
         above = self.fd(parent)
-        is_known = self._let_owner_in(directory, above)
+        is_known = self.access.let_owner_in(directory, above)
         if is_known:
             self._note_existing(directory, self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=above)))
         return directory
 
-    def _let_owner_in(self, directory: Directory, above: int) -> bool:
-        """Make a directory one that its owner, if that is this user, may list and write into; False if it cannot be."""
-        if self.is_root_user:
-            return True
-        status = os.stat(directory.name, dir_fd=above, follow_symlinks=False)
-        if not stat.S_ISDIR(status.st_mode) or not self._keeps_owner_out(status):
-            return True
-        if self._is_dry:
-            return status.st_mode & 0o500 == 0o500
-        self._note_former_mode(directory, status)
-        identity = (status.st_dev, status.st_ino)
-        _change_mode(above, directory.name, stat.S_IMODE(status.st_mode) | 0o700, identity)
-        return True
-
-    def _keeps_owner_out(self, status: os.stat_result) -> bool:
-        return not self.is_root_user and status.st_uid == self._own[0] and status.st_mode & 0o700 != 0o700
-
-    def _note_former_mode(self, directory: Directory, status: os.stat_result) -> None:
-        directory.former_mode = stat.S_IMODE(status.st_mode)
-        self._let_in.add(directory)
-
-    def _forget_former_mode(self, directory: Directory) -> None:
-        directory.former_mode = None
-        self._let_in.discard(directory)
-
-    def _give_mode_back(self, directory: Directory) -> None:
+    def give_mode_back(self, directory: Directory) -> None:
+        """Set the mode that a directory had before its owner was let in. Raises: OSError."""
         if directory.former_mode is not None:
             os.fchmod(self.fd(directory), directory.former_mode)
-            self._forget_former_mode(directory)
-
-    def _refuses(self, fd: int) -> bool:
-        """Tell whether this user cannot write into an open directory, nor be let in."""
-        if self.is_root_user or os.fstat(fd).st_uid == self._own[0]:
-            return False
-        return not os.access(b".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=True)
+            self.access.forget_former_mode(directory)
 
     def _note_existing(self, directory: Directory, fd: int) -> None:
         directory.names = {os.fsencode(name) for name in os.listdir(fd)}
         status = os.fstat(fd)
         directory.inherits = bool(status.st_mode & stat.S_ISGID)
-        directory.closed = self._is_dry and self._refuses(fd)
-        directory.foreign = self._is_dry and not self.is_root_user and status.st_uid != self._own[0]
+        directory.closed = self.access.is_dry and self.access.refuses(fd)
+        directory.foreign = self.access.is_dry and not self.is_root_user and status.st_uid != self._own[0]
         try:
-            directory.inherits |= _DEFAULT_ACL in os.listxattr(fd)
+            directory.inherits |= DEFAULT_ACL in os.listxattr(fd)
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EACCES):
                 raise
@@ -312,14 +231,19 @@ class Target:
                 fd = self.fd(directory)
                 status = os.fstat(fd)
                 if directory.existed:
-                    self._remove_foreign_xattrs(fd, metadata.xattrs)
-                self._apply(fd, metadata, self.path_of(directory), (status.st_uid, status.st_gid))
-                self._forget_former_mode(directory)
+                    remove_foreign_xattrs(fd, metadata.xattrs)
+                self._metadata.apply(fd, metadata, self.path_of(directory), (status.st_uid, status.st_gid))
+                self.access.forget_former_mode(directory)
             else:
-                self._give_mode_back(directory)
+                self.give_mode_back(directory)
             self._open_above(directory)
         finally:
             self._close(directory)
+
+    def leave(self, directory: Directory) -> None:
+        """Close a directory that everything is done in, and have the one above open."""
+        self._open_above(directory)
+        self._close(directory)
 
     def _open_above(self, directory: Directory) -> None:
         # The way from the target down would cost as many calls as the directory is deep, at each level.
@@ -343,9 +267,9 @@ class Target:
 
     def close(self) -> None:
         """Close every descriptor, and give directories that were not finished their modes back."""
-        for directory in sorted(self._let_in, key=lambda directory: directory.depth, reverse=True):
+        for directory in self.access.opened_to_owner():
             with contextlib.suppress(OSError):
-                self._give_mode_back(directory)
+                self.give_mode_back(directory)
         self.close_directories()
         if self._root_fd >= 0:
             os.close(self._root_fd)
@@ -390,7 +314,7 @@ class Target:
                 os.close(fd)
             os.rename(temporary, name, src_dir_fd=fd_above, dst_dir_fd=fd_above)
         except BaseException:
-            unlink_quietly(temporary, fd_above)
+            _unlink_quietly(temporary, fd_above)
             raise
 
     def finish_file(
@@ -416,13 +340,13 @@ class Target:
         own = self._own
         if metadata.xattrs or directory.inherits:
             if directory.inherits:
-                _remove_xattr(fd, _ACCESS_ACL)
+                remove_xattr(fd, ACCESS_ACL)
                 own = (-1, -1)
-            self._apply(fd, metadata, self.path_of(directory, name), own)
+            self._metadata.apply(fd, metadata, self.path_of(directory, name), own)
             return
         mode = metadata.mode & 0o7777
         if metadata.owner != own[0] or metadata.group != own[1]:
-            mode = self._set_owner(fd, metadata, own, lambda: self.path_of(directory, name))
+            mode = self._metadata.set_owner(fd, metadata, own, lambda: self.path_of(directory, name))
         os.fchmod(fd, mode)
         if metadata.mtime_ns is not None:
             os.utime(fd, ns=(metadata.mtime_ns, metadata.mtime_ns))
@@ -430,7 +354,7 @@ class Target:
     def remove_temporary(self, directory: Directory, temporary: bytes) -> None:
         """Remove a file that is not finished; whatever hinders it is passed over."""
         try:
-            unlink_quietly(temporary, self.fd(directory))
+            _unlink_quietly(temporary, self.fd(directory))
         except OSError:
             return
 
@@ -454,7 +378,7 @@ class Target:
         else:
             raise OSError(errno.EINVAL, f"a file of the unknown type {kind:o} cannot be made")
         try:
-            self._apply_by_name(above, temporary, metadata, self.path_of(directory, name), directory.inherits)
+            self._metadata.apply_by_name(above, temporary, metadata, self.path_of(directory, name), directory.inherits)
             if make_way is not None:
                 make_way()
                 above = self.fd(directory)
@@ -489,135 +413,11 @@ class Target:
             # Renaming onto another name of the same file does nothing, by POSIX, and leaves both names.
             self.remove_temporary(directory, temporary)
 
-    # Metadata.
-
-    def _apply(self, fd: int, metadata: Metadata, path: bytes, own: tuple[int, int]) -> None:
-        """Set everything on an open file or directory; what cannot be set is told to `problem`.
-
-        own: the owner that it has.
-        """
-        mode = metadata.mode & 0o7777
-        if (metadata.owner, metadata.group) != own:
-            mode = self._set_owner(fd, metadata, own, lambda: path)
-        # In this order: chown takes capabilities away, and without write permission a user.* attribute is refused.
-        for name, value in metadata.xattrs:
-            self._set_xattr(fd, name, value, path)
-        os.fchmod(fd, mode)
-        if metadata.mtime_ns is not None:
-            os.utime(fd, ns=(metadata.mtime_ns, metadata.mtime_ns))
-
-    def _set_owner(self, fd: int, metadata: Metadata, own: tuple[int, int], path: Callable[[], bytes]) -> int:
-        """Set the owner and return the mode to set: set-id bits must never serve an owner they were not meant for."""
-        mode = metadata.mode & 0o7777
-        if self.is_root_user:
-            try:
-                os.fchown(fd, metadata.owner, metadata.group)
-                return mode
-            except OSError as error:
-                if is_fatal(error):
-                    raise
-                self._problem(path(), f"its owner could not be set: {error.strerror}")
-                status = os.fstat(fd)
-                own = (status.st_uid, status.st_gid)
-        else:
-            self.owners_kept = True
-            if own == (-1, -1):
-                status = os.fstat(fd)
-                own = (status.st_uid, status.st_gid)
-        if metadata.owner != own[0]:
-            mode &= ~stat.S_ISUID
-        if metadata.group != own[1] and not stat.S_ISDIR(metadata.mode):
-            mode &= ~stat.S_ISGID
-        return mode
-
-    def _apply_by_name(self, above: int, name: bytes, metadata: Metadata, path: bytes, inherits: bool) -> None:
-        """Set everything on what must not be opened: symlinks, fifos, sockets, devices."""
-        mode = metadata.mode & 0o7777
-        if inherits or (metadata.owner, metadata.group) != self._own:
-            if self.is_root_user:
-                try:
-                    os.chown(name, metadata.owner, metadata.group, dir_fd=above, follow_symlinks=False)
-                except OSError as error:
-                    if is_fatal(error):
-                        raise
-                    self._problem(path, f"its owner could not be set: {error.strerror}")
-                    mode &= 0o1777
-            elif (metadata.owner, metadata.group) != self._own:
-                self.owners_kept = True
-                mode &= 0o1777
-        is_link = stat.S_ISLNK(metadata.mode)
-        at = path_in(above, name)
-        if inherits and not is_link:
-            _remove_xattr(at, _ACCESS_ACL)
-        if not is_link:
-            _change_mode(above, name, mode)
-        for attribute, value in metadata.xattrs:
-            self._set_xattr(at, attribute, value, path)
-        if metadata.mtime_ns is not None:
-            os.utime(name, ns=(metadata.mtime_ns, metadata.mtime_ns), dir_fd=above, follow_symlinks=False)
-
-    def _set_xattr(self, at: int | bytes, name: bytes, value: bytes, path: bytes) -> None:
-        follow = isinstance(at, int)
-        try:
-            os.setxattr(at, name, value, follow_symlinks=follow)
-        except OSError as error:
-            try:
-                # Some are there by themselves, such as the label that a security module gives.
-                if os.getxattr(at, name, follow_symlinks=follow) == value:
-                    return
-            except OSError:
-                pass
-            if is_fatal(error) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            self._problem(path, f"its attribute {shown(name)} could not be set: {error.strerror}")
-
-    def _remove_foreign_xattrs(self, at: int | bytes, wanted: Xattrs) -> None:
-        for name in foreign_xattrs(at, wanted):
-            _remove_xattr(at, name)
-
     def mend(self, directory: Directory, name: bytes, status: os.stat_result, metadata: Metadata) -> None:
         """Bring what a file has beside its bytes up to date, where that differs. Raises: OSError."""
-        same_owner = not self.is_root_user or (status.st_uid, status.st_gid) == (metadata.owner, metadata.group)
-        above = self.fd(directory)
-        at = path_in(above, name)
-        if (
-            stat.S_IMODE(status.st_mode) == stat.S_IMODE(metadata.mode)
-            and same_owner
-            and _has_xattrs(at, metadata.xattrs)
-            and not foreign_xattrs(at, metadata.xattrs)
-        ):
-            return
-        path = self.path_of(directory, name)
-        own = (status.st_uid, status.st_gid)
-        if not stat.S_ISREG(status.st_mode):
-            self._remove_foreign_xattrs(at, metadata.xattrs)
-            self._apply_by_name(above, name, metadata, path, own != self._own)
-            return
-        fd = self._open_to_change(above, name, status)
-        if fd < 0:
-            return
-        try:
-            self._remove_foreign_xattrs(fd, metadata.xattrs)
-            self._apply(fd, metadata, path, own)
-        finally:
-            os.close(fd)
+        self._metadata.mend(self.fd(directory), name, status, metadata, lambda: self.path_of(directory, name))
 
-    def _open_to_change(self, above: int, name: bytes, status: os.stat_result) -> int:
-        """Open a file whose status is known, though its mode may keep its owner out; -1 if it is another by now.
-
-        Its owner may read and write it from then on. Raises: OSError.
-        """
-        identity = (status.st_dev, status.st_ino)
-        if not self.is_root_user and status.st_mode & 0o600 != 0o600 and status.st_uid == self._own[0]:
-            _change_mode(above, name, stat.S_IMODE(status.st_mode) | 0o600, identity)
-        fd = os.open(name, _CHANGE_FLAGS, dir_fd=above)
-        now = os.fstat(fd)
-        if (now.st_dev, now.st_ino) != identity:
-            os.close(fd)
-            return -1
-        return fd
-
-    # Looking and removing.
+    # What is there already.
 
     def status(self, directory: Directory, name: bytes) -> os.stat_result | None:
         """Return what stands under a name, or None. Raises: OSError."""
@@ -630,245 +430,18 @@ class Target:
         """Return where a symlink leads. Raises: OSError."""
         return os.readlink(name, dir_fd=self.fd(directory))
 
-    def is_empty(self, directory: Directory, name: bytes) -> bool:
-        """Tell whether a directory has nothing in it, or cannot be looked into. Raises: OSError."""
-        try:
-            fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd(directory))
-        except PermissionError:
-            return True
-        try:
-            return not os.listdir(fd)
-        finally:
-            os.close(fd)
-
     def remove_empty(self, directory: Directory, name: bytes) -> None:
         """Remove an empty directory. Raises: OSError."""
         os.rmdir(name, dir_fd=self.fd(directory))
 
-    def remove_tree(
-        self, directory: Directory, name: bytes, kept: Callable[[bytes, bool], bool], dry_run: bool = False
-    ) -> Removal:
-        """Remove a file, or a directory with everything in it that can go, on its own file system.
-
-        kept: (path below the target with a leading slash, is a directory) → leave it alone. A directory that keeps
-        something stays, too.
-        dry_run: only tell what would be.
-        Raises: OSError if it is not there.
-        """
-        relative = self.path_of(directory, name)[len(self.path.rstrip(b"/")) :]
-        above = self.fd(directory)
-        status = os.stat(name, dir_fd=above, follow_symlinks=False)
-        is_directory = stat.S_ISDIR(status.st_mode)
-        if kept(relative, is_directory):
-            return Removal(0, True, None)
-        if not is_directory:
-            error = self._unlink_error(directory, name, dry_run)
-            return Removal(0, True, error) if error else Removal(1, False, None)
-        removed, first = 0, None
-        device = os.fstat(above).st_dev
-        holders: set[Directory] = set()  # directories that something stays in, with all above
-        stack = [(Directory(directory, name), relative, False)]
-        while stack:
-            current, at, emptied = stack.pop()
-            assert current.parent is not None
-            if not emptied:
-                try:
-                    found = self._entries(current, device, dry_run)
-                except OSError as raised:
-                    holders.add(current)
-                    first, found = first or raised, []
-                stack.append((current, at, True))
-                for child, is_directory in found:
-                    path = at + b"/" + child
-                    if kept(path, is_directory):
-                        holders.add(current)
-                    elif is_directory:
-                        stack.append((Directory(current, child), path, False))
-                    elif error := self._unlink_error(current, child, dry_run):
-                        holders.add(current)
-                        first = first or error
-                    else:
-                        removed += 1
-                continue
-            goes = current not in holders
-            if goes:
-                goes, error = self._remove_empty(current, dry_run)
-                first = first or error
-            if goes:
-                self._forget_former_mode(current)
-                removed += 1
-            else:
-                holders.add(current.parent)
-                with contextlib.suppress(OSError):
-                    self._give_mode_back(current)
-            self._open_above(current)
-            self._close(current)
-        return Removal(removed, directory in holders, first)
-
-    def _entries(self, directory: Directory, device: int, dry_run: bool) -> list[tuple[bytes, bool]]:
-        """Return (name, is a directory) of what is in a directory that is to be removed. Raises: OSError."""
-        assert directory.parent is not None
-        if not self._let_owner_in(directory, self.fd(directory.parent)):
-            return []
-        fd = self.fd(directory)
-        if os.fstat(fd).st_dev != device:
-            raise OSError(errno.EBUSY, "another file system is mounted in it")
-        directory.closed = dry_run and self._refuses(fd)
-        with os.scandir(fd) as entries:
-            return [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
-
-    def _unlink_error(self, directory: Directory, name: bytes, dry_run: bool) -> OSError | None:
-        """Remove what is no directory; return what hinders that, or would."""
-        if dry_run:
-            return _closed_error() if directory.closed else None
-        try:
-            os.unlink(name, dir_fd=self.fd(directory))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            return error
-        return None
-
-    def _remove_empty(self, directory: Directory, dry_run: bool) -> tuple[bool, OSError | None]:
-        """Remove a directory; return (whether it went, what hindered that). Something may have come into it."""
-        assert directory.parent is not None
-        if dry_run:
-            return not directory.parent.closed, _closed_error() if directory.parent.closed else None
-        try:
-            os.rmdir(directory.name, dir_fd=self.fd(directory.parent))
-        except OSError as error:
-            return False, None if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else error
-        return True, None
-
     def full(self, error: OSError) -> SourceError:
         """Return the error that ends the run."""
-        return SourceError(f"the target {shown(self.path)} {_FATAL[error.errno or 0]}")
+        return SourceError(f"the target {shown(self.path)} {fatal_reason(error)}")
 
 
-def is_fatal(error: OSError) -> bool:
-    """Tell whether every other file would fail for the same reason."""
-    return error.errno in _FATAL
-
-
-def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all bytes at an offset. Raises: OSError."""
-    with memoryview(data) as view:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(fd, view[done:] if done else view, offset + done)
-
-
-def write_sparsely(fd: int, data: bytes | memoryview, offset: int, least_hole: int = 8 << 10) -> None:
-    """Write bytes at an offset of a new file, leaving out long runs of zeros.
-
-    The caller sets the file's length: a run at the end leaves no trace. Raises: OSError.
-    """
-    plain = bytes(data)
-    zeros = bytes(least_hole)
-    start = 0
-    while True:
-        at = plain.find(zeros, start)
-        if at < 0:
-            write_at(fd, memoryview(plain)[start:], offset + start)
-            return
-        write_at(fd, memoryview(plain)[start:at], offset + start)
-        start = at + least_hole
-        while plain.startswith(zeros, start):
-            start += least_hole
-
-
-def _closed_error() -> OSError:
-    return PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
-def unlink_quietly(name: bytes, dir_fd: int) -> None:
+def _unlink_quietly(name: bytes, dir_fd: int) -> None:
     """Remove a file that may not be there."""
     try:
         os.unlink(name, dir_fd=dir_fd)
     except OSError:
         return
-
-
-def foreign_xattrs(at: int | bytes, wanted: Xattrs) -> list[str]:
-    """Return the names of attributes that somebody set and the snapshot does not have; ACLs are among them.
-
-    at: a descriptor, or the path of something that is not to be followed.
-    """
-    try:
-        present = os.listxattr(at, follow_symlinks=isinstance(at, int))
-    except OSError:
-        return []
-    if not present:
-        return []
-    names = {name for name, _ in wanted}
-    return [
-        name for name in present if name.startswith(("user.", "system.posix_acl_")) and os.fsencode(name) not in names
-    ]
-
-
-def _has_xattrs(at: bytes, wanted: Xattrs) -> bool:
-    try:
-        return all(os.getxattr(at, name, follow_symlinks=False) == value for name, value in wanted)
-    except OSError:
-        return False
-
-
-def _change_mode(above: int, name: bytes, mode: int, identity: tuple[int, int] | None = None) -> None:
-    # chmod by name would follow a symlink that took the file's place just now.
-    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
-    try:
-        if identity is not None:
-            status = os.fstat(fd)
-            if (status.st_dev, status.st_ino) != identity:
-                return
-        os.chmod(b"/proc/self/fd/%d" % fd, mode)
-    finally:
-        os.close(fd)
-
-
-def _umask() -> int:
-    # umask(2) cannot be asked without being changed, for every thread of the process.
-    try:
-        with open("/proc/self/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Umask:"):
-                    return int(line.split()[1], 8)
-    except OSError:
-        pass
-    return 0o777
-
-
-def _remove_xattr(at: int | bytes, name: str) -> None:
-    try:
-        os.removexattr(at, name, follow_symlinks=isinstance(at, int))
-    except OSError:
-        return  # there is none
-
-
-def _require_place_above(path: bytes) -> None:
-    """Raise what making a path would raise because of where it is."""
-    above = os.path.dirname(os.path.abspath(path))
-    while not os.path.lexists(above):
-        above = os.path.dirname(above)
-    if not os.path.isdir(above):
-        raise NotADirectoryError(errno.ENOTDIR, "not a directory", above)
-    number = 0
-    if os.statvfs(above).f_flag & os.ST_RDONLY:
-        number = errno.EROFS
-    elif not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
-        number = errno.EACCES
-    else:
-        # Root may write there, says the kernel, but nothing can be made.
-        device = os.stat(above).st_dev
-        kinds = {mount.fstype for mount in read_mounts() if mount.device == (os.major(device), os.minor(device))}
-        number = next((_NOTHING_CAN_BE_MADE[kind] for kind in kinds if kind in _NOTHING_CAN_BE_MADE), 0)
-    if number:
-        raise OSError(number, os.strerror(number), above)
-
-
-def _make_path(path: bytes) -> None:
-    """Make a directory and those above it that are missing; the last one private until it is filled."""
-    parent = os.path.dirname(path.rstrip(b"/"))
-    if parent and not os.path.isdir(parent):
-        os.makedirs(parent, exist_ok=True)
-    os.mkdir(path, 0o700)

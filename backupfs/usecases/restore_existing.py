@@ -9,7 +9,10 @@ import stat
 from collections.abc import Callable
 from functools import partial
 
-from backupfs.localfs.writing import Directory, Metadata, Removal, Target
+from backupfs.localfs.directories import Directory
+from backupfs.localfs.metadata import Metadata
+from backupfs.localfs.removing import Removal, is_empty, remove_tree
+from backupfs.localfs.writing import Target
 from backupfs.usecases.events import Deleted, Report
 from backupfs.usecases.restore_items import (
     IF_CHANGED,
@@ -99,7 +102,7 @@ class ExistingFiles:
         failed: list[tuple[bytes, OSError, bool]] = []
         for name in sorted(name for name in directory.names if name not in wanted):
             try:
-                removal = self._target.remove_tree(directory, name, self._stays, self._options.dry_run)
+                removal = remove_tree(self._target, directory, name, self._stays, self._options.dry_run)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -125,10 +128,10 @@ class ExistingFiles:
     def _plan_to_make_way(self, item: Item) -> None:
         """Have the directory in an item's place removed when the item is whole. Raises: Blocked; OSError."""
         directory, name = item.directory, item.name
-        if not self._target.is_empty(directory, name):
+        if not is_empty(self._target, directory, name):
             if not self._options.delete:
                 raise Blocked(_NOT_EMPTY)
-            removal = self._target.remove_tree(directory, name, self._stays, dry_run=True)
+            removal = remove_tree(self._target, directory, name, self._stays, dry_run=True)
             if removal.error is not None:
                 raise removal.error
             if removal.stays:
@@ -149,7 +152,7 @@ class ExistingFiles:
                 raise
             if not self._options.delete:
                 raise OSError(errno.ENOTEMPTY, _NOT_EMPTY) from error
-            removal = self._target.remove_tree(directory, name, self._stays)
+            removal = remove_tree(self._target, directory, name, self._stays)
             self._count_deleted(directory, name, removal)
             if removal.error is not None:
                 raise removal.error from error

@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator
 
 from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
-from backupfs.localfs.writing import Directory, Metadata, is_fatal, write_at
+from backupfs.localfs.content import write_at
+from backupfs.localfs.directories import Directory
+from backupfs.localfs.fatal import is_fatal
+from backupfs.localfs.metadata import Metadata
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.fetch import PackRange, WantedChunk, give_up, plan_ranges
 from backupfs.snapshots.content import CHUNK, HOLE, INLINE_MARK, SINGLE_MARK, Content, Extents, Piece, pieces

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from backupfs.errors import DamagedObject
+from backupfs.localfs.directories import Directory
 from backupfs.localfs.exclude import Pattern
-from backupfs.localfs.writing import Directory, MakeWay, Metadata
+from backupfs.localfs.metadata import Metadata
+from backupfs.localfs.writing import MakeWay
 from backupfs.snapshots.content import Content, Piece
 
 ALWAYS, IF_CHANGED, IF_NEWER, NEVER = "always", "if-changed", "if-newer", "never"

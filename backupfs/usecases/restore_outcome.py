@@ -7,7 +7,9 @@ Threading: one thread at a time, the target's.
 import logging
 from collections.abc import Iterator
 
-from backupfs.localfs.writing import Directory, Target, is_fatal
+from backupfs.localfs.directories import Directory
+from backupfs.localfs.fatal import is_fatal
+from backupfs.localfs.writing import Target
 from backupfs.usecases.events import FileSkipped, Remark, Report
 from backupfs.usecases.restore_items import Counts, Item, State
 

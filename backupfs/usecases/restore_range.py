@@ -14,7 +14,11 @@ from backupfs.codec.sectors import SectorCipher
 from backupfs.errors import DamagedObject
 from backupfs.forked import Line
 from backupfs.ids import ChunkId
-from backupfs.localfs.writing import Directory, Metadata, Target, is_fatal, write_at, write_sparsely
+from backupfs.localfs.content import write_at, write_sparsely
+from backupfs.localfs.directories import Directory
+from backupfs.localfs.fatal import is_fatal
+from backupfs.localfs.metadata import Metadata
+from backupfs.localfs.writing import Target
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.fetch import PackRange
 from backupfs.repository.pack import PackRef

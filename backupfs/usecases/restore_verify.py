@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 
 from backupfs.errors import DamagedObject, shown
 from backupfs.ids import ChunkId
-from backupfs.localfs.writing import Directory, Metadata, foreign_xattrs, is_fatal
+from backupfs.localfs.directories import Directory
+from backupfs.localfs.fatal import is_fatal
+from backupfs.localfs.metadata import Metadata, foreign_xattrs
 from backupfs.repository.chunks import ChunkReader
 from backupfs.snapshots.content import CHUNK, HOLE, Content, Extents, pieces
 from backupfs.snapshots.node import STAT_ROW, Node

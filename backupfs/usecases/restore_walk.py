@@ -15,8 +15,9 @@ from typing import Protocol
 from backupfs.codec.records import decode_record
 from backupfs.errors import DamagedObject
 from backupfs.ids import ChunkId
+from backupfs.localfs.directories import Directory
 from backupfs.localfs.exclude import Excluder, Pattern
-from backupfs.localfs.writing import Directory, Metadata
+from backupfs.localfs.metadata import Metadata
 from backupfs.snapshots.node import NANOSECONDS, STAT_ROW, Node
 from backupfs.snapshots.tree import LeafPage, decode_xattrs, leaf_pages
 

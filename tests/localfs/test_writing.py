@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupfs.errors import SourceError
-from backupfs.localfs import writing
-from backupfs.localfs.writing import Directory, Metadata, Target, write_at, write_sparsely
+from backupfs.localfs import fatal, writing
+from backupfs.localfs.content import write_at, write_sparsely
+from backupfs.localfs.directories import Directory
+from backupfs.localfs.metadata import Metadata, change_mode
+from backupfs.localfs.writing import Target
 from tests.descriptors import open_files
 
 PLAIN = Metadata(stat.S_IFREG | 0o640, os.geteuid(), os.getegid(), 123)
@@ -158,7 +161,7 @@ def test_a_mode_is_not_set_through_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(precious)
     fd = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises(OSError, match="not supported"):
-        writing._change_mode(fd, b"link", 0o777)
+        change_mode(fd, b"link", 0o777)
     os.close(fd)
     assert stat.S_IMODE(precious.stat().st_mode) == 0o600
 
@@ -200,12 +203,12 @@ def test_an_attribute_that_cannot_be_set_is_a_problem_and_no_failure(tmp_path: P
 
 def test_every_fatal_error_says_what_to_do(tmp_path: Path) -> None:
     target, _ = opened(tmp_path)
-    for number in writing._FATAL:
+    for number in fatal._FATAL:
         error = OSError(number, os.strerror(number))
-        assert writing.is_fatal(error)
+        assert fatal.is_fatal(error)
         assert isinstance(target.full(error), SourceError)
         assert str(tmp_path) in str(target.full(error))
-    assert not writing.is_fatal(OSError(errno.EACCES, "x"))
+    assert not fatal.is_fatal(OSError(errno.EACCES, "x"))
     target.close()
 
 
@@ -234,7 +237,7 @@ def test_a_directory_that_an_owner_was_let_into_gets_its_mode_back_at_any_end(tm
     (tmp_path / "d").chmod(0o555)
     target, _ = opened(tmp_path)
     # Root needs no letting in.
-    target.is_root_user = False
+    target.access.is_root_user = False
     outer = target.open_existing(target.root, b"d")
     inner = target.open_existing(outer, b"e")
     target.write_file(inner, b"a", b"1", PLAIN)
