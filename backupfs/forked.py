@@ -55,15 +55,19 @@ class Line:
 
     def send(self, message: object) -> None:
         """Tell the leader something, and all that was to be told soon. Raises: LeaderGone."""
-        self._gathered += encoded(message)
-        gathered, self._gathered = self._gathered, bytearray()
+        data = encoded(message)
+        if self._gathered:
+            data, self._gathered = bytes(self._gathered) + data, bytearray()
         try:
-            _write(self._outgoing, gathered)
+            _write(self._outgoing, data)
         except BrokenPipeError:
             raise LeaderGone from None
 
     def send_soon(self, message: object) -> None:
-        """Tell the leader something, together with what comes right after it: `send` ends that. Raises: LeaderGone."""
+        """Tell the leader something, together with what comes right after it: `send` ends that. Raises: LeaderGone.
+
+        For processes of one thread.
+        """
         now = time.monotonic()
         if len(self._gathered) > _MOST_GATHERED or now - self._sent_at > _GATHER_S:
             self._sent_at = now
@@ -320,7 +324,7 @@ def encoded(message: object) -> bytes:
     return len(data).to_bytes(_LENGTH_SIZE, "little") + data
 
 
-def _write(pipe: int, data: bytes | bytearray) -> None:
+def _write(pipe: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(pipe, view) :]

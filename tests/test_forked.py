@@ -6,6 +6,7 @@ import signal
 import pytest
 import trio
 
+from backupfs import forked
 from backupfs.cli import main
 from backupfs.forked import Line, encoded, fork
 from tests.processes import children_of_this_process
@@ -82,6 +83,33 @@ def test_many_messages_of_any_size_arrive_whole_and_in_order() -> None:
     trio.run(talk)
     process.wait()
     assert got == [(len(data), data[::-1]) for data in wanted]
+
+
+def test_what_is_told_soon_waits_for_the_rest_and_goes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked, "_GATHER_S", float("inf"))
+    incoming, outgoing = os.pipe()
+    os.set_blocking(incoming, False)
+    line = Line(-1, outgoing)
+    for number in range(30):
+        line.send_soon(number)
+    with pytest.raises(BlockingIOError):
+        os.read(incoming, 1)
+    line.send("last")
+    assert os.read(incoming, 1 << 16) == b"".join(map(encoded, [*range(30), "last"]))
+    line.send("alone")
+    assert os.read(incoming, 1 << 16) == encoded("alone")
+    # No more is held back than a pipe takes, and nothing for long.
+    line.send_soon(bytes(2000))
+    monkeypatch.setattr(forked, "_MOST_GATHERED", 1000)
+    with pytest.raises(BlockingIOError):
+        os.read(incoming, 1)
+    line.send_soon(bytes(10))
+    assert os.read(incoming, 1 << 17).endswith(encoded(bytes(10))[-10:])
+    monkeypatch.setattr(forked, "_GATHER_S", 0.0)
+    line.send_soon("at once")
+    assert os.read(incoming, 1 << 17).endswith(encoded("at once"))
+    os.close(incoming)
+    os.close(outgoing)
 
 
 def test_an_interrupt_that_an_event_loop_takes_for_its_own_fault_is_one(

@@ -9,7 +9,8 @@ from functools import lru_cache
 
 # Without O_NONBLOCK the opening of a fifo that took a file's place would wait for a writer for ever.
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# How a directory is opened: never by way of a symlink.
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Only root and the owner may ask not to touch the access time.
 _NO_ATIME = os.O_NOATIME if hasattr(os, "O_NOATIME") and os.geteuid() == 0 else 0
 FILE_FLAGS = _FLAGS | _NO_ATIME
@@ -22,7 +23,7 @@ def open_file(name: bytes, dir_fd: int) -> int:
 
 def open_directory(name: bytes, dir_fd: int | None) -> int:
     """Open a directory; not through a symlink. Raises: OSError."""
-    return os.open(name, _DIRECTORY_FLAGS | _NO_ATIME, dir_fd=dir_fd)
+    return os.open(name, DIRECTORY_FLAGS | _NO_ATIME, dir_fd=dir_fd)
 
 
 def list_names(fd: int) -> list[bytes]:

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from backupfs.localfs.directories import Directory
+from backupfs.localfs.reading import DIRECTORY_FLAGS
 from backupfs.localfs.writing import Target
-
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Removal(NamedTuple):
@@ -28,7 +27,7 @@ class Removal(NamedTuple):
 def is_empty(target: Target, directory: Directory, name: bytes) -> bool:
     """Tell whether a directory has nothing in it, or cannot be looked into. Raises: OSError."""
     try:
-        fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=target.fd(directory))
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=target.fd(directory))
     except PermissionError:
         return True
     try:

@@ -28,10 +28,10 @@ from backupfs.localfs.metadata import (
     umask,
 )
 from backupfs.localfs.place import make_path, require_place_above
+from backupfs.localfs.reading import DIRECTORY_FLAGS
 
 TEMPORARY_PREFIX = b".backupfs-"
 
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # Directories beyond them are opened again when needed; a default limit of 1024 descriptors leaves room for files.
 _MOST_OPEN = 128
@@ -142,7 +142,7 @@ class Target:
             assert above.parent is not None, "the target's own descriptor stays open"
             above = above.parent
         for below in reversed(closed):
-            fd = self._keep(below, os.open(below.name, _DIRECTORY_FLAGS, dir_fd=fd))
+            fd = self._keep(below, os.open(below.name, DIRECTORY_FLAGS, dir_fd=fd))
         return fd
 
     def _descriptor(self, directory: Directory) -> int | None:
@@ -170,7 +170,7 @@ class Target:
         os.mkdir(name, 0o700, dir_fd=fd)
         directory = Directory(parent, name)
         if parent.inherits:
-            made = self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=fd))
+            made = self._keep(directory, os.open(name, DIRECTORY_FLAGS, dir_fd=fd))
             for acl in (ACCESS_ACL, DEFAULT_ACL):
                 remove_xattr(made, acl)
             os.fchmod(made, 0o700)
@@ -202,7 +202,7 @@ class Target:
         above = self.fd(parent)
         is_known = self.access.let_owner_in(directory, above)
         if is_known:
-            self._note_existing(directory, self._keep(directory, os.open(name, _DIRECTORY_FLAGS, dir_fd=above)))
+            self._note_existing(directory, self._keep(directory, os.open(name, DIRECTORY_FLAGS, dir_fd=above)))
         return directory
 
     def give_mode_back(self, directory: Directory) -> None:

@@ -30,7 +30,7 @@ _LEAST_READ = 4 << 30
 # Shares of the processor time that a reader may have: behind the first none is spent on contents any more, behind the
 # second on nothing, so that what was found before is not lost with it.
 _READING_SHARE, _WALKING_SHARE = 0.8, 0.95
-# To ask for the time costs as much as a small part of an entry.
+# To ask for the time is a system call, so it is not done for each.
 _STEPS_PER_LOOK = 32
 # What fits into a stat row.
 _MOST_TIME_NS = (1 << 62) * NANOSECONDS
