@@ -7,7 +7,6 @@ import pytest
 import trio
 
 from backupfs import forked
-from backupfs.cli import main
 from backupfs.forked import Line, encoded, fork
 from tests.processes import children_of_this_process
 
@@ -110,24 +109,3 @@ def test_what_is_told_soon_waits_for_the_rest_and_goes_before_it(monkeypatch: py
     assert os.read(incoming, 1 << 17).endswith(encoded("at once"))
     os.close(incoming)
     os.close(outgoing)
-
-
-def test_an_interrupt_that_an_event_loop_takes_for_its_own_fault_is_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_arguments: object, **_options: object) -> None:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt as error:
-            raise trio.TrioInternalError("internal error") from error
-
-    monkeypatch.setattr(main.cli, "main", interrupted)
-    assert main.run(["backup", "/"]) == 130
-    assert "interrupted" in capsys.readouterr().err
-
-    def broken(*_arguments: object, **_options: object) -> None:
-        raise trio.TrioInternalError("internal error") from ValueError("a bug")
-
-    monkeypatch.setattr(main.cli, "main", broken)
-    with pytest.raises(trio.TrioInternalError):
-        main.run(["backup", "/"])

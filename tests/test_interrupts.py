@@ -75,3 +75,46 @@ def test_a_result_and_an_error_come_through() -> None:
     assert interrupts.run(gives, 3) == 3
     with pytest.raises(ValueError, match="-1"):
         interrupts.run(gives, -1)
+
+
+_INTERRUPTED_AT_A_LINE = """
+    import os, signal, sys, trio
+    from backupfs import interrupts
+
+    async def works():
+        await trio.lowlevel.checkpoint()
+
+    def interrupted_at(moment):
+        lines = 0
+
+        def trace(frame, event, _argument):
+            nonlocal lines
+            if "trio" not in frame.f_code.co_filename and not frame.f_code.co_filename.endswith("interrupts.py"):
+                return None
+            if event == "line":
+                lines += 1
+                if lines == moment:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            interrupts.run(works)
+        except KeyboardInterrupt:
+            return None
+        finally:
+            sys.settrace(None)
+        return lines
+
+    lines = interrupted_at(0)
+    for moment in range(1, lines + 1):
+        if interrupted_at(moment) is not None:
+            print(f"an interrupt at line {moment} of {lines} was lost")
+    print(lines > 300)
+"""
+
+
+def test_an_interrupt_while_the_event_loop_begins_or_ends_is_no_fault_and_not_lost() -> None:
+    script = textwrap.dedent(_INTERRUPTED_AT_A_LINE)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -142,18 +142,7 @@ def run(arguments: list[str]) -> int:
         return _told(error)
     except OSError as error:
         return _told(BackupfsError(_os_error_text(error)))
-    except Exception as error:
-        # Where an event loop is just being set up, it takes Ctrl-C for a fault of its own.
-        if type(error).__name__ == "TrioInternalError" and _is_due_to_interrupt(error):
-            return _interrupted(arguments)
-        raise
     return code
-
-
-def _is_due_to_interrupt(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _of_group(group: "BaseExceptionGroup[BaseException]", arguments: list[str]) -> int:
@@ -231,7 +220,7 @@ def _open_missing_streams() -> None:
 
 
 def _interrupt(_number: int, _frame: object) -> None:
-    # As Ctrl-C, whose handler knows when the event loop can be interrupted; raising here would break it anywhere.
+    # As Ctrl-C, whose handler knows whether an event loop runs (interrupts.py); raising here would break it anywhere.
     signal.raise_signal(signal.SIGINT)
 
 
