@@ -185,7 +185,7 @@ class Restorer:
         dry = self._options.dry_run
         unpack, row_size = STAT_ROW.unpack_from, STAT_ROW.size
         for number, at in enumerate(positions, first):
-            name = names[at]
+            name, item = names[at], None
             mode, uid, gid, nlink, inode, size, seconds, part, _, _ = unpack(page.rows, at * row_size)
             try:
                 if xattrs and at in xattrs:
@@ -206,12 +206,11 @@ class Restorer:
                     self._restore_small(item, content)
                 else:
                     yield from self._restore(item)
-            except OSError as error:
-                self.outcome.failed(self.target.path_of(directory, name), error)
-            except DamagedObject as error:
-                self.damaged(place, name, error)
-            except Blocked as error:
-                self.outcome.skip(self.target.path_of(directory, name), str(error))
+            except (OSError, DamagedObject, Blocked) as error:
+                self._tell_failure(directory, name, error)
+                if item is not None:
+                    # The next name of the same file is its first.
+                    item.state = State.FAILED
             if number % PAUSE == 0:
                 yield None
 
@@ -258,6 +257,13 @@ class Restorer:
         """Tell that the snapshot itself cannot be read at a place."""
         path = self.target.path.rstrip(b"/") + place.path + (b"/" + name if name else b"")
         self.outcome.skip(path or b"/", str(error), is_damage=True)
+
+    def _tell_failure(self, directory: Directory, name: bytes, error: OSError | DamagedObject | Blocked) -> None:
+        path = self.target.path_of(directory, name)
+        if isinstance(error, OSError):
+            self.outcome.failed(path, error)
+        else:
+            self.outcome.skip(path, str(error), is_damage=isinstance(error, DamagedObject))
 
     # Files.
 
@@ -390,10 +396,10 @@ class Restorer:
                 try:
                     for _ in self._restore(item):
                         pass
-                except OSError as error:
-                    self.outcome.failed(self.target.path_of(item.directory, item.name), error)
-                except DamagedObject as error:
-                    self.outcome.skip(self.target.path_of(item.directory, item.name), str(error), is_damage=True)
+                except (OSError, DamagedObject) as error:
+                    item.failure, item.is_damaged = str(error), isinstance(error, DamagedObject)
+                    self._tell_failure(item.directory, item.name, error)
+                    self.outcome.give_up_name(item)
                 self.outcome.release(item.directory)
             wanted = [*self._retry, *self._wanted.values()]
             self._retry, self._wanted = [], {}

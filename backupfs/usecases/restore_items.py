@@ -58,8 +58,8 @@ class Item:
     """A file that is not written yet, or that others are links to."""
 
     __slots__ = (
-        "content", "directory", "error", "failure", "links", "make_way", "metadata", "name", "number", "remaining",
-        "size", "state", "temporary", "unseen",
+        "content", "directory", "error", "failure", "is_damaged", "links", "make_way", "metadata", "name", "number",
+        "remaining", "size", "state", "temporary", "unseen",
     )  # fmt: skip
 
     def __init__(
@@ -74,7 +74,8 @@ class Item:
         self.temporary = b""  # its name until it is whole; empty for files of one chunk, which are written at once
         self.remaining = 1  # pieces that are not written, and 1 while the walk adds more
         self.error = ""  # of writing it at once
-        self.failure = ""
+        self.failure = ""  # why it was given up
+        self.is_damaged = False  # given up for want of good bytes, which other names want as well
         self.state = State.WAITING
         self.links: list[Item] = []  # other names, to be made when this one is there
         self.make_way: MakeWay | None = None  # removes a directory in its place, when the file is whole

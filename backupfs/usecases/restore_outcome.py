@@ -64,7 +64,7 @@ class Outcome:
     def fail(self, item: Item, reason: str, is_damage: bool = False) -> None:
         """Give a file up; told once. Its temporary file goes when nobody can be writing to it."""
         if not item.failure:
-            item.failure = reason
+            item.failure, item.is_damaged = reason, is_damage
             self.skip(self.target.path_of(item.directory, item.name), reason, is_damage)
 
     def piece_done(self, item: Item) -> None:
@@ -80,14 +80,24 @@ class Outcome:
                 self._finish_large(item)
         directory = item.directory
         if item.failure:
-            item.state = State.FAILED
-            for link in item.links:
-                self.fail(link, item.failure, is_damage=True)
-                link.state = State.FAILED
-                self.release(link.directory)
+            self.give_up_name(item)
         else:
             self.finished(item, item.size)
         self.release(directory)
+
+    def give_up_name(self, item: Item) -> None:
+        """Let the other names of a file that failed, and was told, be made without it, or fail with it."""
+        item.state = State.FAILED
+        links, item.links = item.links, []
+        if links and not item.is_damaged:
+            # What kept this name from being made may not keep the next.
+            heir, *heir.links = links
+            self.late.append(heir)
+            return
+        for link in links:
+            self.fail(link, item.failure, is_damage=True)
+            link.state = State.FAILED
+            self.release(link.directory)
 
     def _finish_large(self, item: Item) -> None:
         try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import trio
@@ -1479,6 +1480,54 @@ def test_where_links_cannot_be_made_copies_are(tmp_path: Path, monkeypatch: pyte
     wanted = {path: replace(entry, links=()) for path, entry in snapshot_of(source).items()}
     assert snapshot_of(tmp_path / "target") == wanted
     assert (events, result.files) == ([], 6)
+
+
+@pytest.mark.parametrize("closed", [b"a", b"ab", b"b", b"abc"])
+def test_a_name_that_cannot_be_made_does_not_take_the_other_names_of_its_file_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: bytes
+) -> None:
+    files = {
+        "inline": File(b"1"),
+        "single": File(noise(20_000, 1)),
+        "large": File(BIG),
+        "fifo": Special(),
+        "link": Symlink(b"nowhere"),
+    }
+    names = {above: {name: Hardlink(f"a/{name}") for name in files} for above in ("b", "c")}
+    repository, snapshot, source = saved(tmp_path, {"a": files, **names})
+
+    def failing(makes: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(target: writing.Target, into: writing.Directory, *arguments: object) -> object:
+            if into.name and into.name in closed:
+                raise OSError(errno.EPERM, "Operation not permitted")
+            return makes(target, into, *arguments)
+
+        return wrapped
+
+    for name in ("create", "write_file", "make_special"):
+        monkeypatch.setattr(writing.Target, name, failing(getattr(writing.Target, name)))
+    link = writing.Target.link
+
+    def linked(
+        target: writing.Target, first: writing.Directory, old: bytes, into: writing.Directory, *arguments: Any
+    ) -> None:
+        if into.name in closed:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        link(target, first, old, into, *arguments)
+
+    monkeypatch.setattr(writing.Target, "link", linked)
+    result, events = run_restore(repository, snapshot, source, tmp_path / "target")
+    told = [tmp_path / "target" / chr(above) / name for above in closed for name in files]
+    assert sorted(events, key=str) == [FileSkipped(bytes(path), "Operation not permitted") for path in sorted(told)]
+    assert (result.errors, result.damaged, result.files) == (len(told), 0, 15 - len(told))
+    seen, wanted = snapshot_of(tmp_path / "target"), snapshot_of(source)
+    for path, entry in wanted.items():
+        if path[:1] in closed and path[1:2] == b"/":
+            assert path not in seen
+        else:
+            links = tuple(name for name in entry.links if name[:1] not in closed)
+            assert replace(seen[path], links=()) == replace(entry, links=())
+            assert seen[path].links == (links if len(links) > 1 else ())
 
 
 def test_a_store_that_fails_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
