@@ -51,8 +51,8 @@ class Verifier:
         self._files: dict[tuple[int, int], tuple[int, int]] = {}  # hardlinked: (file system, inode) there → here
 
     def sync(self) -> None:
-        """Have everything written out: reading back what only memory holds would prove little."""
-        os.sync()
+        """Have the target's file system written out: reading back what only memory holds would prove little."""
+        self._target.sync()
 
     def start(self, node: Node) -> Iterator[None]:
         """Return the walk that compares everything below a node, or the node itself."""

@@ -1482,6 +1482,19 @@ def test_where_links_cannot_be_made_copies_are(tmp_path: Path, monkeypatch: pyte
     assert (events, result.files) == ([], 6)
 
 
+def test_verifying_waits_for_the_disk_of_the_target_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs() -> None:
+        raise AssertionError("another file system may hang")
+
+    monkeypatch.setattr(os, "sync", hangs)
+    synced: list[writing.Target] = []
+    sync = writing.Target.sync
+    monkeypatch.setattr(writing.Target, "sync", lambda target: (synced.append(target), sync(target)))
+    repository, snapshot, source = saved(tmp_path, {"a": File(BIG), "b": File(b"2")})
+    result, events = run_restore(repository, snapshot, source, tmp_path / "target", verify=True)
+    assert (len(synced), result.verified, events) == (1, 2, [])
+
+
 @pytest.mark.parametrize("closed", [b"a", b"ab", b"b", b"abc"])
 def test_a_name_that_cannot_be_made_does_not_take_the_other_names_of_its_file_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: bytes
