@@ -44,8 +44,6 @@ Arguments = TypeVarTuple("Arguments")
 _FETCHERS = 4
 # Of blocks that came over a network and may be wanted once more.
 _SPOOL_SIZE = 4 << 30
-# Ranges that wait to be fetched, about a window of the walk: the walk goes on meanwhile.
-_WAITING_RANGES = 16
 _PROGRESS_SECONDS = 0.2
 
 
@@ -138,12 +136,14 @@ class _Run:
             self._walk = traversal.one(self.restorer, start, node)
         # The restorer belongs to one thread at a time: the walk and the settling take turns.
         self._turn = trio.Lock()
-        # Ranges that were sent to be fetched and are not settled, and what tells that there are none.
+        # Ranges that are to be fetched and are not settled, and what tells that there are none.
         self._open_ranges = 0
         self._all_settled = trio.Event()
         count = 0 if options.dry_run else writer_count()
         self._count = count
-        self._shared = SharedRanges(RANGES_EACH * count + _FETCHERS, fetch.MOST_RANGE)
+        # With no more than these somebody will soon have nothing to do.
+        self._busy_ranges = RANGES_EACH * count + _FETCHERS
+        self._shared = SharedRanges(self._busy_ranges, fetch.MOST_RANGE)
         self._writers = Writers(self._shared)
 
     def start(self) -> None:
@@ -190,37 +190,52 @@ class _Run:
             nursery.cancel_scope.cancel()
 
     async def _read_and_write(self) -> None:
-        send_range, ranges = trio.open_memory_channel[PackRange[Use]](_WAITING_RANGES)
+        # The walk is a window ahead: it works while ranges of the one before wait to be fetched.
+        send_window, windows = trio.open_memory_channel[list[PackRange[Use]]](0)
+        send_range, ranges = trio.open_memory_channel[PackRange[Use]](0)
         send_ready, ready = trio.open_memory_channel[Ready](0)
         async with trio.open_nursery() as stages:
-            stages.start_soon(self._plan, send_range)
+            stages.start_soon(self._plan, send_window)
+            stages.start_soon(self._hand_out, windows, send_range)
             for _ in range(_FETCHERS):
                 stages.start_soon(self._fetch, ranges.clone(), send_ready.clone())
             self._writers.run_in(stages, ready, self._settle)
             ranges.close()
             send_ready.close()
 
-    async def _plan(self, send: "trio.MemorySendChannel[PackRange[Use]]") -> None:
+    async def _plan(self, send: "trio.MemorySendChannel[list[PackRange[Use]]]") -> None:
         async with send:
             more = True
             while more:
                 more = await self._at_target(self.restorer.advance, self._walk)
-                if self.restorer.is_full or not more:
-                    await self._send_all(await self._at_target(self.restorer.take_window), send)
+                would_wait = self._open_ranges <= self._busy_ranges and self.restorer.is_enough
+                if self.restorer.is_full or would_wait or not more:
+                    await self._send_window(await self._at_target(self.restorer.take_window), send)
             # What could not be read from its first place is read from others, as long as there are any.
             while ranges := await self._retries():
-                await self._send_all(ranges, send)
+                await self._send_window(ranges, send)
+
+    async def _send_window(
+        self, ranges: list[PackRange[Use]], send: "trio.MemorySendChannel[list[PackRange[Use]]]"
+    ) -> None:
+        self._open_ranges += len(ranges)
+        await send.send(ranges)
+
+    async def _hand_out(
+        self,
+        windows: "trio.MemoryReceiveChannel[list[PackRange[Use]]]",
+        send: "trio.MemorySendChannel[PackRange[Use]]",
+    ) -> None:
+        async with windows, send:
+            async for ranges in windows:
+                for wanted in ranges:
+                    await send.send(wanted)
 
     async def _retries(self) -> list[PackRange[Use]]:
         while self._open_ranges:
             self._all_settled = trio.Event()
             await self._all_settled.wait()
         return await self._at_target(self.restorer.take_retries)
-
-    async def _send_all(self, ranges: list[PackRange[Use]], send: "trio.MemorySendChannel[PackRange[Use]]") -> None:
-        for wanted in ranges:
-            self._open_ranges += 1
-            await send.send(wanted)
 
     def _close_range(self) -> None:
         self._open_ranges -= 1
@@ -238,7 +253,8 @@ class _Run:
                     message = await workers.io(self._message, part, slot, stored)
                     self._open_ranges += 1
                     await send.send((part, slot, message))
-                await self._at_target(self.restorer.give_up_chunks, lost)
+                if lost:
+                    await self._at_target(self.restorer.give_up_chunks, lost)
                 self._close_range()
 
     def _message(self, wanted: PackRange[Use], slot: int, stored: bytes) -> bytes:

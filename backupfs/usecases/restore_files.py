@@ -38,11 +38,12 @@ from backupfs.usecases.restore_outcome import Outcome
 from backupfs.usecases.restore_range import Written
 from backupfs.usecases.restore_walk import PAUSE, Load, Place, Traversal
 
-# A window of the walk: what is wanted in it is read in the order of the packs.
-_WINDOW_FILES = 20_000
-# The first windows are this small and then ever larger, so that writing begins at once.
-_FIRST_WINDOW_FILES = 1000
-_WINDOW_BYTES = 256 << 20
+# A window of the walk, in files and pieces of files: what is wanted in it is read in the order of the packs. What files
+# of different windows have in common is read for each, so it is as large as memory allows.
+_MOST_WANTED = 30_000
+# What a window must have before it is read because there is nothing else to do.
+_LEAST_WANTED = 1000
+_LEAST_WANTED_BYTES = 64 << 20
 # How long the walk may keep the target to itself while written ranges wait for it.
 _SLICE_S = 0.02
 _PIECES_PER_PAUSE = 256
@@ -74,8 +75,7 @@ class Restorer:
         self._reader = reader
         self._options = options
         self._wanted: dict[ChunkId, WantedChunk[Use]] = {}
-        self._window_files = self._window_bytes = 0
-        self._most_files = min(_FIRST_WINDOW_FILES, _WINDOW_FILES)
+        self._window_count = self._window_bytes = 0
         self._retry: list[WantedChunk[Use]] = []
         self._links: dict[LinkKey, Item] = {}
         self.blocked: set[int] = set()  # numbers of directories that were not entered
@@ -287,7 +287,7 @@ class Restorer:
         """Make a file, or note what is needed for it. Raises: OSError; DamagedObject."""
         kind = stat.S_IFMT(item.metadata.mode)
         content = item.content
-        self._window_files += 1
+        self._window_count += 1
         if kind != stat.S_IFREG:
             if not isinstance(content, bytes) or (kind == stat.S_IFLNK and (not content or b"\0" in content)):
                 raise DamagedObject("the snapshot holds an impossible link")
@@ -306,7 +306,7 @@ class Restorer:
         if content[:1] == SINGLE_MARK and len(content) == 33 and item.size:
             item.directory.pending += 1
             item.content = b""
-            self._window_files += 1
+            self._window_count += 1
             self._window_bytes += item.size
             self._want(ChunkId(content[1:])).uses.append(item)
             return
@@ -345,6 +345,7 @@ class Restorer:
                 if piece.kind == CHUNK:
                     self._want(ChunkId(piece.source)).uses.append(PieceUse(item, at, piece))
                     item.remaining += 1
+                    self._window_count += 1
                     self._window_bytes += piece.length
                 else:
                     write_at(fd, piece.plain(piece.source), at)
@@ -368,8 +369,13 @@ class Restorer:
 
     @property
     def is_full(self) -> bool:
-        """Tell whether enough is wanted to be read."""
-        return self._window_files >= self._most_files or self._window_bytes >= _WINDOW_BYTES
+        """Tell whether no more may be wanted before it is read."""
+        return self._window_count >= _MOST_WANTED
+
+    @property
+    def is_enough(self) -> bool:
+        """Tell whether reading what is wanted is worth it, if nothing else is to be read."""
+        return self._window_count >= _LEAST_WANTED or self._window_bytes >= _LEAST_WANTED_BYTES
 
     def advance(self, walk: Iterator[None]) -> bool:
         """Go on with the walk for a moment; return whether it may have more to come."""
@@ -379,8 +385,7 @@ class Restorer:
     def take_window(self) -> list[PackRange[Use]]:
         """Return what to read for everything that was noted since."""
         wanted, self._wanted = self._wanted, {}
-        self._window_files = self._window_bytes = 0
-        self._most_files = min(2 * self._most_files, _WINDOW_FILES)
+        self._window_count = self._window_bytes = 0
         ranges, lost = plan_ranges(self._reader, wanted.values())
         self._retry += lost
         return ranges

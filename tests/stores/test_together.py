@@ -59,8 +59,7 @@ def test_a_repository_that_is_far_opens_as_one_at_hand(tmp_path: Path) -> None:
 
 def test_a_restore_fetches_what_files_share_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of few files, each of which wants a part of every block."""
-    monkeypatch.setattr(restore_files, "_FIRST_WINDOW_FILES", 5)
-    monkeypatch.setattr(restore_files, "_WINDOW_FILES", 5)
+    monkeypatch.setattr(restore_files, "_MOST_WANTED", 5)
     shared = {f"s{number}": File(noise(number, 2500)) for number in range(10)}
     tree = {f"d{n:02}": {**shared, **{f"own{k}": File(noise(100 * n + k, 2500)) for k in range(5)}} for n in range(12)}
     source = build(tree, tmp_path / "source")
