@@ -4,6 +4,7 @@ Nothing here follows a symlink. What cannot be set is told as a problem and the 
 that every other file would meet is raised.
 """
 
+import contextlib
 import copy
 import errno
 import os
@@ -41,6 +42,7 @@ class MetadataSetter:
         """
         self._is_root_user = is_root_user
         self._own = own
+        self._groups = frozenset(os.getgroups()) | {own[1]}  # that this user may give his files
         self._problem = problem
         self.owners_kept = False  # ownership was recorded and not set, as only root may
 
@@ -79,15 +81,23 @@ class MetadataSetter:
                 status = os.fstat(fd)
                 own = (status.st_uid, status.st_gid)
         else:
-            self.owners_kept = True
             if own == (-1, -1):
                 status = os.fstat(fd)
                 own = (status.st_uid, status.st_gid)
+            if self._may_give_group(metadata, own[1]):
+                with contextlib.suppress(PermissionError):  # the file is another's
+                    os.fchown(fd, -1, metadata.group)
+                    own = (own[0], metadata.group)
+            self.owners_kept |= own != (metadata.owner, metadata.group)
         if metadata.owner != own[0]:
             mode &= ~stat.S_ISUID
         if metadata.group != own[1] and not stat.S_ISDIR(metadata.mode):
             mode &= ~stat.S_ISGID
         return mode
+
+    def _may_give_group(self, metadata: Metadata, group: int) -> bool:
+        """Tell whether the group that is wanted is another than what the file has, and one of this user's."""
+        return metadata.group != group and metadata.group in self._groups
 
     def apply_by_name(self, above: int, name: bytes, metadata: Metadata, path: bytes, inherits: bool) -> None:
         """Set everything on what must not be opened: symlinks, fifos, sockets, devices."""
@@ -101,9 +111,14 @@ class MetadataSetter:
                         raise
                     self._problem(path, f"its owner could not be set: {error.strerror}")
                     mode &= 0o1777
-            elif (metadata.owner, metadata.group) != self._own:
-                self.owners_kept = True
-                mode &= 0o1777
+            else:
+                group = os.lstat(path_in(above, name)).st_gid if inherits else self._own[1]
+                if self._may_give_group(metadata, group):
+                    os.chown(name, -1, metadata.group, dir_fd=above, follow_symlinks=False)
+                    group = metadata.group
+                if (metadata.owner, metadata.group) != (self._own[0], group):
+                    self.owners_kept = True
+                    mode &= 0o1777
         is_link = stat.S_ISLNK(metadata.mode)
         at = path_in(above, name)
         if inherits and not is_link:
@@ -123,7 +138,10 @@ class MetadataSetter:
         above: the descriptor of its directory. path_of: returns its path for messages.
         Raises: OSError.
         """
-        same_owner = not self._is_root_user or (status.st_uid, status.st_gid) == (metadata.owner, metadata.group)
+        if self._is_root_user:
+            same_owner = (status.st_uid, status.st_gid) == (metadata.owner, metadata.group)
+        else:
+            same_owner = not self._may_give_group(metadata, status.st_gid)
         at = path_in(above, name)
         if (
             stat.S_IMODE(status.st_mode) == stat.S_IMODE(metadata.mode)

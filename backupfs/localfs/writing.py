@@ -24,6 +24,7 @@ from backupfs.localfs.metadata import (
     DEFAULT_ACL,
     Metadata,
     MetadataSetter,
+    change_mode,
     remove_foreign_xattrs,
     remove_xattr,
     umask,
@@ -169,6 +170,8 @@ class Target:
         """
         fd = self.fd(parent)
         os.mkdir(name, 0o700, dir_fd=fd)
+        if not self.is_root_user and self._kept_bits & 0o700 != 0o700:
+            change_mode(fd, name, 0o700)
         directory = Directory(parent, name)
         if parent.inherits:
             made = self._keep(directory, os.open(name, DIRECTORY_FLAGS, dir_fd=fd))
@@ -289,7 +292,10 @@ class Target:
 
     def create(self, directory: Directory, temporary: bytes) -> int:
         """Create a file under a temporary name and return its descriptor. Raises: OSError."""
-        return os.open(temporary, _NEW_FILE_FLAGS, 0o600, dir_fd=self.fd(directory))
+        fd = os.open(temporary, _NEW_FILE_FLAGS, 0o600, dir_fd=self.fd(directory))
+        if not self.is_root_user and self._kept_bits & 0o600 != 0o600:
+            os.fchmod(fd, 0o600)  # for those who open it again
+        return fd
 
     def reopen(self, directory: Directory, temporary: bytes) -> int:
         """Open a file under its temporary name once more. Raises: OSError."""

@@ -39,7 +39,7 @@ from backupfs.snapshots.walk import find_path, tree_of
 from backupfs.stores.directory import DirectoryStore
 from backupfs.usecases import archive_context, restore_files, restore_verify
 from backupfs.usecases import restore as restore_module
-from backupfs.usecases.events import Deleted, Event, FileSkipped, Progress
+from backupfs.usecases.events import Deleted, Event, FileSkipped, Progress, Remark
 from backupfs.usecases.restore import RestoreOptions, RestoreResult, restore
 from backupfs.usecases.restore_range import RangeWriter, Work, Written
 from tests.builders import (
@@ -63,6 +63,10 @@ from tests.descriptors import open_files
 from tests.faults import CountingStore, Fault, FaultyStore
 
 ROOT = os.geteuid() == 0
+# What others than root are told wherever a tree has anything of root's.
+OWNERS_KEPT = (
+    None if ROOT else Remark("only root can give files to their owners: they belong to the user who restored them")
+)
 as_root = pytest.mark.skipif(not ROOT, reason="only root can make these")
 
 
@@ -83,7 +87,7 @@ def run_restore(
         RestoreOptions(**options),  # type: ignore[arg-type]
         events.append,
     )
-    return result, [event for event in events if not isinstance(event, Progress | Deleted)]
+    return result, [event for event in events if not isinstance(event, Progress | Deleted) and event != OWNERS_KEPT]
 
 
 def saved(tmp_path: Path, tree: Tree) -> tuple[Repository, Snapshot, bytes]:
@@ -123,7 +127,7 @@ EVERYWHERE: dict[str, Entry] = {
     "before 1970": {"a": File(b"1", mtime_ns=-1), "b": File(b"1", mtime_ns=-1_500_000_001)},
     "after 2106": {"a": File(b"1", mtime_ns=5_000_000_000_123_456_789)},
     "modes": {
-        "a": File(b"1", mode=0o000),
+        "a": File(b"1", mode=0o000 if ROOT else 0o444),
         "b": File(BIG, mode=0o400),
         "c": File(b"1", mode=0o777),
         "d": Directory({"x": File(b"1")}, mode=0o555),
@@ -956,7 +960,7 @@ from backupfs.snapshots.listing import load_snapshots
 from tests.builders import reopened, NOWHERE
 repository = reopened(open_store({store!r}), NOWHERE)
 snapshot = load_snapshots(repository).find("latest")
-os.setgroups([]); os.setgid(54321); os.setuid(54321)
+os.setgroups([54322]); os.setgid(54321); os.setuid(54321)
 result = trio.run(restore, repository, snapshot, {source!r}, {target!r}, RestoreOptions(**{options!r}),
     lambda event: None if isinstance(event, Progress) else print(repr(event)))
 print(result.files, result.errors, result.verified, result.deleted)
@@ -1029,6 +1033,35 @@ def test_a_user_gets_what_a_user_may_have(open_folder: Path) -> None:
     assert seen[b"b"].xattrs == ((b"user.a", b"1"),)
     assert seen[b"e/x"].links == (b"e/x", b"e/y")
     assert [seen[name].mode for name in (b"b", b"d", b"e")] == [0o400, 0o555, 0]
+
+
+@as_root
+@pytest.mark.parametrize("overwrite", ["always", "if-changed"])
+def test_a_user_gives_files_to_the_groups_that_he_is_in(overwrite: str, open_folder: Path) -> None:
+    his = {
+        "a": File(b"1", owner=(54321, 54322), mode=0o2640),
+        "b": File(BIG, owner=(54321, 54322), mode=0o400),
+        "c": File(noise(2000), owner=(54321, 54322)),
+        "d": File(b"2", owner=(54321, 54321)),
+    }
+    of_user = OfUser(open_folder, his)
+    os.chown(of_user.target, 54321, 54322)
+    os.chmod(of_user.target, 0o2775)
+    for again in (False, True):
+        lines = of_user.restore(overwrite=overwrite, verify=True)
+        assert lines == ["0 0 4 0" if again and overwrite == "if-changed" else "4 0 4 0"]
+        assert below(snapshot_of(of_user.target)) == below(snapshot_of(of_user.source))
+        for name in (b"/a", b"/b"):
+            os.chown(of_user.target + name, 54321, 54321)
+
+
+@as_root
+def test_a_user_keeps_the_group_where_he_is_not_in_that_of_the_snapshot(open_folder: Path) -> None:
+    of_user = OfUser(open_folder, {"a": File(b"1", owner=(54321, 7), mode=0o2640)})
+    lines = of_user.restore()
+    assert [line.split("(")[0] for line in lines] == ["Remark", "1 0 0 0"]
+    assert snapshot_of(of_user.target)[b"a"].owner == (54321, 54321)
+    assert snapshot_of(of_user.target)[b"a"].mode == 0o640
 
 
 @as_root
