@@ -17,27 +17,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from backupfs.errors import (
-    AccessDenied,
     DamagedObject,
-    ObjectArchived,
     ObjectExists,
     ObjectMissing,
     StoreError,
-    StoreFull,
     StoreMissing,
     StoreUnavailable,
-    UsageError,
     shown,
 )
 from backupfs.stores import s3_answers as answers
 from backupfs.stores.pace import Pace, PacedBody
-from backupfs.stores.requests import RequestCounts, Requests, TooManyRequests
+from backupfs.stores.requests import RequestCounts, Requests
 from backupfs.stores.s3_client import S3Options, make_client
+from backupfs.stores.s3_failures import Failures, not_s3
 from backupfs.stores.s3_pages import Page, Pages
 from backupfs.stores.store import MAX_KEY_LENGTH, ArchiveState, ObjectInfo, Store, range_length, validate_key
 
-# What servers take of a difference between clocks.
-_MOST_SKEW_S = 15 * 60
 # No object of a repository comes near it: what is larger would only take up memory.
 _MOST_SIZE = 1 << 30
 _RANGE = re.compile(r"bytes (\d{1,20})-(\d{1,20})/(\d{1,20}|\*)")
@@ -62,6 +57,7 @@ class S3Store(Store):
         self._has_conditional_put = True  # until it says otherwise
         self._etag_is_md5: bool | None = None  # unknown until the first put
         self._requests = Requests()
+        self._failures = Failures(bucket, self._prefix, options, self._requests, self._endpoint, self._look_at_bucket)
         self._up, self._down = Pace(options.limit_upload), Pace(options.limit_download)
 
     @property
@@ -85,8 +81,7 @@ class S3Store(Store):
         """Make the bucket if it is missing and the credentials allow that."""
         client = self._client()
         try:
-            with self._translated(f"look at the bucket {shown(self._bucket)}"):
-                client.head_bucket(Bucket=self._bucket)
+            self._look_at_bucket()
             return
         except (StoreMissing, ObjectMissing):
             pass
@@ -96,7 +91,7 @@ class S3Store(Store):
             arguments["CreateBucketConfiguration"] = {"LocationConstraint": region}
         what = f"make the bucket {shown(self._bucket)}"
         try:
-            with self._translated(what), contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+            with self._asking(what), contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
                 client.create_bucket(Bucket=self._bucket, **arguments)
         except StoreMissing as error:
             raise StoreError(
@@ -122,7 +117,7 @@ class S3Store(Store):
         new = key if "IfNoneMatch" in arguments else ""
         with (
             contextlib.closing(PacedBody(data, self._up)) as body,
-            self._translated(f"store object {key}", hint=hint, new=new),
+            self._asking(f"store object {key}", hint=hint, new=new),
         ):
             try:
                 answer = client.put_object(
@@ -153,7 +148,7 @@ class S3Store(Store):
             arguments["Range"] = f"bytes={start}-" if length is None else f"bytes={start}-{start + length - 1}"
         client = self._client()
         about = f"cannot read object {key} in {shown(self.url)}"
-        with self._translated(f"read object {key}", key):
+        with self._asking(f"read object {key}", key):
             try:
                 answer = client.get_object(Bucket=self._bucket, Key=self._prefix + key, **arguments)
             except client.exceptions.ClientError as error:
@@ -165,7 +160,7 @@ class S3Store(Store):
                 is_range = answer["ResponseMetadata"]["HTTPStatusCode"] == 206
                 with contextlib.closing(answer["Body"]):
                     if not answer.get("ETag"):
-                        raise self._not_s3(about)
+                        raise not_s3(about)
                     if is_range and length is not None:
                         body = self._received(answer, length, f"{about}: other bytes came than asked for")
                     else:
@@ -224,13 +219,13 @@ class S3Store(Store):
     def size(self, key: str) -> int:
         """Ask for an object's length."""
         validate_key(key)
-        with self._translated(f"look at object {key}", key):
+        with self._asking(f"look at object {key}", key):
             answer = self._client().head_object(Bucket=self._bucket, Key=self._prefix + key)
             size = int(answer["ContentLength"])
             if size < 0:
                 raise ValueError(size)
         if not answer.get("ETag"):
-            raise self._not_s3(f"cannot look at object {key} in {shown(self.url)}")
+            raise not_s3(f"cannot look at object {key} in {shown(self.url)}")
         return size
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -244,7 +239,7 @@ class S3Store(Store):
         arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
         if token is not None:
             arguments["ContinuationToken"] = token
-        with self._translated(what):
+        with self._asking(what):
             page = self._client().list_objects_v2(**arguments)
             found = {info.key: info for info in map(self._entry, page.get("Contents", ()))}
             following = page.get("NextContinuationToken")
@@ -262,8 +257,7 @@ class S3Store(Store):
 
     def now(self) -> int:
         """Return the time that the server gives with its answers, to the second."""
-        with self._translated(f"look at the bucket {shown(self._bucket)}"):
-            answer = self._client().head_bucket(Bucket=self._bucket)
+        answer = self._look_at_bucket()
         date = answers.date_of(answer["ResponseMetadata"]["HTTPHeaders"])
         if date is None:
             raise StoreUnavailable(
@@ -277,7 +271,7 @@ class S3Store(Store):
         validate_key(key)
         # Some servers say so where there is none.
         with contextlib.suppress(ObjectMissing):
-            with self._translated(f"delete object {key}", key):
+            with self._asking(f"delete object {key}", key):
                 answer = self._client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
             # What lies between may say "200" to anything.
             if answer["ResponseMetadata"]["HTTPStatusCode"] != 204:
@@ -287,7 +281,7 @@ class S3Store(Store):
     def archive_state(self, key: str) -> ArchiveState:
         """Ask for an object's class, and whether it is being thawed or was."""
         validate_key(key)
-        with self._translated(f"look at object {key}", key):
+        with self._asking(f"look at object {key}", key):
             answer = self._client().head_object(Bucket=self._bucket, Key=self._prefix + key)
         storage_class = answer.get("StorageClass", "")
         restore = answer.get("Restore", "")
@@ -300,7 +294,7 @@ class S3Store(Store):
         validate_key(key)
         client = self._client()
         request = {"Days": days, "GlacierJobParameters": {"Tier": tier.capitalize()}}
-        with self._translated(f"thaw object {key}", key):
+        with self._asking(f"thaw object {key}", key):
             try:
                 client.restore_object(Bucket=self._bucket, Key=self._prefix + key, RestoreRequest=request)
             except client.exceptions.ClientError as error:
@@ -373,150 +367,16 @@ class S3Store(Store):
             return self._made
 
     @contextlib.contextmanager
-    def _translated(self, what: str, key: str = "", hint: str = "", new: str = "") -> Iterator[None]:
-        """Wait for a connection's turn; raise what a failure means to the user, or to whoever tries again.
-
-        key: of the object that must be there. new: of one that must not.
-        hint: what else it may mean that the server is not able to do it now.
-        """
-        from botocore import exceptions as boto
-        from botocore.parsers import ResponseParserError
-        from urllib3.exceptions import HTTPError
-
-        about = f"cannot {what} in {shown(self.url)}"
+    def _asking(self, what: str, key: str = "", hint: str = "", new: str = "") -> Iterator[None]:
+        """Wait for a connection's turn; raise what a failure means. The arguments are those of `Failures.told`."""
         self._requests.begin_call()
-        try:
-            # boto3's pool makes more connections than it keeps, when more are wanted.
-            with self._turns:
-                yield
-        except boto.ClientError as error:
-            raise self._meaning(error, about, key, hint, new) from error
-        except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
-            raise AccessDenied(
-                f"{about}: there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a "
-                "profile of ~/.aws/credentials with --profile"
-            ) from error
-        except (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.UnauthorizedSSOTokenError) as error:
-            raise AccessDenied(f"{about}: {answers.text_of(error)}; log in again") from error
-        except TooManyRequests as error:
-            raise self._elsewhere(about, error.location) from error
-        except boto.SSLError as error:
-            # A connection that is cut or garbled shows as an error of TLS, too, and the next may not be.
-            if not answers.is_distrust(error):
-                raise StoreUnavailable(f"{about}: {answers.text_of(error)}{self._doubt()}") from error
-            raise StoreError(
-                f"{about}: the connection is not to be trusted ({answers.text_of(error)}); for a certificate of your "
-                "own give --ca-bundle FILE"
-            ) from error
-        except boto.ConnectionClosedError as error:
-            raise StoreUnavailable(f"{about}: {answers.text_of(error)}{self._doubt()}") from error
-        except boto.EndpointResolutionError as error:
-            raise UsageError(f"object storage cannot be used, see --endpoint-url: {answers.text_of(error)}") from error
-        except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, HTTPError) as error:
-            # boto3 wraps whatever happens while it sends.
-            if (fault := answers.own_fault(error)) is not None:
-                raise fault from None
-            if answers.is_see_other(error):
-                raise self._elsewhere(about, "") from error
-            raise StoreUnavailable(f"{about}: {answers.text_of(error)}") from error
-        except boto.BotoCoreError as error:
-            raise StoreError(f"{about}: {answers.text_of(error)}") from error
-        except MemoryError as error:
-            raise StoreUnavailable(f"{about}: there is not enough memory for it") from error
-        except (ResponseParserError, *answers.GARBLED_ANSWER) as error:
-            if answers.own_fault(error) is not None:
-                raise
-            raise StoreUnavailable(f"{about}: the answer is garbled or cut short ({answers.text_of(error)})") from error
+        # boto3's pool makes more connections than it keeps, when more are wanted.
+        with self._failures.told(what, key, hint, new), self._turns:
+            yield
 
-    def _meaning(self, error: Any, about: str, key: str, hint: str, new: str) -> StoreError:
-        code, status = answers.code_of(error), answers.status_of(error)
-        said = answers.said_by(error)
-        if status >= 500 and 200 <= self._requests.last_status < 300 and (not code or code == str(status)):
-            # boto3 makes a 500 of what it cannot read.
-            return self._not_s3(about)
-        if (location := answers.location_of(error)) and code not in answers.NO_REGION:
-            return self._elsewhere(about, location)
-        if code in answers.NO_BUCKET or (status == 404 and not key):
-            return StoreMissing(
-                f"there is no bucket {shown(self._bucket)} at {shown(self._endpoint())}: "
-                "check the name, or make it with `backupfs init`"
-            )
-        if code in answers.NO_OBJECT or status == 404:
-            if code not in ("NoSuchKey",):
-                # The answer to a look has no body: it may be the bucket that is missing.
-                with self._translated(f"look at the bucket {shown(self._bucket)}"):
-                    self._client().head_bucket(Bucket=self._bucket)
-            return ObjectMissing(f"object {key} is not in {shown(self.url)}")
-        if new and (code in answers.EXISTS or status == 412):
-            return ObjectExists(f"object {new} is in {shown(self.url)} already")
-        if code in answers.ARCHIVED:
-            storage_class = shown(str(error.response.get("Error", {}).get("StorageClass") or "an archive class"))
-            thawable = self._options.thawable
-            if thawable and not key.startswith(thawable):
-                # What thaws must read it first.
-                return ObjectArchived(
-                    f"{about}: it is in {storage_class}, where it must not be: restore it with the provider's own "
-                    f"tools, and let its lifecycle rules move only what begins with {self._prefix}{thawable}"
-                )
-            return ObjectArchived(
-                f"{about}: it is in {storage_class}: `backupfs thaw SNAP:PATH` makes it readable again"
-            )
-        if code in answers.NOT_EXPEDITED:
-            return StoreError(f"{about}: the provider cannot do that so fast now, take --tier standard ({said})")
-        if code in answers.FULL or status == 507:
-            return StoreFull(f"{about}: there is no room left: {said}")
-        ahead_s = answers.clock_ahead_s(error)
-        # The answer to a look has no body, so it does not say why.
-        if code in answers.CLOCK or (status == 403 and abs(ahead_s) > _MOST_SKEW_S):
-            way = (
-                f"{abs(ahead_s) / 60:.0f} minutes {'ahead of' if ahead_s > 0 else 'behind'} that"
-                if ahead_s
-                else "not that"
-            )
-            return AccessDenied(
-                f"{about}: the clock of this machine is {way} of the server, which refuses it: set the clock, as with "
-                f"`timedatectl set-ntp true` ({said})"
-            )
-        if code in answers.NO_CLASS:
-            return StoreError(f"{about}: the server has no such class of storage, see --storage-class ({said})")
-        if code in answers.EXPIRED:
-            return AccessDenied(f"{about}: the credentials have expired: get new ones ({said})")
-        if code in answers.GARBLED or code in answers.LATER or status in answers.LATER_STATUS:
-            return StoreUnavailable(f"{about}: {said}")
-        if code in answers.NOT_ABLE or status == 501:
-            see = ", see --encryption" if self._options.encryption else ""
-            return StoreError(f"{about}: the server cannot do that{see} ({said})")
-        if code in answers.NO_REGION:
-            return StoreError(f"{about}: the server has another region, see --region ({said})")
-        if status >= 500:
-            return StoreUnavailable(f"{about}: {said}{hint}")
-        if code == "400":
-            # The answer to a look has no body. A server of TLS, too, says that to who does not speak it.
-            see = "" if self._endpoint().startswith("https:") else "; does it speak https? see --endpoint-url"
-            return StoreError(
-                f"{about}: the server does not say why; see --region, or get new credentials ({said}){see}"
-            )
-        if code in answers.REFUSED or status in (401, 403):
-            return AccessDenied(f"{about}: the server refuses it to these credentials: {said}")
-        return StoreError(f"{about}: {said}")
-
-    @staticmethod
-    def _not_s3(about: str) -> StoreUnavailable:
-        """What an answer means that what lies between gives to anything: S3's have an ETag with whatever is there."""
-        return StoreUnavailable(
-            f"{about}: the answer is none of S3's, or was cut short: another server may answer, see --endpoint-url"
-        )
-
-    def _doubt(self) -> str:
-        """What a failure may mean where the server has never yet answered."""
-        return "" if self._requests.was_answered else "; does it speak https? see --endpoint-url"
-
-    def _elsewhere(self, about: str, location: str) -> StoreError:
-        to = f"to {shown(location)}" if location else "to another place"
-        return StoreError(
-            f"{about}: the server at {shown(self._endpoint())} sends on {to}: see --endpoint-url (https or http?) and "
-            "--region"
-        )
+    def _look_at_bucket(self) -> Any:
+        with self._asking(f"look at the bucket {shown(self._bucket)}"):
+            return self._client().head_bucket(Bucket=self._bucket)
 
     def _endpoint(self) -> str:
         return str(self._client().meta.endpoint_url)
