@@ -56,7 +56,7 @@ class CachingStore(PassingStore):
             view = memoryview(data)
             self._sizes[key] = len(view)
             for part in range(-(-len(view) // PART_SIZE)):
-                self._keep_part(key, part, view[part * PART_SIZE : (part + 1) * PART_SIZE])
+                self._keep_part(key, part, view[part * PART_SIZE : (part + 1) * PART_SIZE], len(view))
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
         """Return a range of an object, from this machine if it is there."""
@@ -77,7 +77,9 @@ class CachingStore(PassingStore):
             self._sizes.setdefault(key, size)
 
     def forget(self, key: str) -> None:
-        """Remove an object here."""
+        """Remove an object here, and what was said of its size: that may be what is wrong."""
+        self._sizes.pop(key, None)
+        self._ahead.pop(key, None)
         self._files.forget(_name(key), f"{_name(key)}-*")
 
     # Whole objects.
@@ -135,7 +137,7 @@ class CachingStore(PassingStore):
         self._ahead[key] = (first + count, max(ahead, 1))
         parts = [content[at * PART_SIZE : (at + 1) * PART_SIZE] for at in range(count)]
         for number, part in enumerate(parts, first):
-            self._keep_part(key, number, part)
+            self._keep_part(key, number, part, size)
         return parts
 
     def _size_of(self, key: str) -> int:
@@ -154,8 +156,8 @@ class CachingStore(PassingStore):
         self._sizes[key] = size
         return content[_LENGTH_SIZE:]
 
-    def _keep_part(self, key: str, part: int, content: bytes | memoryview) -> None:
-        self._files.keep(f"{_name(key)}-{part}", self._sizes[key].to_bytes(_LENGTH_SIZE, "little") + content)
+    def _keep_part(self, key: str, part: int, content: bytes | memoryview, size: int) -> None:
+        self._files.keep(f"{_name(key)}-{part}", size.to_bytes(_LENGTH_SIZE, "little") + content)
 
 
 def _name(key: str) -> str:

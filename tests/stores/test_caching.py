@@ -1,5 +1,6 @@
 """What is kept on this machine, what of it is believed, and how much there may be."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -133,6 +134,26 @@ def test_a_part_that_came_short_is_not_kept_nor_believed_where_it_was(
     poison = len(PACK).to_bytes(8, "little") + PACK[: PART_SIZE - 100]
     KeptFiles(tmp_path / "cache", 1 << 30).keep(PACK_KEY.rpartition("/")[2] + "-0", poison)
     assert cached(far, tmp_path / "cache").get(PACK_KEY, start=0, length=PART_SIZE) == PACK[:PART_SIZE]
+
+
+@pytest.mark.parametrize("size", [2 * PART_SIZE + 300, 7 * PART_SIZE, len(PACK) - 1, len(PACK) + 1])
+def test_a_wrong_size_that_a_caller_told_is_dropped_with_what_is_kept(
+    size: int, far: CountingStore, tmp_path: Path
+) -> None:
+    """A garbled index told it; the parts that were kept by it then failed every later process, too."""
+    start, length = 2 * PART_SIZE + 200, len(PACK) - 2 * PART_SIZE - 200
+    store = cached(far, tmp_path / "cache")
+    store.note_size(PACK_KEY, size)
+    with pytest.raises(DamagedObject, match="cut short"):
+        store.get(PACK_KEY, start=start, length=length)
+    # Another process finds what was kept by the wrong size, and has the right one.
+    for one in (cached(far, tmp_path / "cache"), store):
+        one.note_size(PACK_KEY, len(PACK))
+        with contextlib.suppress(DamagedObject):
+            one.get(PACK_KEY, start=start, length=length)
+        # As whoever meets damage does.
+        one.forget(PACK_KEY)
+        assert one.get(PACK_KEY, start=start, length=length) == PACK[start:]
 
 
 def test_an_object_that_is_not_what_its_name_says_is_not_kept(far: CountingStore, tmp_path: Path) -> None:
