@@ -13,7 +13,7 @@ from pathlib import Path
 import trio
 
 from backupfs import memory, workers
-from backupfs.errors import BackupfsError, MountError
+from backupfs.errors import BackupfsError, MountError, StoreError
 from backupfs.fuse import session
 from backupfs.fuse.background import serve_in_background
 from backupfs.fuse.session import SessionOptions, check_mountpoint
@@ -31,7 +31,7 @@ with contextlib.suppress(ImportError):
     import backupfs.fuse.operations
     import backupfs.fuse.polling  # noqa: F401
 
-__all__ = ["MountFilter", "MountOptions", "default_log_file", "mount_in_background", "serve_mount"]
+__all__ = ["MountFilter", "MountOptions", "Unread", "default_log_file", "mount_in_background", "serve_mount"]
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,37 @@ class MountOptions:
         object.__setattr__(self, "session", SessionOptions(self.allow_other, self.allow_nonempty))
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A file in which the server of a mount notes what the store did not give: who reads the mount gets EIO only."""
+
+    path: Path
+
+    def note(self, error: StoreError) -> None:
+        """Note an error, in place of the one before."""
+        with contextlib.suppress(OSError):
+            self.path.write_text(str(error), "utf-8", "replace")
+
+    @property
+    def words(self) -> str:
+        """What was noted last; empty if nothing was."""
+        try:
+            return self.path.read_text("utf-8", "replace")
+        except OSError:
+            return ""
+
+
 async def serve_mount(
-    repository: Repository, mountpoint: Path, options: MountOptions, on_ready: Callable[[], None], report: Report
+    repository: Repository,
+    mountpoint: Path,
+    options: MountOptions,
+    on_ready: Callable[[], None],
+    report: Report,
+    unread: Unread | None = None,
 ) -> None:
     """Mount, call `on_ready` once the mount answers, and return when it has ended.
 
+    unread: where to note what the store does not give.
     Raises: MountError if the mount cannot be made; StoreError.
     """
     memory.keep_freed_memory(KEPT_BYTES)
@@ -79,7 +105,7 @@ async def serve_mount(
         raise MountError(f"none of the snapshots can be read: {next(iter(listed.damaged.values()))}")
     async with trio.open_nursery() as background:
         background.start_soon(_load_data_index, repository)
-        loader = Loader(repository, background)
+        loader = Loader(repository, background, unread.note) if unread else Loader(repository, background)
         view = SnapshotView(repository, listed, options.shown, loader)
         view.freshness = Freshness(repository, listed, view.rearrange, background, options.refresh_s)
         # What is here now stays: the collector need not look at it again and again.

@@ -22,7 +22,7 @@ from backupfs.repository.repository import Repository
 from backupfs.snapshots.snapshot import IMAGE, Snapshot
 from backupfs.snapshots.volumes import shared_volumes
 from backupfs.snapshots.walk import shown_volumes
-from backupfs.usecases.mount import DATA_CACHE_SIZE, KEPT_BYTES, TREE_CACHE_SIZE
+from backupfs.usecases.mount import DATA_CACHE_SIZE, KEPT_BYTES, TREE_CACHE_SIZE, Unread
 from backupfs.usecases.umount import umount
 from backupfs.view.loading import Loader
 from backupfs.view.scratch import ScratchDisks
@@ -51,6 +51,11 @@ class ScratchMount:
         """Return the map of what was written to a disk."""
         return self.mountpoint / "changes" / f"{name}.map"
 
+    @property
+    def unread(self) -> Unread:
+        """What the store did not give to its server. Not for one made for `umount` to end."""
+        return Unread(self.log_file.parent / "unread")
+
     def beside(self, name: str) -> Path:
         """Make an empty folder next to the mount, which goes when that goes. Not for one made for `umount` to end."""
         folder = self.log_file.parent / name
@@ -72,11 +77,17 @@ def require_image(snapshot: Snapshot) -> None:
 
 
 async def serve_scratch(
-    repository: Repository, snapshot: Snapshot, mountpoint: Path, is_edit: bool, on_ready: Callable[[], None]
+    repository: Repository,
+    snapshot: Snapshot,
+    mountpoint: Path,
+    is_edit: bool,
+    on_ready: Callable[[], None],
+    unread: Unread | None = None,
 ) -> None:
     """Mount a scratch copy, call `on_ready` once it answers, and return when the mount has ended.
 
     is_edit: something is to be made of it, so what cannot be changed alone cannot be written.
+    unread: where to note what the store does not give.
     What was written is gone then. Indexes must be loaded. Raises: MountError.
     """
     memory.keep_freed_memory(KEPT_BYTES)
@@ -84,7 +95,7 @@ async def serve_scratch(
     repository.data.keep_at_most(DATA_CACHE_SIZE)
     shown = await workers.request(shown_volumes, snapshot, repository.trees.load)
     async with trio.open_nursery() as background:
-        loader = Loader(repository, background)
+        loader = Loader(repository, background, unread.note) if unread else Loader(repository, background)
         protected = shared_volumes(snapshot.volumes) if is_edit else ()
         disks = ScratchDisks(snapshot, shown, protected, loader)
         try:
@@ -130,6 +141,7 @@ def scratch_mount(repository: Repository, snapshot: Snapshot, is_edit: bool = Fa
                     found.mountpoint,
                     is_edit,
                     on_ready,
+                    found.unread,
                     stop=repository.store.stop,
                 )
         finally:

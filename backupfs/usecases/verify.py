@@ -44,7 +44,7 @@ from backupfs.usecases.check import CheckOptions, CheckResult, check
 from backupfs.usecases.events import Progress, Report
 from backupfs.usecases.findings import Severity
 from backupfs.usecases.kept_directory import store_directory
-from backupfs.usecases.mount import MountFilter, MountOptions, mount_in_background, serve_mount
+from backupfs.usecases.mount import MountFilter, MountOptions, Unread, mount_in_background, serve_mount
 from backupfs.usecases.scratch import scratch_mount
 from backupfs.usecases.umount import umount
 
@@ -54,6 +54,7 @@ _READ = 1 << 20
 _MOST_NAMED = 20
 _MOST_CONSOLE = 1 << 20
 _PROGRESS_S = 0.2
+_NOT_NOW = "this cannot be verified now, and nothing was recorded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,13 @@ def _unread(found: CheckResult) -> StoreError:
     first = next(finding for finding in found.findings if finding.severity == Severity.UNREAD)
     more = f"; {found.unread:,} objects in all could not be read" if found.unread > max(1, found.archived) else ""
     kind = ObjectArchived if found.unread == found.archived else StoreError
-    return kind(f"this cannot be verified now, and nothing was recorded: {first.key}: {first.what}{more}")
+    return kind(f"{_NOT_NOW}: {first.key}: {first.what}{more}")
+
+
+def _require_read(unread: Unread) -> None:
+    """Raise StoreError where what failed in a mount may have failed as the store did not give it."""
+    if words := unread.words:
+        raise StoreError(f"{_NOT_NOW}: {words}")
 
 
 class _UnreadableDisk(Exception):
@@ -186,17 +193,22 @@ class _Run:
                 try:
                     checked = check_volume(scratch.volume(volume.name), volume.size, timeout_s=self._options.check_s)
                 except OSError as error:
+                    _require_read(scratch.unread)
                     words = f"it cannot be read: {error.strerror}; {scratch.last_words()}"
                     self._add(CONTENT, volume.name, Result.FAILED, words)
                     continue
+                if not checked.sound:
+                    _require_read(scratch.unread)
                 result = {True: Result.PASSED, False: Result.FAILED, None: Result.SKIPPED}[checked.sound]
                 self._add(CONTENT, volume.name, result, checked.words)
                 if checked.output:
                     self.left[f"check-{volume.name}.log".encode()] = checked.output
 
     def _read_files(self) -> None:
-        with _mounted(self._repository, self._snapshot) as top:
+        with _mounted(self._repository, self._snapshot) as (top, unread):
             files, size, problems = forked.call(lambda take: _read_all(top, take), self._report)  # type: ignore[arg-type]
+            if problems:
+                _require_read(unread)
         if problems:
             self.left[b"problems.txt"] = "".join(f"{problem}\n" for problem in problems).encode()
             more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
@@ -247,31 +259,35 @@ class _Run:
                 bus = bus_of(disks[0]) if options.bus == "auto" else options.bus
                 machine = Machine(disks, options, scratch.beside("machine"))
             except OSError as error:
+                _require_read(scratch.unread)
                 raise _UnreadableDisk(f"it cannot be read: {error.strerror}; {scratch.last_words()}") from error
             try:
                 watched = watch(machine, self._options.marker, timeout_s, self._report)
             finally:
                 machine.end()
+            if watched.result != Result.PASSED:
+                _require_read(scratch.unread)
         return watched, bus, f"{watched.words} ({machine.firmware}, {machine.accelerator})"
 
 
 @contextlib.contextmanager
-def _mounted(repository: Repository, snapshot: Snapshot) -> Iterator[Path]:
-    """Mount one snapshot for a while; gives its root."""
+def _mounted(repository: Repository, snapshot: Snapshot) -> Iterator[tuple[Path, Unread]]:
+    """Mount one snapshot for a while; gives its root, and what the store does not give."""
     folder = Path(tempfile.mkdtemp(prefix="backupfs-verify-"))
     mountpoint = folder / "mnt"
     options = MountOptions(shown=MountFilter(snapshots=frozenset({snapshot.snapshot_id})))
+    unread = Unread(folder / "unread")
 
     def serve(on_ready: Callable[[], None]) -> None:
         interrupts.run(
-            serve_mount, repository, mountpoint, options, on_ready, _no_words, stop=repository.store.stop
+            serve_mount, repository, mountpoint, options, on_ready, _no_words, unread, stop=repository.store.stop
         )  # fmt: skip
 
     try:
         mountpoint.mkdir()
         pid = mount_in_background(serve, mountpoint, options, folder / "log")
         try:
-            yield mountpoint / "ids" / short(snapshot.snapshot_id)
+            yield mountpoint / "ids" / short(snapshot.snapshot_id), unread
         finally:
             umount(mountpoint)
             with contextlib.suppress(ChildProcessError):

@@ -13,6 +13,7 @@ from typing import TypeVar, TypeVarTuple
 import trio
 
 from backupfs import workers
+from backupfs.errors import StoreError
 from backupfs.ids import ChunkId, ObjectId
 from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.pack import PackRef
@@ -52,14 +53,25 @@ class _Loading:
     done: trio.Event = field(default_factory=trio.Event)
 
 
+def _untold(_error: StoreError) -> None:
+    return
+
+
 class Loader:
     """Gives chunks that are in memory, and loads those that are not: each block once, however many wait for it."""
 
-    def __init__(self, repository: Repository, nursery: trio.Nursery | None = None) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        nursery: trio.Nursery | None = None,
+        tell_unread: Callable[[StoreError], None] = _untold,
+    ) -> None:
         """Take the parts.
 
         nursery: where reading ahead runs; without one nothing is read ahead.
+        tell_unread: called where an operation fails as the store does not give something, which is no damage.
         """
+        self._tell_unread = tell_unread
         self._trees = repository.trees
         self._data = repository.data
         self._nursery = nursery
@@ -114,7 +126,11 @@ class Loader:
         """
         pins: dict[ChunkId, memoryview] = {}
         while True:
-            await self._load(missing, pins)
+            try:
+                await self._load(missing, pins)
+            except StoreError as error:
+                self._tell_unread(error)
+                raise
             self._pins = pins
             try:
                 return operation(*arguments)

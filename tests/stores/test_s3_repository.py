@@ -386,3 +386,42 @@ def test_a_report_has_the_requests_of_all_processes(swift: Server, disk: Path, t
             assert counted == seen, arguments
     finally:
         proxy.close()
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("kind", ["files", "image"])
+def test_what_the_server_does_not_give_of_content_is_no_failed_verification(
+    kind: str, swift: Server, tmp_path: Path
+) -> None:
+    """Level 2 sees an error of a mount only, whoever is to blame for it."""
+    source = built({f"f{number}": File(os.urandom(400_000)) for number in range(4)}, tmp_path / "source")
+    disk = tmp_path / "web.raw"
+    bucket = f"ungiven-content-{kind}"
+    first = runner(swift, tmp_path, bucket)
+    first("init")
+    if kind == "image":
+        disk.write_bytes(bytes(16 << 20))
+        subprocess.run(["mkfs.ext4", "-q", "-d", source, disk], check=True)
+        first("image", str(disk), "--name", "web")
+    else:
+        first("backup", source)
+    name = "web:latest" if kind == "image" else "latest"
+    listed = swift.client().list_objects_v2(Bucket=bucket, Prefix="host/a/packs/data/")
+    host, _, port = swift.endpoint_url.removeprefix("http://").partition(":")
+    proxy = FaultProxy(host, int(port))
+    try:
+        run = runner(replace(swift, endpoint_url=proxy.endpoint_url), tmp_path, bucket)
+        # Level 1 gets each once.
+        refusing = proxy.rule(
+            "status", method="GET", path="/packs/data/[0-9a-f]{64}", skip=listed["KeyCount"], status=403,
+            code="AccessDenied",
+        )  # fmt: skip
+        done = run("verify", name, code=1)
+        assert refusing.done
+        assert "nothing was recorded" in done.stderr
+        assert "AccessDenied" in done.stderr
+        proxy.rules.clear()
+        assert all(not one["verifications"] for one in json.loads(run("--json", "snapshots").stdout))
+        assert summary_of(run("--json", "verify", name))["result"] == "passed"
+    finally:
+        proxy.close()

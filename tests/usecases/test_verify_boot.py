@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from backupfs.disks.machine import MachineDisk, MachineOptions
+from backupfs.errors import StoreError, StoreUnavailable
 from backupfs.snapshots.verification import BOOT, Outcome, Result
 from backupfs.usecases import verify as verify_module
 from backupfs.usecases.boot_watch import Watched
+from backupfs.usecases.mount import Unread
 from backupfs.usecases.verify import VerifyOptions
 from tests.builders import ignore, new_repository
 from tests.usecases.test_image import MIB, disk_in, make_image
@@ -43,7 +45,8 @@ def booted(
     @contextlib.contextmanager
     def scratch_mount(*_: object) -> Iterator[SimpleNamespace]:
         scratches.append(None)
-        yield SimpleNamespace(disk=lambda name: tmp_path / name, beside=lambda name: tmp_path / name)
+        unread = Unread(tmp_path / "unread")
+        yield SimpleNamespace(disk=lambda name: tmp_path / name, beside=lambda name: tmp_path / name, unread=unread)
 
     def watch(machine: Machine, marker: str, left_s: float, report: object) -> Watched:
         del marker, report
@@ -83,6 +86,16 @@ def test_what_comes_up_on_no_bus_fails_with_both_reasons(tmp_path: Path, monkeyp
     outcome, buses = booted(tmp_path, monkeypatch, good="none")
     assert (outcome.result, buses) == (Result.FAILED, ["auto", "virtio"])
     assert "with auto (bios, tcg); its disks were on scsi, and on virtio, `(initramfs)` with virtio" in outcome.words
+
+
+def test_a_machine_whose_disk_the_store_does_not_give_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Unread(tmp_path / "unread").note(StoreUnavailable("a pack cannot be had"))
+    with pytest.raises(StoreError, match="nothing was recorded: a pack cannot be had"):
+        booted(tmp_path, monkeypatch, good="none")
+    outcome, _ = booted(tmp_path, monkeypatch, good="auto")
+    assert outcome.result == Result.PASSED
 
 
 def test_a_bus_that_was_given_is_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
