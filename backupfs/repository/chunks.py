@@ -259,10 +259,10 @@ class ChunkReader:
         try:
             stored = self._store.get(key, start=offset, length=stored_length)
             plain = self.open_block(pack, stored, offset)
-        except DamagedObject as error:
+        except (DamagedObject, ObjectMissing) as error:
             if not self.is_far:
                 raise
-            # It may have been garbled on its way, and be kept like that.
+            # It may have been garbled on its way, and be kept like that; or be missed once by a server that has it.
             log.warning("%s; it is fetched again", error)
             self._store.forget(key)
             stored = self._store.get(key, start=offset, length=stored_length)

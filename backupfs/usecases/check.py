@@ -22,7 +22,7 @@ import trio
 from backupfs import workers
 from backupfs.codec.keys import read_slot_info
 from backupfs.codec.sealing import Kind
-from backupfs.errors import RepositoryError, StoreError, UnknownVersion, UsageError, WrongPassword
+from backupfs.errors import ObjectMissing, RepositoryError, StoreError, UnknownVersion, UsageError, WrongPassword
 from backupfs.ids import ChunkId, ObjectId, SnapshotId, short
 from backupfs.repository import layout, local
 from backupfs.repository.config import check_mac, encode_config, read_config
@@ -260,9 +260,20 @@ class _Check:
                 except (RepositoryError, StoreError) as error:
                     self._findings.failed(info.key, error)
             if not own_seen:
-                self._findings.damage(layout.slot_key(repository.slot_id), "the key slot of this password is missing")
+                self._look_for_own_slot()
         except StoreError as error:
             self._findings.failed(layout.KEYS, error, f"the key slots cannot be listed: {error}")
+
+    def _look_for_own_slot(self) -> None:
+        """Ask for the key slot of this password by its name: a listing may be stale."""
+        key = layout.slot_key(self._repository.slot_id)
+        try:
+            read_slot_info(load_object(self._repository.store, key), f"the object {key}")
+            self._findings.succeeded()
+        except ObjectMissing as error:
+            self._findings.failed(key, error, "the key slot of this password is missing")
+        except (RepositoryError, StoreError) as error:
+            self._findings.failed(key, error)
 
     def _load_snapshots(self) -> None:
         repository = self._repository

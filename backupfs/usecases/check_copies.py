@@ -21,6 +21,7 @@ from backupfs.repository.marks import Marks
 from backupfs.repository.pack import PackRef, blocks_of, decode_directory
 from backupfs.repository.repository import TREE_CACHE_SIZE, Repository
 from backupfs.repository.run import Location
+from backupfs.stores.together import each
 from backupfs.usecases.findings import Findings, Severity
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class Copies:
         named = self.index.packs()
         self.named_packs = len(named)
         present: list[tuple[PackRef, int]] = []
+        doubtful: list[PackRef] = []
         try:
             listed = list(self._store.list(prefix))
             self._findings.succeeded()
@@ -117,18 +119,40 @@ class Copies:
                     if identity is not None:
                         present.append((PackRef(ObjectId(identity), info.size, b""), info.size))
                     continue
-                present.append((ref, info.size))
-                if info.size != ref.size:
-                    self._sizes[ref.pack_id] = info.size
-                    self._findings.damage(info.key, f"it has {info.size} bytes instead of {ref.size}")
+                if info.size == ref.size:
+                    present.append((ref, info.size))
+                else:
+                    doubtful.append(ref)
         except StoreError as error:
             self._findings.failed(prefix, error, f"the packs cannot be listed: {error}")
             # Reading them shows which are there.
             return [(ref, ref.size) for ref in self.index.packs().values()]
-        for pack_id in named:
-            self._missing.add(pack_id)
-            self._findings.damage(self.key_of(pack_id), "it is missing")
+        doubtful += named.values()
+        # A listing may be stale, or have been garbled on its way: it proves that something is there, no more.
+        for ref, size in zip(doubtful, each(self._store, self._size_in_store, doubtful), strict=True):
+            key = self.key_of(ref.pack_id)
+            if isinstance(size, StoreError):
+                self._fail(ref.pack_id, size)
+                continue
+            self._findings.succeeded()
+            if size is None:
+                self._missing.add(ref.pack_id)
+                self._findings.damage(key, "it is missing")
+                continue
+            present.append((ref, size))
+            if size != ref.size:
+                self._sizes[ref.pack_id] = size
+                self._findings.damage(key, f"it has {size} bytes instead of {ref.size}")
         return present
+
+    def _size_in_store(self, ref: PackRef) -> int | StoreError | None:
+        """Return how large a pack is, None if it is not there, or why nobody knows; safe in threads."""
+        try:
+            return self._store.size(self.key_of(ref.pack_id))
+        except ObjectMissing:
+            return None
+        except StoreError as error:
+            return error
 
     def read_pack(self, ref: PackRef, size: int) -> PackRead:
         """Read a pack whole and compare everything in it with its names; safe in threads, changes nothing.
@@ -136,8 +160,8 @@ class Copies:
         ref: as the index has it; without a header where no index names the pack.
         """
         read = self._read_pack(ref, size)
-        # It may have been garbled on its way.
-        return self._read_pack(ref, size) if read.is_garbled and self._store.is_far else read
+        # It may have been garbled on its way, or be missed once by a server that has it.
+        return self._read_pack(ref, size) if read.damage and self._store.is_far else read
 
     def _read_pack(self, ref: PackRef, size: int) -> PackRead:
         key = self.key_of(ref.pack_id)

@@ -3,7 +3,7 @@
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ import trio
 
 from backupfs.codec.records import encode_record
 from backupfs.codec.sealing import Kind, hash_object
-from backupfs.errors import AccessDenied, DamagedObject, ObjectArchived, StoreError, UsageError
+from backupfs.errors import AccessDenied, DamagedObject, ObjectArchived, ObjectMissing, StoreError, UsageError
 from backupfs.ids import ChunkId, SnapshotId, short
 from backupfs.repository import layout
 from backupfs.repository.pack import ROW, Block, compress_block, encode_pack
@@ -26,6 +26,7 @@ from backupfs.snapshots.notes import new_note, put_note
 from backupfs.snapshots.snapshot import FILES, Snapshot, Statistics
 from backupfs.snapshots.tree import TreeBuilder
 from backupfs.stores.memory import MemoryStore
+from backupfs.stores.store import ObjectInfo
 from backupfs.usecases.backup import backup
 from backupfs.usecases.check import CheckOptions, check
 from backupfs.usecases.events import Event, Remark, ignore
@@ -152,6 +153,71 @@ class ArchivingStore(AroundStore):
         if verb == "get" and key.startswith(self.prefix):
             raise ObjectArchived(f"object {key} is in GLACIER")
         return call()
+
+
+class StaleStore(AroundStore):
+    """A listing leaves some objects out, or says that they are longer than they are; they are there all the same."""
+
+    is_far = True  # type: ignore[assignment]
+
+    def __init__(self, inner: MemoryStore, keys: Container[str], longer: int | None = None) -> None:
+        super().__init__(inner)
+        self.keys = keys
+        self.longer = longer
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        for info in super().list(prefix):
+            if info.key not in self.keys:
+                yield info
+            elif self.longer is not None:
+                yield replace(info, size=info.size + self.longer)
+
+
+@pytest.mark.parametrize("read_data", [False, True])
+@pytest.mark.parametrize("longer", [None, 1], ids=["left out", "another size"])
+def test_what_a_listing_that_is_stale_says_of_a_pack_is_no_damage(
+    stored: MemoryStore, longer: int | None, read_data: bool
+) -> None:
+    store = copy_of(stored)
+    first, *others = keys_of(store, "packs/")
+    repository = reopened(store)
+    repository.store = StaleStore(store, {first, *keys_of(store, "keys/")}, longer)
+    result = run_check(repository, read_data=read_data)
+    assert (result.findings, result.snapshots_hit) == ((), ())
+    assert result.packs_read == (len(others) + 1 if read_data else 0)
+    # What is not there when it is asked for is missing.
+    store.delete(first)
+    result = run_check(repository, read_data=read_data)
+    assert [(finding.severity, finding.key) for finding in result.findings] == [(Severity.DAMAGE, first)]
+    assert "it is missing" in result.findings[0].what
+
+
+def test_a_pack_that_nobody_could_ask_for_is_unread(stored: MemoryStore) -> None:
+    first = keys_of(stored, "packs/data/")[0]
+    repository = reopened(stored)
+    repository.store = FaultyStore(StaleStore(stored, {first}), Fault("size", 1, "packs/", times=10))
+    result = run_check(repository)
+    assert [(finding.severity, finding.key) for finding in result.findings] == [(Severity.UNREAD, first)]
+    assert (result.damaged, result.unread) == (False, 1)
+
+
+@pytest.mark.expected_log("is not there; it is fetched again")
+@pytest.mark.parametrize("prefix", ["packs/data/", "packs/tree/"])
+def test_a_pack_that_is_not_there_once_is_asked_for_again(stored: MemoryStore, prefix: str) -> None:
+    class Forgetful(StaleStore):
+        asked = 0
+
+        def around(self, what: str, key: str, call: Callable[[], Result]) -> Result:
+            if what == "get" and key.startswith(prefix):
+                self.asked += 1
+                if self.asked == 1:
+                    raise ObjectMissing(f"object {key} is not there")
+            return call()
+
+    for read_data in (True, False):
+        repository = reopened(stored)
+        repository.store = Forgetful(stored, ())
+        assert run_check(repository, read_data=read_data).findings == ()
 
 
 @pytest.mark.parametrize("prefix", ["packs/data/", "packs/tree/", "packs/"])
