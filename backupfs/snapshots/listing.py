@@ -62,15 +62,22 @@ class SnapshotList:
         self._load_notes(note_keys)
         self.forgotten = self._forgotten(note_keys)
         identities = (layout.id_in_key(info.key) for info in objects)
-        listed = [SnapshotId(identity) for identity in identities if identity is not None]
-        listed += self._unlisted(set(listed))
-        fresh = [snapshot_id for snapshot_id in listed if snapshot_id not in self._loaded]
-        loaded = dict(zip(fresh, each(store, lambda snapshot_id: self._load(snapshot_id, damaged), fresh), strict=True))
+        wanted = [SnapshotId(identity) for identity in identities if identity is not None]
+        known: set[SnapshotId] = set()
         present: dict[SnapshotId, Snapshot] = {}
-        for snapshot_id in listed:
-            snapshot = self._loaded.get(snapshot_id) or loaded.get(snapshot_id)
-            if snapshot is not None:
-                present[snapshot_id] = snapshot
+        while True:
+            fresh = [snapshot_id for snapshot_id in wanted if snapshot_id not in self._loaded]
+            found = each(store, lambda snapshot_id: self._load(snapshot_id, damaged), fresh)
+            loaded = dict(zip(fresh, found, strict=True))
+            for snapshot_id in wanted:
+                snapshot = self._loaded.get(snapshot_id) or loaded.get(snapshot_id)
+                if snapshot is not None:
+                    present[snapshot_id] = snapshot
+            known.update(wanted)
+            # Each of these may name others.
+            wanted = self._unlisted(known, present.values())
+            if not wanted:
+                break
         self._loaded = present
         as_shown = present | self._with_indexes(note_keys)
         self.damaged = damaged | self._damaged_notes
@@ -80,11 +87,14 @@ class SnapshotList:
         )
         return (self.snapshots, len(self._notes), self.damaged) != before
 
-    def _unlisted(self, listed: set[SnapshotId]) -> list[SnapshotId]:
-        """Return what this machine has seen last and a listing does not show, though it is there: it may be stale."""
+    def _unlisted(self, known: set[SnapshotId], present: Collection[Snapshot]) -> list[SnapshotId]:
+        """Return what is there though a listing does not show it, which may be stale.
+
+        Asked for is what this machine has seen last, and what others name. known: what was looked for already.
+        """
         repository = self.repository
         seen = local.last_seen(repository.local.state, repository.config.repository_id)
-        missed = {SnapshotId(last) for _, ids in seen.values() for last in ids} - listed - self.forgotten - self._gone
+        missed = set(map(SnapshotId, find_absent(present, seen))) - known - self.forgotten - self._gone
         found: list[SnapshotId] = []
         for snapshot_id in missed:
             try:

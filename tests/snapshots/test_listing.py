@@ -387,6 +387,26 @@ def test_a_listing_that_is_stale_loses_nothing(tmp_path: Path) -> None:
     assert [loss.snapshot_id for loss in load_snapshots(stale).losses()] == [stored[2].snapshot_id]
 
 
+@pytest.mark.parametrize("left_out", [{1}, {0, 1}, {0, 1, 2}])
+def test_a_listing_that_is_stale_loses_none_that_another_one_names(left_out: set[int], tmp_path: Path) -> None:
+    repository = new_repository(folders=folders_in(tmp_path))
+    stored = in_a_row(repository, 4)
+
+    class Stale(PassingStore):
+        def list(self, prefix: str) -> Iterator[ObjectInfo]:
+            names = [stored[at].snapshot_id.hex() for at in left_out]
+            return (info for info in super().list(prefix) if not any(name in info.key for name in names))
+
+    # On a machine that has never seen any of them.
+    stale = reopened(Stale(repository.store), folders_in(tmp_path / "other"))
+    listed = load_snapshots(stale)
+    assert (listed.snapshots, listed.losses()) == (stored, [])
+    assert not listed.refresh()
+    assert listed.find(stored[1].snapshot_id.hex()) == stored[1]
+    repository.store.delete(f"snapshots/{stored[1].snapshot_id.hex()}")
+    assert [loss.snapshot_id for loss in load_snapshots(stale).losses()][-1] == stored[1].snapshot_id
+
+
 def test_a_mount_shows_no_latest_where_that_is_in_doubt(tmp_path: Path) -> None:
     repository = new_repository(folders=folders_in(tmp_path))
     stored = in_a_row(repository, 2)
