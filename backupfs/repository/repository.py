@@ -177,9 +177,8 @@ def find_repository(store: Store, local: LocalFolders | None = None) -> Found:
     key = layout.slot_key(known)
     readers = (_read_config, _added_features, _slot_keys, lambda store: _get_slots(store, [key]))
     read: list[Any] = list(each(store, lambda read: read(store), readers))
+    # One that was given is there, listed or not: a listing may be stale.
     config, features, keys_listed, slots = read
-    # One that is not listed any more was removed.
-    slots = slots if key in keys_listed else []
     return Found(config, features, slots, tuple(other for other in keys_listed if other != key or not slots))
 
 

@@ -216,8 +216,13 @@ def test_what_opens_a_repository_is_fetched_again_when_it_is_garbled(what: str, 
     found = find_repository(store, local)
     assert open_repository(store, PASSWORD, local, found).config == repository.config
     assert store.left == 0
-    # What is wrong each time is told.
     store = FarStore(repository.store, verb, key, 99, garble)
+    if key == "keys/":
+        # The slot that opened it before is there, whatever a listing says, which may be stale.
+        opened = open_repository(store, PASSWORD, local, find_repository(store, local))
+        assert opened.slot_id == repository.slot_id
+        local = LocalFolders(tmp_path / "fresh", None)
+    # What is wrong each time is told.
     with pytest.raises((DamagedObject, UnknownVersion)) as caught:
         open_repository(store, PASSWORD, local, find_repository(store, local))
     if key == "keys/":
