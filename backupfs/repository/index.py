@@ -61,6 +61,7 @@ class Index:
         self._changing = threading.Lock()
         self.damaged: dict[str, str] = {}  # keys of segments that did not open → what is wrong
         self.newer: set[str] = set()  # keys of those among them that a newer program can read
+        self._missed: set[str] = set()  # keys of those among them that are listed and were not given
 
     @property
     def count(self) -> int:
@@ -113,6 +114,7 @@ class Index:
         """Take in the segments that are new in the store; return whether there were any.
 
         A segment that does not open is left out, logged, and named in `damaged`: its packs still say what is in them.
+        One that is listed and not given is asked for again the next time.
         """
         with self._changing:
             return self._refresh()
@@ -138,7 +140,7 @@ class Index:
         wanted = [
             (segment_id, key)
             for segment_id, key in listed.items()
-            if segment_id not in known and key not in self.damaged
+            if segment_id not in known and (key not in self.damaged or key in self._missed)
         ]
         for (segment_id, _), segment in zip(wanted, each(self._store, self._load, wanted), strict=True):
             if segment is not None:
@@ -148,11 +150,17 @@ class Index:
 
     def _load(self, segment: tuple[ObjectId, str]) -> Segment | None:
         _, key = segment
+        self._missed.discard(key)
         try:
-            return decode_segment(load_object(self._store, key), self._kind, self._keyring, f"the object {key}")
+            found = decode_segment(load_object(self._store, key), self._kind, self._keyring, f"the object {key}")
+            self.damaged.pop(key, None)
+            return found
         except (RepositoryError, ObjectMissing) as error:
-            log.warning("%s; the index goes on without it", error)
+            if self.damaged.get(key) != str(error):
+                log.warning("%s; the index goes on without it", error)
             self.damaged[key] = str(error)
+            if isinstance(error, ObjectMissing):
+                self._missed.add(key)
             if isinstance(error, UnknownVersion):
                 self.newer.add(key)
             return None

@@ -354,6 +354,9 @@ class _Check:
         index = Index(repository.store, index_kind, repository.keyring, own)
         # Without it nothing can be said about anything.
         index.refresh()
+        if index.damaged:
+            # What a server missed once that it has, it may give now.
+            index.refresh()
         self._findings.succeeded()
         for key, what in index.damaged.items():
             self._findings.damage(key, what if key in index.newer else f"{what}; {_OF_SEGMENT}")

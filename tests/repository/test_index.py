@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from backupfs.codec.keys import new_keyring
 from backupfs.codec.sealing import HEADER, Kind, hash_object
-from backupfs.errors import DamagedObject
+from backupfs.errors import DamagedObject, ObjectMissing
 from backupfs.ids import ChunkId, ObjectId
 from backupfs.repository import index as index_module
 from backupfs.repository import layout
@@ -21,6 +21,7 @@ from backupfs.repository.pack import ROW, PackRef
 from backupfs.repository.run import Location, open_run, run_in_memory, write_run
 from backupfs.repository.segment import PAGE_ROWS, Segment, decode_segment, encode_segment, renumber, sort_rows
 from backupfs.stores.memory import MemoryStore
+from backupfs.stores.passing import PassingStore
 
 KEYRING = new_keyring()
 KIND = Kind.DATA_INDEX
@@ -150,6 +151,31 @@ def test_without_a_cache_folder_everything_stays_in_memory(tmp_path: Path) -> No
     (tmp_path / "file").write_bytes(b"")
     index = Index(store, KIND, KEYRING, tmp_path / "file" / "cache")
     index.refresh()
+    assert index.has(chunk_id(1))
+
+
+@pytest.mark.expected_log("goes on without it")
+def test_a_segment_that_is_listed_and_not_given_is_asked_for_again(caplog: pytest.LogCaptureFixture) -> None:
+    """A mount that goes on for months must not do without it for so long."""
+
+    class Late(PassingStore):
+        missing = 2
+
+        def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
+            if self.missing:
+                self.missing -= 1
+                raise ObjectMissing(f"object {key} is not there")
+            return super().get(key, start=start, length=length)
+
+    store = MemoryStore()
+    segment_id = put(store, segment_of([(chunk_id(1), 0, 0)], [0]))
+    index = Index(Late(store), KIND, KEYRING, None)
+    for _ in range(2):
+        assert not index.refresh()
+        assert list(index.damaged) == [layout.key_of(KIND, segment_id)]
+    assert len(caplog.records) == 1
+    assert index.refresh()
+    assert index.damaged == {}
     assert index.has(chunk_id(1))
 
 
