@@ -16,7 +16,7 @@ from pathlib import Path
 
 from backupfs.codec.keys import Keyring
 from backupfs.codec.sealing import Kind
-from backupfs.errors import DamagedObject, ObjectMissing, RepositoryError, UnknownVersion
+from backupfs.errors import DamagedObject, ObjectMissing, RepositoryError, StoreError, UnknownVersion
 from backupfs.ids import ChunkId, ObjectId
 from backupfs.repository import layout
 from backupfs.repository.objects import load_object
@@ -40,7 +40,7 @@ _PACK_KIND = {Kind.DATA_INDEX: Kind.DATA_PACK, Kind.TREE_INDEX: Kind.TREE_PACK}
 class Comparison:
     """How the packs that an index names differ from those that are there."""
 
-    absent: frozenset[ObjectId]  # named, and missing or not of their size
+    absent: frozenset[ObjectId]  # named, and not in the listing, or not of their size
     unnamed: tuple[ObjectInfo, ...]  # there, and in no segment
 
 
@@ -248,6 +248,22 @@ class Index:
             elif pack.size == info.size:
                 intact.add(pack.pack_id)
         return Comparison(frozenset(named.keys() - intact), tuple(unnamed))
+
+    def still_absent(self, pack_ids: Collection[ObjectId]) -> frozenset[ObjectId]:
+        """Return those of some packs that are not there in their size when each is asked for: a listing may be stale.
+
+        What nobody can ask for counts as absent.
+        """
+        named = self.packs()
+        asked = [named[pack_id] for pack_id in pack_ids]
+        sizes = each(self._store, self._size_in_store, asked)
+        return frozenset(pack.pack_id for pack, size in zip(asked, sizes, strict=True) if size != pack.size)
+
+    def _size_in_store(self, pack: PackRef) -> int | None:
+        try:
+            return self._store.size(layout.key_of(_PACK_KIND[self._kind], pack.pack_id))
+        except StoreError:
+            return None
 
     def leave_out(self, pack_ids: Collection[ObjectId]) -> None:
         """Go on as if some packs were named by no segment, as long as this process lives."""

@@ -131,16 +131,17 @@ class StoringRun:
         if store.is_far and not must_list and not local.is_due(self._repository.cache, mark, _LISTING_AGE_S):
             return True
         compared = index.compare(store.list(layout.prefix_of(kind)))
-        if not compared.absent:
-            local.note_done(self._repository.cache, mark)
-        if compared.absent:
-            index.leave_out(compared.absent)
+        absent = index.still_absent(compared.absent)
+        if absent:
+            index.leave_out(absent)
             self._report(
                 Remark(
-                    f"{len(compared.absent)} of the packs in {layout.prefix_of(kind)} that the index names are missing "
-                    "or cut short; what they held is read and stored again as far as it is still in the sources"
+                    f"{len(absent)} of the packs in {layout.prefix_of(kind)} that the index names are missing or cut "
+                    "short; what they held is read and stored again as far as it is still in the sources"
                 )
             )
+        else:
+            local.note_done(self._repository.cache, mark)
         if compared.unnamed and not self._options.dry_run:
             # Packs of this host are what an interrupted run left; those of others may be under way until they are old.
             old_ns = store.now() - _ORPHAN_AGE_NS
@@ -149,7 +150,7 @@ class StoringRun:
             )
             if segment is not None:
                 self._writers[kind].name_packs(segment)
-        return not compared.absent
+        return not absent
 
     def _leave_out_damaged(self, indexes: list[Index]) -> int | None:
         """Take nothing from packs that a check of this machine found damaged, though they are there in their size."""

@@ -20,6 +20,8 @@ from backupfs.repository.repository import Repository
 from backupfs.snapshots.node import CHANGED_WHILE_READ, RACY
 from backupfs.snapshots.tree import leaf_pages
 from backupfs.snapshots.walk import find_path, tree_of, walk
+from backupfs.stores.passing import PassingStore
+from backupfs.stores.store import ObjectInfo
 from backupfs.usecases import backup as backup_module
 from backupfs.usecases import storing
 from backupfs.usecases.backup import BackupResult, backup, backup_stream
@@ -579,6 +581,20 @@ def test_what_lay_in_lost_packs_is_stored_again(tmp_path: Path) -> None:
                 contents = contents_of(reopened(repository), snapshot)
                 assert contents[source + b"/a"].content == noise(1, 50_000)  # type: ignore[union-attr]
                 assert contents[source + b"/d/b"].content == noise(2, 3000)  # type: ignore[union-attr]
+
+
+def test_packs_that_a_stale_listing_does_not_show_are_not_stored_again(tmp_path: Path) -> None:
+    source = settled(build({"a": File(noise(1, 50_000)), "d": {"b": File(noise(2, 3000))}}, tmp_path / "s"))
+    repository = new_repository(folders=folders_in(tmp_path / "local"))
+    back_up(repository, source)
+
+    class Stale(PassingStore):
+        def list(self, prefix: str) -> Iterator[ObjectInfo]:
+            return (info for info in super().list(prefix) if not info.key.startswith("packs/"))
+
+    result, events = told(reopened(Stale(repository.store), repository.local), source)
+    assert not [event for event in events if isinstance(event, Remark)]
+    assert (result.counts.files_unchanged, result.data.chunks) == (2, 0)
 
 
 def test_packs_that_no_index_names_are_taken_over_by_their_host(tmp_path: Path) -> None:
