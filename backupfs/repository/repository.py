@@ -31,7 +31,7 @@ from backupfs.repository.chunks import ChunkReader
 from backupfs.repository.config import REMEDY, Config, check_mac, encode_config, read_config, unknown_features
 from backupfs.repository.index import Index
 from backupfs.repository.local import LocalFolders, known_slot, note_slot
-from backupfs.repository.objects import get_named
+from backupfs.repository.objects import get_named, get_surely
 from backupfs.stores.caching import CachingStore
 from backupfs.stores.listed import ListedStore
 from backupfs.stores.store import Store
@@ -184,7 +184,7 @@ def find_repository(store: Store, local: LocalFolders | None = None) -> Found:
 
 def _read_config(store: Store) -> bytes:
     try:
-        return store.get(layout.CONFIG)
+        return get_surely(store, layout.CONFIG)
     except ObjectMissing as error:
         if any(True for _ in store.list(layout.SNAPSHOTS)) or any(True for _ in store.list(layout.PACKS)):
             raise NotARepository(

@@ -27,7 +27,7 @@ from backupfs.ids import ChunkId, ObjectId, SnapshotId, short
 from backupfs.repository import layout, local
 from backupfs.repository.config import check_mac, encode_config, read_config
 from backupfs.repository.index import Index
-from backupfs.repository.objects import load_object
+from backupfs.repository.objects import get_surely, load_object
 from backupfs.repository.pack import PackRef
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.listing import SnapshotList, load_snapshot
@@ -239,7 +239,7 @@ class _Check:
     def _check_config_and_slots(self) -> None:
         repository, store = self._repository, self._repository.store
         try:
-            data = store.get(layout.CONFIG)
+            data = get_surely(store, layout.CONFIG)
             config, mac = read_config(data)
             if not check_mac(config, mac, repository.keyring) or data != encode_config(config, repository.keyring):
                 self._findings.damage(layout.CONFIG, "it was not written with the keys of this repository")

@@ -202,7 +202,7 @@ def test_a_pack_that_nobody_could_ask_for_is_unread(stored: MemoryStore) -> None
 
 
 @pytest.mark.expected_log("is not there; (it is fetched again|the index goes on without it)")
-@pytest.mark.parametrize("prefix", ["packs/data/", "packs/tree/", "index/"])
+@pytest.mark.parametrize("prefix", ["packs/data/", "packs/tree/", "index/", "snapshots/", "notes/", "keys/", "config"])
 def test_an_object_that_is_not_there_once_is_asked_for_again(stored: MemoryStore, prefix: str) -> None:
     class Forgetful(StaleStore):
         asked = 0
@@ -214,9 +214,13 @@ def test_an_object_that_is_not_there_once_is_asked_for_again(stored: MemoryStore
                     raise ObjectMissing(f"object {key} is not there")
             return call()
 
+    store = copy_of(stored)
+    repository = reopened(store)
+    (snapshot,) = load_snapshots(repository).snapshots
+    put_note(repository, new_note(snapshot.snapshot_id, "remark"))
     for read_data in (True, False):
-        repository = reopened(stored)
-        repository.store = Forgetful(stored, ())
+        repository = reopened(store)
+        repository.store = Forgetful(store, ())
         assert run_check(repository, read_data=read_data).findings == ()
 
 
