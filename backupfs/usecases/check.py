@@ -240,6 +240,9 @@ class _Check:
         repository, store = self._repository, self._repository.store
         try:
             data = get_surely(store, layout.CONFIG)
+            if store.is_far and data != encode_config(repository.config, repository.keyring):
+                # It may have been garbled on its way.
+                data = store.get(layout.CONFIG)
             config, mac = read_config(data)
             if not check_mac(config, mac, repository.keyring) or data != encode_config(config, repository.keyring):
                 self._findings.damage(layout.CONFIG, "it was not written with the keys of this repository")

@@ -201,6 +201,23 @@ def test_a_pack_that_nobody_could_ask_for_is_unread(stored: MemoryStore) -> None
     assert (result.damaged, result.unread) == (False, 1)
 
 
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_config_that_was_garbled_on_its_way_is_read_again(stored: MemoryStore, times: int) -> None:
+    class Garbling(StaleStore):
+        left = times
+
+        def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
+            data = super().get(key, start=start, length=length)
+            if key != layout.CONFIG or not self.left:
+                return data
+            self.left -= 1
+            return data[:-1] + bytes([data[-1] ^ 1])
+
+    repository = reopened(stored)
+    repository.store = Garbling(stored, ())
+    assert run_check(repository).damaged == (times > 1)
+
+
 @pytest.mark.expected_log("is not there; (it is fetched again|the index goes on without it)")
 @pytest.mark.parametrize("prefix", ["packs/data/", "packs/tree/", "index/", "snapshots/", "notes/", "keys/", "config"])
 def test_an_object_that_is_not_there_once_is_asked_for_again(stored: MemoryStore, prefix: str) -> None:
