@@ -257,24 +257,21 @@ class _Check:
                     self._findings.add(Severity.INFORMATION, info.key, "it is no object of a repository")
                     continue
                 own_seen |= identity == repository.slot_id
-                try:
-                    read_slot_info(load_object(store, info.key), f"the object {info.key}")
-                    self._findings.succeeded()
-                except (RepositoryError, StoreError) as error:
-                    self._findings.failed(info.key, error)
+                self._check_slot(info.key)
             if not own_seen:
-                self._look_for_own_slot()
+                # A listing may be stale.
+                self._check_slot(layout.slot_key(repository.slot_id))
         except StoreError as error:
             self._findings.failed(layout.KEYS, error, f"the key slots cannot be listed: {error}")
 
-    def _look_for_own_slot(self) -> None:
-        """Ask for the key slot of this password by its name: a listing may be stale."""
-        key = layout.slot_key(self._repository.slot_id)
+    def _check_slot(self, key: str) -> None:
         try:
             read_slot_info(load_object(self._repository.store, key), f"the object {key}")
             self._findings.succeeded()
-        except ObjectMissing as error:
-            self._findings.failed(key, error, "the key slot of this password is missing")
+        except ObjectMissing:
+            # Another one was removed since it was listed.
+            if key == layout.slot_key(self._repository.slot_id):
+                self._findings.damage(key, "the key slot of this password is missing")
         except (RepositoryError, StoreError) as error:
             self._findings.failed(key, error)
 

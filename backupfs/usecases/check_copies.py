@@ -177,6 +177,9 @@ class Copies:
             opened = OpenedHeader(header, self.kind, self._keyring, f"the object {key}")
             rows = decode_directory(opened, data)
         except (RepositoryError, ObjectMissing) as error:
+            if isinstance(error, ObjectMissing) and not ref.header:
+                # A listing may be stale: somebody deleted what no index names.
+                return PackRead(ref.pack_id, 0, (), verified, False, False)
             is_garbled = isinstance(error, RepositoryError)
             return PackRead(ref.pack_id, 0, (*damage, _plainly(error, key)), verified, False, is_garbled)
         except StoreError as error:

@@ -201,6 +201,26 @@ def test_a_pack_that_nobody_could_ask_for_is_unread(stored: MemoryStore) -> None
     assert (result.damaged, result.unread) == (False, 1)
 
 
+def test_what_is_listed_and_gone_is_no_damage_where_nobody_needs_it(stored: MemoryStore) -> None:
+    """A key slot that was removed, and a pack of an interrupted run that somebody deleted."""
+
+    class Late(StaleStore):
+        def list(self, prefix: str) -> Iterator[ObjectInfo]:
+            gone = [f"{prefix}{'ab' * 32}"] if prefix in ("keys/", "packs/data/", "packs/tree/") else []
+            return iter(sorted([*super().list(prefix), *(ObjectInfo(key, 500, 1) for key in gone)], key=str))
+
+    repository = reopened(stored)
+    repository.store = Late(stored, ())
+    result = run_check(repository, read_data=True)
+    assert (result.damaged, result.unread) == (False, 0)
+    # What opens the repository is needed.
+    store = copy_of(stored)
+    own = layout.slot_key(repository.slot_id)
+    repository.store = FaultyStore(StaleStore(store, ()), Fault("put", 9))
+    store.delete(own)
+    assert [finding.key for finding in run_check(repository).findings] == [own]
+
+
 @pytest.mark.parametrize("times", [1, 9])
 def test_a_config_that_was_garbled_on_its_way_is_read_again(stored: MemoryStore, times: int) -> None:
     class Garbling(StaleStore):
