@@ -74,6 +74,14 @@ def location_of(error: Any) -> str:
     return str(headers.get("location", "")) if 300 <= status_of(error) < 400 else ""
 
 
+def is_page(error: Any) -> bool:
+    """Tell whether an error of boto3's came with a body that is none of S3's; the answer to a look has no body."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    is_look = error.operation_name in ("HeadObject", "HeadBucket")
+    has_code = code_of(error) not in ("", str(status_of(error)))
+    return not is_look and not has_code and headers.get("content-length") != "0"
+
+
 def said_by(error: Any) -> str:
     """Return status, code and words of an error of boto3's, for people."""
     message = str(error.response.get("Error", {}).get("Message", "")).strip().rstrip(".")

@@ -57,6 +57,7 @@ class Failures:
         self._requests = requests
         self._endpoint = endpoint
         self._look_at_bucket = look_at_bucket
+        self._has_worked = False  # anything, ever
 
     @contextlib.contextmanager
     def told(self, what: str, key: str = "", hint: str = "", new: str = "") -> Iterator[None]:
@@ -72,6 +73,7 @@ class Failures:
         about = f"cannot {what} in {self._place}"
         try:
             yield
+            self._has_worked = True
         except boto.ClientError as error:
             raise self._meaning(error, about, key, hint, new) from error
         except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
@@ -116,6 +118,9 @@ class Failures:
         said = answers.said_by(error)
         if status >= 500 and 200 <= self._requests.last_status < 300 and (not code or code == str(status)):
             # boto3 makes a 500 of what it cannot read.
+            return not_s3(about)
+        if status == 404 and self._has_worked and answers.is_page(error):
+            # Of what passes requests on, as while it begins; where nothing else ever came, the address is wrong.
             return not_s3(about)
         if (location := answers.location_of(error)) and code not in answers.NO_REGION:
             return self._elsewhere(about, location)

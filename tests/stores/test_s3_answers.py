@@ -15,6 +15,7 @@ from backupfs.errors import (
     DamagedObject,
     ObjectArchived,
     ObjectExists,
+    ObjectMissing,
     StoreError,
     StoreMissing,
     StoreUnavailable,
@@ -603,6 +604,34 @@ def test_a_deletion_that_only_something_between_confirmed_is_tried_again(store: 
     with pytest.raises(StoreMissing):
         store.delete(KEY)
     assert deleted == ["DELETE"]
+
+
+@pytest.mark.parametrize("body", ["404 page not found\n", "<html>default backend</html>"])
+def test_a_404_of_what_lies_between_says_nothing_of_an_object_or_the_bucket(
+    body: str, store: S3Store, server: Answering
+) -> None:
+    """What passes requests on says that while it begins, or while the server does."""
+    page = answer(body, status="404 Not Found")
+    # Where nothing else ever came, the address is wrong.
+    server.answer = lambda *_: page
+    with pytest.raises(StoreMissing, match="there is no bucket"):
+        store.get(KEY)
+    for is_bucket_there in (True, False):
+        server.answer = lambda *_: answer("abc", TAG)
+        assert store.get(KEY) == b"abc"
+        server.answer = lambda method, _, there=is_bucket_there: answer("") if method == "HEAD" and there else page  # type: ignore[misc]
+        for call in (lambda: store.get(KEY), lambda: store.put(KEY, b"1"), lambda: list(store.list(""))):
+            with pytest.raises(StoreUnavailable, match=r"none of S3's") as caught:
+                call()
+            assert not isinstance(caught.value, StoreMissing)
+    # A server says what it lacks.
+    server.answer = lambda *_: answer("<Error><Code>NoSuchKey</Code></Error>", status="404 Not Found")
+    with pytest.raises(ObjectMissing):
+        store.get(KEY)
+    server.answer = lambda *_: answer("<Error><Code>NoSuchBucket</Code></Error>", status="404 Not Found")
+    for call in (lambda: store.get(KEY), lambda: store.put(KEY, b"1"), lambda: list(store.list(""))):
+        with pytest.raises(StoreMissing):
+            call()
 
 
 @pytest.mark.parametrize("status", ["200 OK", "206 Partial Content"])
