@@ -1,5 +1,6 @@
-"""Writing the bytes of a file at an offset, with or without its long runs of zeros."""
+"""Writing the bytes of a file at an offset, with or without its long runs of zeros, and out to the disk."""
 
+import ctypes
 import os
 
 
@@ -28,3 +29,9 @@ def write_sparsely(fd: int, data: bytes | memoryview, offset: int, least_hole: i
         start = at + least_hole
         while plain.startswith(zeros, start):
             start += least_hole
+
+
+def write_out(fd: int) -> None:
+    """Have the file system of an open file write what only memory holds; an error shows where it is read back."""
+    # Not `sync`, which waits for all file systems of the machine: one of them may not answer any more.
+    ctypes.CDLL(None).syncfs(fd)

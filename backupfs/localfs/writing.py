@@ -7,7 +7,6 @@ Threading: a Target belongs to one thread at a time. `for_another_process` gives
 
 import contextlib
 import copy
-import ctypes
 import errno
 import itertools
 import os
@@ -263,11 +262,6 @@ class Target:
         fd = self._open.pop(directory, None)
         if fd is not None:
             os.close(fd)
-
-    def sync(self) -> None:
-        """Have what was written go to the disk of the target; others, one of which may hang, are not waited for."""
-        # Errors show when what was written is read.
-        ctypes.CDLL(None).syncfs(self._root_fd)
 
     def close_directories(self) -> None:
         """Close every descriptor but that of the target itself."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from backupfs.errors import DamagedObject, shown
 from backupfs.ids import ChunkId
+from backupfs.localfs.content import write_out
 from backupfs.localfs.directories import Directory
 from backupfs.localfs.fatal import is_fatal
 from backupfs.localfs.metadata import Metadata, foreign_xattrs
@@ -48,11 +49,18 @@ class Verifier:
         self._reader = reader
         self._report = report
         self.unreadable = 0
+        self._written_out: set[int] = set()  # devices: reading back what only memory holds would prove little
         self._files: dict[tuple[int, int], tuple[int, int]] = {}  # hardlinked: (file system, inode) there → here
 
     def sync(self) -> None:
-        """Have the target's file system written out: reading back what only memory holds would prove little."""
-        self._target.sync()
+        """Have the target written out; other file systems below it follow as they are met."""
+        fd = self._target.fd(self._target.root)
+        self._write_out(fd, os.fstat(fd).st_dev)
+
+    def _write_out(self, fd: int, device: int) -> None:
+        if device not in self._written_out:
+            self._written_out.add(device)
+            write_out(fd)
 
     def start(self, node: Node) -> Iterator[None]:
         """Return the walk that compares everything below a node, or the node itself."""
@@ -114,6 +122,7 @@ class Verifier:
                     self._compare_metadata(status, metadata, fd)
                     if status.st_size != size:
                         raise Differs(f"it has {status.st_size} bytes instead of {size}")
+                    self._write_out(fd, status.st_dev)
                     # Pages that are written out are dropped, so that the bytes come from the disk.
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                     yield from self._compare_content(fd, page.contents[at], size)
