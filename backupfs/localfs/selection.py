@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from backupfs.localfs import exclude, mounts
 from backupfs.localfs.exclude import Excluder, Pattern
 
+BY_PATTERN = "excluded by a pattern"
+
 
 @dataclass(frozen=True, slots=True)
 class SelectionRules:
@@ -45,7 +47,7 @@ class Selection:
         reasons: dict[bytes, str] = {}
         if self._excluder is not None:
             for name in self._excluder.excluded_names(directory, directories, others):
-                reasons[name] = "excluded by a pattern"
+                reasons[name] = BY_PATTERN
         limit = self.rules.larger_than
         if limit is not None:
             for name, size in sizes.items():

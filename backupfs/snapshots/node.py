@@ -13,6 +13,7 @@ NANOSECONDS = 10**9
 # Flags of a node.
 RACY = 1  # it may have changed since without its times showing it: read it again next time
 CHANGED_WHILE_READ = 2  # its content is not of one moment
+INCOMPLETE = 4  # a directory that has more than its tree says: left out unnamed, or not readable
 
 Xattrs = tuple[tuple[bytes, bytes], ...]
 

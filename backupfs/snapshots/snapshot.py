@@ -25,6 +25,7 @@ FORMAT = 1
 # Traits: facts about everything below the root that save readers from asking.
 HAS_XATTRS = 1
 FREE_LEFT_OUT = 2  # of an image: the free space of file systems is zeros in it, whatever the disk had there
+ROOT_INCOMPLETE = 4  # `/` is a directory that has more than its tree says
 
 _NO_ID = SnapshotId(b"")
 _CLOCK_TOLERANCE_NS = 24 * 3600 * 10**9

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from backupfs.errors import PathNotFound, shown
 from backupfs.ids import ChunkId
 from backupfs.snapshots.content import EXTENT
-from backupfs.snapshots.node import STAT_ROW, Node
-from backupfs.snapshots.snapshot import Snapshot
+from backupfs.snapshots.node import INCOMPLETE, STAT_ROW, Node
+from backupfs.snapshots.snapshot import ROOT_INCOMPLETE, Snapshot
 from backupfs.snapshots.tree import find_node, load_xattrs, nodes
 from backupfs.snapshots.volumes import DISK
 
@@ -23,7 +23,8 @@ def root_node(snapshot: Snapshot, load: Load) -> Node:
     row = (stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0, seconds, part, seconds, part)
     if snapshot.root_row:
         row = STAT_ROW.unpack(snapshot.root_row)
-    return Node(b"", *row, snapshot.root, 0, snapshot.root_owner, snapshot.root_group, xattrs)
+    flags = INCOMPLETE if snapshot.traits & ROOT_INCOMPLETE else 0
+    return Node(b"", *row, snapshot.root, flags, snapshot.root_owner, snapshot.root_group, xattrs)
 
 
 def find_path(snapshot: Snapshot, path: bytes, load: Load) -> Node:

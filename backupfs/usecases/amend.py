@@ -19,7 +19,7 @@ from backupfs.repository.slots import Slots
 from backupfs.snapshots.content import Content
 from backupfs.snapshots.listing import SnapshotList
 from backupfs.snapshots.node import STAT_ROW, Node
-from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, Snapshot
+from backupfs.snapshots.snapshot import FILES, HAS_XATTRS, ROOT_INCOMPLETE, Snapshot
 from backupfs.snapshots.tree import TreeBuilder, find_node, nodes
 from backupfs.snapshots.walk import Load, find_path, root_node, tree_of, walk
 from backupfs.usecases.archive_counts import Counts
@@ -139,6 +139,7 @@ def _amend(
             size=max(0, before.size - removed.size),
             files_unchanged=unchanged,
             has_xattrs=bool(snapshot.traits & HAS_XATTRS),
+            is_root_incomplete=bool(snapshot.traits & ROOT_INCOMPLETE),
         )
     )
     return run.commit(FILES, list(snapshot.paths), snapshot, root)

@@ -15,6 +15,7 @@ class Counts:
     files_unchanged: int = 0
     files_skipped: int = 0
     has_xattrs: bool = False
+    is_root_incomplete: bool = False  # `/` has more in it than was stored
     current: bytes = b""  # where it is
 
     def add(self, other: "Counts") -> None:
@@ -27,4 +28,5 @@ class Counts:
         self.files_unchanged += other.files_unchanged
         self.files_skipped += other.files_skipped
         self.has_xattrs |= other.has_xattrs
+        self.is_root_incomplete |= other.is_root_incomplete
         self.current = self.current or other.current

@@ -7,11 +7,13 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from backupfs.ids import ChunkId
 from backupfs.localfs import reading
+from backupfs.localfs.selection import BY_PATTERN
 from backupfs.snapshots.content import Content
-from backupfs.snapshots.node import NANOSECONDS, RACY, STAT_ROW, Xattrs, encode_device
+from backupfs.snapshots.node import INCOMPLETE, NANOSECONDS, RACY, STAT_ROW, Xattrs, encode_device
 from backupfs.snapshots.tree import LeafPage, TreeBuilder
 from backupfs.usecases.archive_context import ArchiveContext, row_of
 from backupfs.usecases.archive_files import FileStorer
@@ -32,8 +34,10 @@ class DirectoriesTask:
     wants_xattrs: bool
 
 
-# (tree, xattrs) of each directory; None: the directory they are in cannot be found by its path any more.
-DirectoriesResult = tuple[tuple[ChunkId, Xattrs], ...] | None
+# A directory as it was stored: its tree, its xattrs and its flags.
+Below = tuple[ChunkId, Xattrs, int]
+# What became of each directory; None: the directory they are in cannot be found by its path any more.
+DirectoriesResult = tuple[Below, ...] | None
 
 
 class OpenDirectory:
@@ -56,10 +60,15 @@ _LONGEST_PATH = 3000
 # Directories without any below them are given away in bunches: less work than the words about it is no help.
 _ENOUGH_TO_GIVE = 8
 
-# A directory as it was stored: its tree and its xattrs.
-Below = tuple[ChunkId, Xattrs]
-# What a directory's walk returns: its tree, and a descriptor of the directory above if that was closed.
-Stored = tuple[ChunkId, int | None]
+
+class Stored(NamedTuple):
+    """What a directory's walk returns."""
+
+    tree: ChunkId
+    above: int | None  # a descriptor of the directory above if that was closed
+    is_incomplete: bool  # there is more in it than was stored
+
+
 # (directory, path, parent's tree, device, the directory above if it was closed) → the walk
 Descend = Callable[[OpenDirectory, bytes, ChunkId | None, int, os.stat_result | None], Nested[Stored]]
 
@@ -92,6 +101,7 @@ class Part:
         self._looked_ns = looked_ns
         self._is_source = is_source
         self.same_as_page = False
+        self.is_incomplete = False  # something is there that was left out for its size, or could not be read
         self._statuses: list[os.stat_result] = []
         self._rows: list[bytes] = []
         self._contents: list[Content] = []
@@ -115,17 +125,19 @@ class Part:
             contents = page.contents
             known = {at: ChunkId(content) for at in directories if isinstance(content := contents[at], bytes)}
             stored = yield from self._through(directories, known, wants_xattrs=False)
-            for position, (tree, _) in zip(directories, stored, strict=True):
-                if tree != contents[position]:
+            for position, (tree, _, flags) in zip(directories, stored, strict=True):
+                if tree != contents[position] or flags:
                     if self.same_as_page:
                         self._contents = list(page.contents)
                         self.same_as_page = False
                     self._contents[position] = tree
+                    self._flags[position] = flags
         else:
             known = self._compare(directories)
             stored = yield from self._through(directories, known, wants_xattrs=True)
-            for position, (tree, xattrs) in zip(directories, stored, strict=True):
+            for position, (tree, xattrs, flags) in zip(directories, stored, strict=True):
                 self._contents[position] = tree
+                self._flags[position] = flags
                 saved = self._context.save_xattrs(xattrs)
                 if saved:
                     self._xattrs[position] = saved
@@ -162,7 +174,7 @@ class Part:
                 status = status_of(name, dir_fd=fd, follow_symlinks=False)
             except OSError as error:
                 missing.add(name)
-                self._tell_unread(name, error)
+                self.is_incomplete |= self._tell_unread(name, error)
                 continue
             mode, inode, device, links, uid, gid, length = status[:7]
             mtime_ns, ctime_ns = status.st_mtime_ns, status.st_ctime_ns
@@ -223,6 +235,7 @@ class Part:
                 for at, name in enumerate(names):
                     if name in reasons:
                         dropped.add(at)
+                        self.is_incomplete |= reasons[name] != BY_PATTERN
                         self._context.leave_out(self._prefix + name, reasons[name])
         return dropped
 
@@ -273,7 +286,7 @@ class Part:
             try:
                 self._read(at, name)
             except OSError as error:
-                self._tell_unread(name, error)
+                self.is_incomplete |= self._tell_unread(name, error)
                 dropped.add(at)
                 continue
             if old is None:
@@ -364,7 +377,7 @@ class Part:
         return DirectoriesTask(self._path, (status.st_dev, status.st_ino), names, parents, wants_xattrs)
 
     def _below(self, at: int, parent: ChunkId | None, wants_xattrs: bool) -> Nested[Below]:
-        """Store the directory at a position; return (tree, xattrs). One that cannot be read is stored empty."""
+        """Store the directory at a position. One that cannot be read is stored empty."""
         context, name = self._context, self._names[at]
         path = self._prefix + name
         context.counts.directories += 1
@@ -380,28 +393,32 @@ class Part:
             if reason is not None:
                 context.leave_out(path, reason)
                 below.close()
-                return context.empty_tree(), xattrs
+                return context.empty_tree(), xattrs, INCOMPLETE
             above = None
             if not self._is_source and self._path.count(b"/") >= _MOST_OPEN:
                 above = os.fstat(self._directory.fd)
                 self._directory.close()
-            tree, reopened = yield self._descend(below, path, parent, device, above)
-            if reopened is not None:
-                self._directory.fd = reopened
-            return tree, xattrs
+            stored: Stored = yield self._descend(below, path, parent, device, above)
+            if stored.above is not None:
+                self._directory.fd = stored.above
+            return stored.tree, xattrs, INCOMPLETE if stored.is_incomplete else 0
         except OSError as error:
             if self._directory.fd < 0:
                 raise  # the way back is lost: the directory above reports it
             self._tell_unread(name, error)
-            return context.empty_tree(), ()
+            return context.empty_tree(), (), INCOMPLETE
 
-    def _tell_unread(self, name: bytes, error: OSError) -> None:
-        """Report what could not be read; that it is gone meanwhile is no failure, unless the user named it."""
+    def _tell_unread(self, name: bytes, error: OSError) -> bool:
+        """Report what could not be read, and return whether that is a failure: what is gone meanwhile is none.
+
+        What the user named is one whatever became of it.
+        """
         path = self._prefix + name
         if isinstance(error, FileNotFoundError) and not self._is_source and self._is_gone(name):
             self._context.vanish(path)
-        else:
-            self._context.skip(path, error)
+            return False
+        self._context.skip(path, error)
+        return True
 
     def _is_gone(self, name: bytes) -> bool:
         try:

@@ -51,9 +51,11 @@ class Archiver:
         """
         status = os.stat(b"/")
         row = row_of(status, status.st_size) if sources == [b"/"] else _row_on_the_way(status)
-        tree, _ = run_nested(self._from_root(b"/", sources, parent))
+        stored = run_nested(self._from_root(b"/", sources, parent))
+        self._context.counts.is_root_incomplete = stored.is_incomplete
         xattrs = self._context.save_xattrs(reading.read_xattrs(b"/") if sources == [b"/"] else ())
-        return Root(tree, row, reading.owner_name(status.st_uid), reading.group_name(status.st_gid), xattrs)
+        owner, group = reading.owner_name(status.st_uid), reading.group_name(status.st_gid)
+        return Root(stored.tree, row, owner, group, xattrs)
 
     def archive_stream(self, path: bytes, read_into: Callable[[memoryview], int], time_ns: int) -> "Root":
         """Store one file whose bytes come from a stream and return `/`.
@@ -107,9 +109,9 @@ class Archiver:
             if inner == [child]:
                 yield from self.source(builder, child, name, parent)
                 continue
-            tree, _ = yield self._from_root(child, inner, self._parent.tree_below(parent, name))
-            self._context.add_plain(builder, name, _row_on_the_way(os.stat(child)), tree)
-        return builder.finish(), None
+            stored = yield self._from_root(child, inner, self._parent.tree_below(parent, name))
+            self._context.add_plain(builder, name, _row_on_the_way(os.stat(child)), stored.tree)
+        return Stored(builder.finish(), None, False)
 
     def source(self, builder: TreeBuilder, path: bytes, name: bytes, parent: ChunkId | None) -> Nested[bool]:
         """Add a source itself to the directory above it; return whether it could be read.
@@ -138,7 +140,7 @@ class Archiver:
         device: int,
         above: os.stat_result | None,
     ) -> Nested[Stored]:
-        """Store an open directory, which is closed at the end; return (tree, descriptor of the one above).
+        """Store an open directory, which is closed at the end.
 
         above: the directory above, when the walk closed it and wants it back.
         """
@@ -150,6 +152,7 @@ class Archiver:
             names: list[bytes] = []
             selection = self._context.selection
             reason = selection.marked(directory.fd) if path not in selection.sources else None
+            is_incomplete = reason is not None
             if reason is not None:
                 self._context.leave_out(path, reason)
             else:
@@ -160,6 +163,7 @@ class Archiver:
             for page, part_names in self._paired(names, parent):
                 part = self._part(directory, path, device, part_names, page, looked_ns)
                 yield from part.walk()
+                is_incomplete |= part.is_incomplete
                 if not changed and part.same_as_page:
                     reused += 1
                     continue
@@ -168,7 +172,7 @@ class Archiver:
                     self._replay(builder, parent, reused)
                 part.add_to(builder)
             tree = parent if not changed and parent is not None else builder.finish()
-            return tree, _reopen_above(directory.fd, above)
+            return Stored(tree, _reopen_above(directory.fd, above), is_incomplete)
         finally:
             directory.close()
 

@@ -127,7 +127,7 @@ class _Run:
         self.restorer = Restorer(
             self.outcome, traversal, self._load, self._extents, repository.data, options, report
         )  # fmt: skip
-        start = traversal.start()
+        start = traversal.start(node)
         if node.is_directory:
             self.restorer.begin(start, traversal.metadata_of(node))
             self._walk: Iterator[None] = traversal.walk(self.restorer, start, tree_of(node))

@@ -219,7 +219,10 @@ class Restorer:
         # A page that cannot be read may hold any name.
         if place.seen is not None and complete:
             directory = place.directory or self._standing(place)
-            if directory is not None:
+            if directory is not None and place.is_incomplete:
+                if not place.seen.issuperset(directory.names):
+                    self.outcome.undeleted.append(self.target.path_of(directory))
+            elif directory is not None:
                 for name, error, in_part in self._existing.delete_others(directory, place.seen):
                     what = "not all of it could be deleted: " if in_part else "it could not be deleted: "
                     self.outcome.failed(self.target.path_of(directory, name), error, what)

@@ -7,6 +7,7 @@ Threading: one thread at a time, the target's.
 import logging
 from collections.abc import Iterator
 
+from backupfs.errors import shown
 from backupfs.localfs.directories import Directory
 from backupfs.localfs.fatal import is_fatal
 from backupfs.localfs.writing import Target
@@ -14,6 +15,8 @@ from backupfs.usecases.events import FileSkipped, Remark, Report
 from backupfs.usecases.restore_items import Counts, Item, State
 
 log = logging.getLogger(__name__)
+
+_NAMED_AT_MOST = 5
 
 
 class Outcome:
@@ -24,6 +27,7 @@ class Outcome:
         self._report = report
         self.counts = Counts()
         self.told: set[bytes] = set()  # paths that are there, but not with everything
+        self.undeleted: list[bytes] = []  # directories that the snapshot does not know whole, with more in them
         self.late: list[Item] = []  # links that have to become files of their own
         self.owners_kept = False  # by a process that writes
         self._unfinished: set[Item] = set()  # with a temporary file
@@ -52,6 +56,10 @@ class Outcome:
         """Yield what is worth saying once at the end."""
         if self.target.owners_kept or self.owners_kept:
             yield Remark("only root can give files to their owners: they belong to the user who restored them")
+        if self.undeleted:
+            named = ", ".join(shown(path) for path in self.undeleted[:_NAMED_AT_MOST])
+            more = f" and {count} more" if (count := len(self.undeleted) - _NAMED_AT_MOST) > 0 else ""
+            yield Remark(f"nothing was deleted in {named}{more}: the backup left out or could not read what was there")
 
     # Files.
 

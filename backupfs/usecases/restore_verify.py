@@ -64,7 +64,7 @@ class Verifier:
 
     def start(self, node: Node) -> Iterator[None]:
         """Return the walk that compares everything below a node, or the node itself."""
-        start = self._traversal.start()
+        start = self._traversal.start(node)
         start.directory = self._target.root
         if node.is_directory:
             return self._traversal.walk(self, start, tree_of(node))

@@ -18,7 +18,7 @@ from backupfs.ids import ChunkId
 from backupfs.localfs.directories import Directory
 from backupfs.localfs.exclude import Excluder, Pattern
 from backupfs.localfs.metadata import Metadata
-from backupfs.snapshots.node import NANOSECONDS, STAT_ROW, Node
+from backupfs.snapshots.node import INCOMPLETE, NANOSECONDS, STAT_ROW, Node
 from backupfs.snapshots.tree import LeafPage, decode_xattrs, leaf_pages
 
 Load = Callable[[ChunkId], bytes | memoryview]
@@ -30,13 +30,18 @@ PAUSE = 64
 class Place:
     """A directory of the snapshot during the walk."""
 
-    __slots__ = ("blocked", "directory", "included", "metadata", "name", "number", "parent", "seen", "standing")
+    __slots__ = (
+        "blocked", "directory", "included", "is_incomplete", "metadata", "name", "number", "parent", "seen", "standing",
+    )  # fmt: skip
 
-    def __init__(self, parent: "Place | None", name: bytes, included: bool, number: int) -> None:
+    def __init__(
+        self, parent: "Place | None", name: bytes, included: bool, number: int, is_incomplete: bool = False
+    ) -> None:
         self.parent = parent
         self.name = name
         self.included = included  # everything below is wanted
         self.number = number
+        self.is_incomplete = is_incomplete  # what the snapshot lacks may have been there
         self.metadata: Metadata | None = None
         self.directory: Directory | None = None  # once it is made or opened
         self.standing: Directory | None = None  # once it was opened for what may have to go from it
@@ -87,9 +92,9 @@ class Traversal:
         self._by_number = by_number
         self._number = 0
 
-    def start(self) -> Place:
-        """Return the place that the walk starts from."""
-        return Place(None, b"", self._include is None, 0)
+    def start(self, node: Node) -> Place:
+        """Return the place that the walk starts from, which is that of a directory's node or of a file's."""
+        return Place(None, b"", self._include is None, 0, bool(node.flags & INCOMPLETE))
 
     def keeps(self, path: bytes, is_directory: bool) -> bool:
         """Tell whether a path of the target is none of the restore's business, and so never deleted."""
@@ -147,7 +152,8 @@ class Traversal:
         if others:
             yield from visitor.page(place, page, others, first)
         for at in directories:
-            child = Place(place, page.names[at], included is None or at in included, self._number)
+            is_incomplete = bool(page.flag(at) & INCOMPLETE)
+            child = Place(place, page.names[at], included is None or at in included, self._number, is_incomplete)
             self._number += 1
             try:
                 child.metadata = self.metadata(page, at)

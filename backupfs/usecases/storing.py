@@ -22,7 +22,7 @@ from backupfs.repository.slots import Slots
 from backupfs.repository.writer import DEFAULT_SIZES, FilledBlock, NewChunks, PackWriter, WriteSizes, WriteTotals
 from backupfs.snapshots.listing import SnapshotList, load_all, put_snapshot
 from backupfs.snapshots.losses import lasts_of
-from backupfs.snapshots.snapshot import HAS_XATTRS, Snapshot, Statistics
+from backupfs.snapshots.snapshot import HAS_XATTRS, ROOT_INCOMPLETE, Snapshot, Statistics
 from backupfs.stores.requests import RequestCounts
 from backupfs.usecases.archive_counts import Counts
 from backupfs.usecases.events import Progress, Remark, Report
@@ -281,6 +281,7 @@ class StoringRun:
         snapshot's fields.
         """
         counts = self.counts
+        traits |= (HAS_XATTRS if counts.has_xattrs else 0) | (ROOT_INCOMPLETE if counts.is_root_incomplete else 0)
         result = self.result(parent.snapshot_id if parent is not None else b"")
         if self._options.dry_run:
             return result
@@ -323,7 +324,7 @@ class StoringRun:
             ),
             user=_user_name(),
             program=f"backupfs {__version__}",
-            traits=traits | (HAS_XATTRS if counts.has_xattrs else 0),
+            traits=traits,
             **of_image,
         )
         snapshot = put_snapshot(self._repository, snapshot)

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,8 +26,9 @@ from backupfs.codec.records import encode_record
 from backupfs.codec.sealing import Kind
 from backupfs.errors import PathNotFound, SourceError, StoreUnavailable, UsageError
 from backupfs.ids import ChunkId
-from backupfs.localfs import writing
+from backupfs.localfs import reading, writing
 from backupfs.localfs.exclude import parse_pattern
+from backupfs.localfs.selection import SelectionRules
 from backupfs.repository import fetch
 from backupfs.repository.pack import Block
 from backupfs.repository.repository import Repository
@@ -767,6 +769,54 @@ def test_delete_leaves_directories_alone_that_were_only_on_the_way(tmp_path: Pat
     result, _ = run_restore(repository, snapshot, "/", target, delete=True)
     assert result.deleted == 0
     assert os.listdir(target + b"/etc") == [b"passwd"]
+
+
+@as_root
+def test_delete_leaves_alone_what_a_backup_left_out_or_could_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`backup / -x` and then `restore latest:/ / --delete` emptied every other file system of the machine."""
+    source = build(
+        {
+            "disk": {},
+            "full": {"a": File(b"1"), "big.o": File(noise(3000))},
+            "large": {"a": File(b"1"), "big": File(noise(3000))},
+            "marked": {"CACHE": File(b""), "x": File(b"1")},
+            "secret": {"x": File(b"1")},
+            "some": {"a": File(b"1"), "locked": File(b"2"), "d": {"b": File(b"3")}},
+        },
+        tmp_path / "source",
+    )
+
+    def refuse(opened: Callable[[bytes, int | None], int], name: bytes, dir_fd: int | None) -> int:
+        if name in (b"locked", b"secret"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(name, dir_fd)
+
+    repository = new_repository()
+    rules = SelectionRules((parse_pattern(b"*.o"),), if_present=(b"CACHE",), larger_than=2000, one_file_system=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "none", source + b"/disk"], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        (tmp_path / "source" / "disk" / "precious").write_bytes(b"!")
+        before = snapshot_of(source).keys() - {b"full/big.o"}
+        with monkeypatch.context() as patch:
+            for name in ("open_file", "open_directory"):
+                patch.setattr(reading, name, partial(refuse, getattr(reading, name)))
+            snapshots = [back_up(repository, source, rules=rules) for _ in range(2)]
+        assert snapshots[1].root == snapshots[0].root
+        for snapshot in snapshots:
+            for late in ("late", "full/big.o", "some/d/late"):
+                (tmp_path / "source" / late).write_bytes(b"1")
+            planned, _ = run_restore(repository, snapshot, source, source, delete=True, dry_run=True)
+            result, events = run_restore(repository, snapshot, source, source, delete=True)
+            assert (planned.deleted, result.deleted) == (3, 3)
+            assert [os.fsencode(str(event)).count(source) for event in events] == [5]
+            assert snapshot_of(source).keys() == before
+            run_restore(repository, snapshot, source + b"/disk", source + b"/disk", delete=True)
+            assert os.listdir(source + b"/disk") == [b"precious"]
+    finally:
+        subprocess.run(["umount", source + b"/disk"], check=True)
 
 
 def test_delete_of_one_subdirectory_leaves_the_rest_of_the_target(tmp_path: Path) -> None:
