@@ -122,9 +122,15 @@ class Archiver:
         page = self._parent.page_of(parent, name)
         if page is not None and own != name:
             page = page.only(page.names.index(name), own) if name in page.names else None
-        directory = OpenDirectory(os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
-            part = self._part(directory, above, os.lstat(path).st_dev, [own], page, time.time_ns(), is_source=True)
+            # A user need not be allowed to list it: homes lie in folders that nobody else is to look through.
+            directory = OpenDirectory(os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        except OSError as error:
+            self._context.skip(path, error)
+            return False
+        try:
+            device = os.fstat(directory.fd).st_dev
+            part = self._part(directory, above, device, [own], page, time.time_ns(), is_source=True)
             yield from part.walk()
             return part.add_to(builder, name) > 0
         finally:

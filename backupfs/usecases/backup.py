@@ -72,10 +72,17 @@ def backup_stream(
 
 
 def _existing(paths: list[bytes], report: Report) -> list[bytes]:
-    missing = [path for path in paths if not os.path.lexists(path)]
+    missing: dict[bytes, str] = {}
+    for path in paths:
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            missing[path] = "it does not exist"
+        except OSError as error:
+            missing[path] = error.strerror or str(error)
     existing = sources.existing_sources(paths, missing)
-    for path in missing:
-        report(FileSkipped(path, "it does not exist"))
+    for path, reason in missing.items():
+        report(FileSkipped(path, reason))
     return existing
 
 

@@ -4,6 +4,8 @@ import errno
 import os
 import shutil
 import stat
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -409,6 +411,30 @@ def test_what_vanishes_before_it_is_read_is_no_failure(tmp_path: Path, monkeypat
     assert result.snapshot is not None
     root = find_path(result.snapshot, source, repository.trees.load)
     assert {path for path, _ in walk(root, b"", repository.trees.load)} == {b"/a", b"/d"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_what_a_user_named_is_found_in_a_folder_that_he_cannot_list() -> None:
+    """A home in a /home of mode 0711 could not be backed up by its owner, nor anything that was named beside it."""
+    with tempfile.TemporaryDirectory() as open_folder:
+        os.chmod(open_folder, 0o755)
+        source = build({"home": {"ann": {"f": File(b"1")}}, "shut": {"x": File(b"3")}}, Path(open_folder) / "s")
+        subprocess.run(["chown", "-R", "54321", source + b"/home/ann"], check=True)
+        os.chmod(source + b"/home", 0o711)
+        os.chmod(source + b"/shut", 0o700)
+        repository = new_repository()
+        os.seteuid(54321)
+        try:
+            result, events = told(repository, source + b"/home/ann", source + b"/shut/x", source + b"/no")
+        finally:
+            os.seteuid(0)
+    assert [event for event in events if isinstance(event, FileSkipped)] == [
+        FileSkipped(source + b"/shut/x", "Permission denied"),
+        FileSkipped(source + b"/no", "it does not exist"),
+    ]
+    assert result.snapshot is not None
+    root = find_path(result.snapshot, source, repository.trees.load)
+    assert {path for path, _ in walk(root, b"", repository.trees.load)} == {b"/home", b"/home/ann", b"/home/ann/f"}
 
 
 def test_an_unreadable_directory_is_told_and_stored_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
