@@ -75,6 +75,11 @@ def copy_of_ext(read: Read, size: int) -> Copy | None:
     return next(_copies_of_ext(read, size), None)
 
 
+def copy_of_xfs(read: Read, size: int) -> Copy | None:
+    """Return the same of XFS."""
+    return next(_copies_of_xfs(read, size), None)
+
+
 def _copies_of_ext(read: Read, _size: int) -> Iterator[Copy]:
     for block_size, per_group in _EXT_GROUPS:
         start = (per_group + (block_size == 1024)) * block_size

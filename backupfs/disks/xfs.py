@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from backupfs.disks import superblocks
 from backupfs.disks.crc32c import SEED, crc32c
 from backupfs.disks.filesystem import Entry, Extent, Read, Unreadable, append_extent
 
@@ -18,15 +19,27 @@ _MAGIC = b"XFSB"
 _INODE_MAGIC = b"IN"
 _VERSION_5 = 5
 # Features that change what is read here, and those whose absence would.
-_INCOMPAT_FTYPE, _INCOMPAT_KNOWN = 0x1, 0x1 | 0x2 | 0x4 | 0x8 | 0x20 | 0x40 | 0x80
+_INCOMPAT_FTYPE, _INCOMPAT_META_UUID, _INCOMPAT_KNOWN = 0x1, 0x4, 0x1 | 0x2 | 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 _FEATURES2_FTYPE = 0x200
 _FLAGS2_BIGTIME, _FLAGS2_NREXT64 = 1 << 3, 1 << 4
 _FLAG_REALTIME = 1
 _BIGTIME_EPOCH_S = 1 << 31
 _DEVICE, _LOCAL, _EXTENTS, _BTREE = range(4)
 _BMAP_MAGICS = {b"BMAP": 24, b"BMA3": 72}  # with the sizes of their headers
-# Where the sum of a block or inode is, in version 5.
-_SUM_OF_INODE, _SUM_OF_BMAP, _SUM_OF_DIRECTORY, _SUM_OF_ATTRIBUTES = 100, 64, 4, 12
+
+
+class _Mark(NamedTuple):
+    """Where version 5 keeps what a block or inode is known by."""
+
+    sum: int
+    filesystem: int
+    inode: int  # that it belongs to
+    place: int  # in the file system; -1: nowhere
+
+
+_OF_INODE, _OF_BMAP, _OF_DIRECTORY = _Mark(100, 160, 152, -1), _Mark(64, 40, 56, 24), _Mark(4, 24, 40, 8)
+_OF_ATTRIBUTES, _OF_REMOTE = _Mark(12, 32, 48, 16), _Mark(12, 16, 32, 40)
+_SUM_OF_SUPERBLOCK = 224
 _DIRECTORY_MAGICS = {b"XD2B": 16, b"XD2D": 16, b"XDB3": 64, b"XDD3": 64}
 _BLOCK_DIRECTORIES = (b"XD2B", b"XDB3")
 _LEAF_OFFSET = 1 << 35  # where a directory's entries end and its hash tables begin
@@ -38,8 +51,8 @@ _MOST_EXTENTS = 1 << 24
 _MOST_LINK = 1024
 _MOST_VALUE = 1 << 16
 # The head of a block of a remote value, or of an extent of a link, in version 5: magic, how many bytes came before, how
-# many follow, sum, file system, inode.
-_HEAD, _SIZE_OF_HEAD = struct.Struct(">4sIII16sQ"), 56
+# many follow.
+_HEAD, _SIZE_OF_HEAD = struct.Struct(">4sII"), 56
 _VALUE_MAGIC, _LINK_MAGIC = b"XARM", b"XSLM"
 _OF_VALUE, _OF_LINK = "the value of an attribute", "the target of a link"
 _PREFIXES = {0: b"user.", 2: b"trusted.", 4: b"security."}
@@ -87,6 +100,13 @@ class Xfs:
         features2, _, _, _, incompatible = struct.unpack_from(">IIIII", block, 200)
         self._is_5 = version & 0xF == _VERSION_5
         self._has_types = bool(incompatible & _INCOMPAT_FTYPE if self._is_5 else features2 & _FEATURES2_FTYPE)
+        has_own_id = self._is_5 and incompatible & _INCOMPAT_META_UUID
+        self._id = block[248:264] if has_own_id else block[32:48]
+        (sector,) = struct.unpack_from(">H", block, 102)
+        if self._is_5 and not _has_sum(read(0, sector), _SUM_OF_SUPERBLOCK):
+            copy = superblocks.copy_of_xfs(read, size)
+            where = "" if copy is None else f", a copy is at byte {copy.place:,}"
+            raise Unreadable(f"its superblock has a wrong checksum{where}")
         if self._is_5 and incompatible & ~_INCOMPAT_KNOWN:
             raise Unreadable(f"it has features of XFS that are not known ({incompatible:#x})")
         sane = (
@@ -138,21 +158,29 @@ class Xfs:
         (operations,) = struct.unpack_from(">I", record, 40)
         return operations == 1 and len(record) == 1024 and bool(record[512 + 9] & _UNMOUNT)
 
-    def _require_sum(self, data: bytes, place: int, what: str) -> None:
-        """Compare the sum at a place in what version 5 sums. Raises: Unreadable."""
-        found = crc32c(SEED, data[:place] + bytes(4) + data[place + 4 :]) ^ SEED
-        if found.to_bytes(4, "little") != data[place : place + 4]:
+    def _require_own(self, data: bytes, mark: _Mark, number: int, place: int, what: str) -> None:
+        """Compare what version 5 knows a block or inode by: what went to a wrong place has the right sum, too.
+
+        number: of the inode. place: where it was read in the volume. Raises: Unreadable.
+        """
+        if not _has_sum(data, mark.sum):
             raise Unreadable(f"{what} has a wrong checksum")
+        (owner,) = struct.unpack_from(">Q", data, mark.inode)
+        (sector,) = struct.unpack_from(">Q", data, mark.place) if mark.place >= 0 else (place // 512,)
+        own_id = data[mark.filesystem : mark.filesystem + 16]
+        if (own_id, owner, sector) != (self._id, number, place // 512):
+            raise Unreadable(f"{what} is another one, or an old one")
 
     # Inodes.
 
     def _inode(self, number: int) -> _Inode:
         block, within = number >> self._per_block_log, number & (self._per_block - 1)
-        raw = self._read(self._place(block) + within * self._inode_size, self._inode_size)
+        place = self._place(block) + within * self._inode_size
+        raw = self._read(place, self._inode_size)
         if raw[:2] != _INODE_MAGIC:
             raise Unreadable(f"its inode {number} is none")
         if self._is_5:
-            self._require_sum(raw, _SUM_OF_INODE, f"its inode {number}")
+            self._require_own(raw, _OF_INODE, number, place, f"its inode {number}")
         (mode,) = struct.unpack_from(">H", raw, 2)
         version, form = raw[4], raw[5]
         (size,) = struct.unpack_from(">Q", raw, 56)
@@ -185,18 +213,18 @@ class Xfs:
 
     # Extents.
 
-    def _extents_of(self, form: int, fork: bytes, count: int) -> list[_Extent]:
+    def _extents_of(self, inode: _Inode, form: int, fork: bytes, count: int) -> list[_Extent]:
         if form == _EXTENTS:
             if count * 16 > len(fork):
                 raise Unreadable("an inode has more extents than room for them")
             found = [_unpacked(fork, at * 16) for at in range(count)]
         elif form == _BTREE:
-            found = list(self._tree(fork))
+            found = list(self._tree(inode, fork))
         else:
             raise Unreadable("its inode has no extents")
         return sorted(found)
 
-    def _tree(self, fork: bytes) -> Iterator[_Extent]:
+    def _tree(self, inode: _Inode, fork: bytes) -> Iterator[_Extent]:
         level, records = struct.unpack_from(">HH", fork)
         most = (len(fork) - 4) // 16
         if not 0 < level <= _MOST_DEPTH or records > most:
@@ -209,12 +237,13 @@ class Xfs:
             if block in seen:
                 raise Unreadable("a tree of extents goes in circles")
             seen.add(block)
-            data = self._read(self._place(block), self._block_size)
+            place = self._place(block)
+            data = self._read(place, self._block_size)
             header = _BMAP_MAGICS.get(data[:4])
             if header is None:
                 raise Unreadable("a block of a tree of extents is none")
             if self._is_5:
-                self._require_sum(data, _SUM_OF_BMAP, "a block of a tree of extents")
+                self._require_own(data, _OF_BMAP, inode.number, place, "a block of a tree of extents")
             level, records = struct.unpack_from(">HH", data, 4)
             most = (self._block_size - header) // 16
             total += records
@@ -239,6 +268,14 @@ class Xfs:
                 place = self._place(extent.block) + low - extent.offset * self._block_size
                 data[low - start : high - start] = self._read(place, high - low)
         return bytes(data)
+
+    def _place_in(self, extents: list[_Extent], start: int) -> int:
+        """Return where in the volume a block of a fork is, by the byte that it begins at; -1: nowhere."""
+        block = start // self._block_size
+        for extent in extents:
+            if extent.offset <= block < extent.offset + extent.blocks:
+                return self._place(extent.block + block - extent.offset)
+        return -1
 
     # What a file system gives.
 
@@ -269,12 +306,14 @@ class Xfs:
         if inode.form == _LOCAL:
             return self._data_fork(inode)[: inode.size]
         found, has_heads = b"", False
-        for extent in self._extents_of(inode.form, self._data_fork(inode), inode.extents):
+        for extent in self._extents_of(inode, inode.form, self._data_fork(inode), inode.extents):
             if extent.blocks * self._block_size > _MOST_VALUE:
                 raise Unreadable("it is a link that is too long")
             part = self._content([extent], extent.offset * self._block_size, extent.blocks * self._block_size)
             has_heads = has_heads or (self._is_5 and part[:4] == _LINK_MAGIC)
-            found += self._behind_head(part, _LINK_MAGIC, inode, len(found), _OF_LINK) if has_heads else part
+            if has_heads:
+                part = self._behind_head(part, _LINK_MAGIC, inode, len(found), self._place(extent.block), _OF_LINK)
+            found += part
         # Some mkfs.xfs forget the heads; one that is garbled has zeros in it.
         if len(found) < inode.size or (self._is_5 and b"\0" in found[: inode.size]):
             raise Unreadable(f"{_OF_LINK} has no head that makes sense")
@@ -285,17 +324,20 @@ class Xfs:
         found = b""
         while len(found) < length:
             part = self._content(extents, block * self._block_size, self._block_size)
-            found += self._behind_head(part, _VALUE_MAGIC, inode, len(found), _OF_VALUE) if self._is_5 else part
+            if self._is_5:
+                place = self._place_in(extents, block * self._block_size)
+                part = self._behind_head(part, _VALUE_MAGIC, inode, len(found), place, _OF_VALUE)
+            found += part
             block += 1
         return found[:length]
 
-    def _behind_head(self, block: bytes, wanted: bytes, inode: _Inode, at: int, what: str) -> bytes:
+    def _behind_head(self, block: bytes, wanted: bytes, inode: _Inode, at: int, place: int, what: str) -> bytes:
         """Return the bytes behind a head; at: how many came before. Raises: Unreadable."""
-        magic, start, count, _, _, owner = _HEAD.unpack_from(block)
+        magic, start, count = _HEAD.unpack_from(block)
         if magic != wanted:
             raise Unreadable(f"{what} has no head that makes sense")
-        self._require_sum(block, _SUM_OF_ATTRIBUTES, what)
-        if (start, owner) != (at, inode.number) or not 0 < count <= len(block) - _SIZE_OF_HEAD:
+        self._require_own(block, _OF_REMOTE, inode.number, place, what)
+        if start != at or not 0 < count <= len(block) - _SIZE_OF_HEAD:
             raise Unreadable(f"{what} has a head that makes no sense")
         return block[_SIZE_OF_HEAD : _SIZE_OF_HEAD + count]
 
@@ -332,7 +374,7 @@ class Xfs:
             at = end + width
 
     def _long_names(self, inode: _Inode) -> Iterator[tuple[bytes, int]]:
-        extents = self._extents_of(inode.form, self._data_fork(inode), inode.extents)
+        extents = self._extents_of(inode, inode.form, self._data_fork(inode), inode.extents)
         done: set[int] = set()
         for extent in extents:
             first = extent.offset * self._block_size // self._directory_size
@@ -341,14 +383,15 @@ class Xfs:
                 start = number * self._directory_size
                 if start < _LEAF_OFFSET and number not in done:
                     done.add(number)
-                    yield from self._names_in(self._content(extents, start, self._directory_size))
+                    block = self._content(extents, start, self._directory_size)
+                    yield from self._names_in(inode, block, self._place_in(extents, start))
 
-    def _names_in(self, block: bytes) -> Iterator[tuple[bytes, int]]:
+    def _names_in(self, inode: _Inode, block: bytes, place: int) -> Iterator[tuple[bytes, int]]:
         header = _DIRECTORY_MAGICS.get(block[:4])
         if header is None:
             raise Unreadable("a block of a directory is none")
         if self._is_5:
-            self._require_sum(block, _SUM_OF_DIRECTORY, "a block of a directory")
+            self._require_own(block, _OF_DIRECTORY, inode.number, place, "a block of a directory")
         end = len(block)
         if block[:4] in _BLOCK_DIRECTORIES:
             count, _ = struct.unpack_from(">II", block, end - 8)
@@ -374,7 +417,7 @@ class Xfs:
             raise Unreadable("it lies on a realtime device")
         found: list[Extent] = []
         at = 0
-        for extent in self._extents_of(inode.form, self._data_fork(inode), inode.extents):
+        for extent in self._extents_of(inode, inode.form, self._data_fork(inode), inode.extents):
             start = extent.offset * self._block_size
             length = min(extent.blocks * self._block_size, file.size - start)
             if length <= 0:
@@ -417,7 +460,7 @@ class Xfs:
         return sorted(shown)
 
     def _long_attributes(self, inode: _Inode, fork: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-        extents = self._extents_of(inode.attribute_form, fork, inode.attribute_extents)
+        extents = self._extents_of(inode, inode.attribute_form, fork, inode.attribute_extents)
         stack: list[tuple[int, int | None]] = [(0, None)]  # blocks of the fork, with the levels that they must have
         seen: set[int] = set()
         while stack:
@@ -425,13 +468,15 @@ class Xfs:
             if number in seen:
                 raise Unreadable("the tree of its attributes goes in circles")
             seen.add(number)
-            block = self._content(extents, number * self._block_size, self._block_size)
+            start = number * self._block_size
+            block = self._content(extents, start, self._block_size)
             magic = int.from_bytes(block[8:10], "big")
             leaf, node = _ATTRIBUTE_LEAVES.get(magic), _ATTRIBUTE_NODES.get(magic)
             if (leaf is None and node is None) or self._is_5 != (magic in _MAGICS_OF_5):
                 raise Unreadable("a block of attributes is none")
             if self._is_5:
-                self._require_sum(block, _SUM_OF_ATTRIBUTES, "a block of attributes")
+                place = self._place_in(extents, start)
+                self._require_own(block, _OF_ATTRIBUTES, inode.number, place, "a block of attributes")
             if leaf is not None and wanted in (None, 0):
                 yield from self._attributes_in(inode, block, extents, *leaf)
                 continue
@@ -472,6 +517,12 @@ class Xfs:
 def open_xfs(read: Read, size: int) -> Xfs | None:
     """Return the file system in a volume; None if it is no XFS. Raises: Unreadable."""
     return Xfs(read, size) if read(0, 4) == _MAGIC else None
+
+
+def _has_sum(data: bytes, place: int) -> bool:
+    """Tell whether what has its sum at a place is what was written."""
+    found = crc32c(SEED, data[:place] + bytes(4) + data[place + 4 :]) ^ SEED
+    return found.to_bytes(4, "little") == data[place : place + 4]
 
 
 def _unpacked(data: bytes, at: int) -> _Extent:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from backupfs.disks.crc32c import SEED, crc32c
 from backupfs.disks.filesystem import Entry, Unreadable
 from backupfs.disks.xfs import Xfs, _acl, _short_attributes, _unpacked, open_xfs
 
@@ -147,11 +148,62 @@ def test_a_wrong_checksum_is_told_and_never_read_over(volume: Path) -> None:
     assert problems(block + 64 + 7) == {"a block of a directory has a wrong checksum"}
 
 
+def test_what_went_to_a_wrong_place_is_told_and_never_believed(volume: Path) -> None:
+    """It has the right sum: a write that was lost, or went elsewhere, leaves such blocks."""
+    whole = volume.read_bytes()
+    filesystem = opened(volume)
+    top = {entry.name: entry for entry in filesystem.entries(filesystem.top())}
+    empty, small = top[b"empty"], top[b"small"]
+    if small.handle.raw[4] < 3:
+        return  # Version 4 does not say what a block is.
+    blocks = {}
+    for name in (b"many", b"some"):
+        extents = filesystem.extents(top[name])
+        assert extents is not None
+        blocks[name] = extents[0][1] or 0
+    size = filesystem._directory_size
+
+    def problems(at: int, data: bytes) -> set[tuple[bytes, str]]:
+        moved = bytearray(whole)
+        moved[at : at + len(data)] = data
+        found = Xfs(lambda at, length: bytes(moved[at : at + length]), len(moved))
+        told = set()
+        for entry in found.entries(found.top()):
+            told.add((entry.name, entry.problem))
+            try:
+                list(found.entries(entry) if entry.is_directory else ())
+            except Unreadable as error:
+                told.add((entry.name, str(error)))
+        return {(name, problem) for name, problem in told if problem}
+
+    where = whole.index(empty.handle.raw)
+    assert problems(where, small.handle.raw) == {(b"empty", f"its inode {empty.inode} is another one, or an old one")}
+    wrong = {(b"some", "a block of a directory is another one, or an old one")}
+    assert problems(blocks[b"some"], whole[blocks[b"many"] : blocks[b"many"] + size]) == wrong
+    # One of another file system that was here before.
+    older = bytearray(whole[blocks[b"some"] : blocks[b"some"] + size])
+    older[24] ^= 1
+    older[4:8] = bytes(4)
+    older[4:8] = (crc32c(SEED, bytes(older)) ^ SEED).to_bytes(4, "little")
+    assert problems(blocks[b"some"], bytes(older)) == wrong
+
+
+def test_a_superblock_with_a_wrong_checksum_is_not_believed(volume: Path) -> None:
+    whole = volume.read_bytes()
+    if opened(volume)._is_5:
+        damaged = bytearray(whole)
+        for place in (63, 87, 192, 219):  # the top, the size of a group, the blocks of a directory, features
+            damaged[place] ^= 1
+            with pytest.raises(Unreadable, match="its superblock has a wrong checksum, a copy is at byte "):
+                Xfs(lambda at, length: bytes(damaged[at : at + length]), len(damaged))
+            damaged[place] ^= 1
+
+
 @pytest.mark.parametrize("sums", [True, False])
 def test_damage_ends_in_errors_of_its_own(volume: Path, sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block that a walk reads is hit some time; a walk ends, whatever it meets, also behind the sums."""
     if not sums:
-        monkeypatch.setattr(Xfs, "_require_sum", lambda *_: None)
+        monkeypatch.setattr(Xfs, "_require_own", lambda *_: None)
     chooser = random.Random(5)
     read = reader_of(volume)
     places: set[int] = set()
@@ -288,6 +340,18 @@ def test_links_and_attributes_in_blocks_with_a_head_of_their_own_are_compared() 
             assert problems == {says}, place
             assert {name: one for name, one in wanted.items() if name in found} == found
             assert len(found) == 3
+
+
+def test_another_block_of_attributes_or_of_a_value_is_not_believed() -> None:
+    """Each has the right sum."""
+    for magic, at, says in (
+        (b"XARM", 0, "the value of an attribute is another one, or an old one"),
+        (b"\x3b\xee", 8, "a block of attributes is another one, or an old one"),
+    ):
+        volume = headed()
+        one, other, *_ = (place for place in range(0, MIB, 1024) if volume.startswith(magic, place + at))
+        volume[one : one + 1024] = volume[other : other + 1024]
+        assert seen_in(volume)[1] == {says}
 
 
 def test_a_value_that_looks_like_a_block_of_attributes_adds_none() -> None:
