@@ -324,10 +324,7 @@ class Ext:
 
     def top(self) -> Entry:
         """Return the top directory."""
-        entry = self._entry(b"", _ROOT)
-        if not entry.is_directory:
-            raise Unreadable("its top is no directory")
-        return entry
+        return self._entry(b"", _ROOT)
 
     def identity(self, directory: Entry) -> object:
         """Return what tells a directory from all others."""

@@ -129,6 +129,7 @@ class VolumeFiles:
                     if top is None:
                         self._trees[number] = tree
                     else:
+                        _require_kind(top.row, is_directory=True)
                         self._top = VolumeTree(tree, top.row, self._context.save_xattrs(top.xattrs))
                 case Part() | Gap():
                     self._store_parts(message, messages)
@@ -172,6 +173,7 @@ class VolumeFiles:
             self._builder = self._context.builder()
         content: Content
         mode, uid, gid, names, *_ = STAT_ROW.unpack(node.row)
+        _require_kind(node.row, is_directory=bool(node.directory))
         if node.directory:
             content = self._trees.pop(node.directory)
         elif node.extents is not None:
@@ -212,3 +214,9 @@ class VolumeFiles:
         self._context.counts.files_skipped += 1
         self._context.scanner.send(FileSkipped(path, text))
         self._unread.append(unread_line(path, text))
+
+
+def _require_kind(row: bytes, is_directory: bool) -> None:
+    """Raises: ValueError when what was sent as a directory is none, or the other way round."""
+    if stat.S_ISDIR(STAT_ROW.unpack(row)[0]) != is_directory:
+        raise ValueError("a directory that is none")

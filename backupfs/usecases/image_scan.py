@@ -254,6 +254,8 @@ class DiskStorer:
             if self._layout.table.below(number) <= same:
                 with contextlib.suppress(PathNotFound, DamagedObject, StoreError):
                     node = find_path(parent, b"/files/" + volumes[number].name.encode(), self._load)
+                    if not node.is_directory:
+                        continue  # Images of before may have such a top, of a superblock that is damaged.
                     tree = VolumeTree(tree_of(node), node.row, self._context.save_xattrs(node.xattrs))
                     self._count(node)
                     lines = unread_before(parent, volumes[number].name, self._load)

@@ -141,17 +141,25 @@ def walk_volume(line: Line, read_all: Read, size: int, kept: list[int], free: Ra
     sandbox.confine([*kept, *line.descriptors])
     try:
         filesystem = readers.open_filesystem(read, size)
+        is_open = True
+        top = _top_of(filesystem) if filesystem is not None else None
     except Exception as error:
         line.send(Problem(b"/", f"its file system cannot be read: {_reason(error)}"))
         return
-    if filesystem is None:
+    if filesystem is None or top is None:
         _tell_nothing(line, read, size)
         return
-    is_open = True
     line.send(Found(filesystem.form, filesystem.remarks))
-    _Walk(line, filesystem, size).run()
+    _Walk(line, filesystem, size).run(top)
     if touched:
         line.send(Touched(touched[0]))
+
+
+def _top_of(filesystem: Filesystem) -> Entry:
+    top = filesystem.top()
+    if not top.is_directory:
+        raise Unreadable("its top is no directory")
+    return top
 
 
 def _tell_nothing(line: Line, read: Read, size: int) -> None:
@@ -186,8 +194,8 @@ class _Walk:
         self._problems = 0
         self._seen: set[object] = set()
 
-    def run(self) -> None:
-        top = self._filesystem.top()
+    def run(self, top: Entry) -> None:
+        """Send all that is below the top directory, and this last."""
         self._seen.add(self._filesystem.identity(top))
         stack = [_Open(top, b"", self._list(top, b""))]
         while stack:

@@ -19,6 +19,7 @@ import zstandard
 from backupfs.disks import explorer, readers
 from backupfs.disks.filesystem import READ, Entry, Extent, Read, Unreadable
 from backupfs.repository.repository import Repository
+from backupfs.snapshots.node import STAT_ROW
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import find_path, walk
 from backupfs.usecases import image_files, image_scan, image_walk
@@ -364,6 +365,31 @@ def test_an_extent_beyond_the_volume_is_damage_to_its_file_only(
     assert (result.damaged, result.files) == (1, 1)
 
 
+def test_a_top_that_is_no_directory_is_told(imaged: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made({})
+    monkeypatch.setattr(made, "top", lambda: file(b"", 50))
+    repository, snapshot, events = imaged(made)
+    assert problems_of(events) == {b"disk:/": "its file system cannot be read: its top is no directory"}
+    assert sorted(restored(repository, snapshot, "/files", tmp_path / "out")) == [b"", b".unread"]
+
+
+def test_an_image_of_before_whose_top_is_no_directory_keeps_no_other_from_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All images after such a one ended with a traceback."""
+    top = image_walk.Closed(1, image_walk.Node(b"", STAT_ROW.pack(stat.S_IFREG | 0o644, 0, 0, 1, 9, 0, 0, 0, 0, 0), ()))
+    repository, path = new_repository(), tmp_path / "disk.raw"
+    path.write_bytes(bytes(200_000))
+    with monkeypatch.context() as before:
+        before.setattr(image_files, "walk_volume", lambda line, *_: line.send(top))
+        before.setattr(image_files, "_require_kind", lambda *_, **__: None)
+        run_image(repository, path)
+    monkeypatch.setattr(readers, "open_filesystem", lambda _read, _size: Made({1: [file(b"a")]}))
+    snapshot = run_image(repository, path).snapshot
+    assert snapshot is not None
+    assert sorted(restored(repository, snapshot, "/files/disk", tmp_path / "out")) == [b"", b"a"]
+
+
 def test_a_tree_deeper_than_is_believed_is_cut(imaged: Image) -> None:
     entries = {number: [folder(b"d", number + 1)] for number in range(1, 3000)}
     _, _, events = imaged(Made(entries))
@@ -704,12 +730,15 @@ class Takeover:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("what", ["code", "numbers", "type", "extents", "outside", "before", "parts"])
+@pytest.mark.parametrize("what", ["code", "numbers", "type", "extents", "outside", "before", "parts", "top", "kind"])
 def test_a_reader_that_was_taken_over_can_do_nothing_here(
     what: str, imaged: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = bytes(56)
+    folder_row = STAT_ROW.pack(stat.S_IFDIR | 0o755, 0, 0, 1, 9, 0, 0, 0, 0, 0)
     sent = {
+        "top": image_walk.Closed(1, image_walk.Node(b"", row, ())),
+        "kind": image_walk.Listed((image_walk.Node(b"a", folder_row, (), b"content"),)),
         "code": Takeover(tmp_path / "made"),
         "numbers": image_walk.Listed((image_walk.Node(b"a", row, (), directory=77),)),
         "extents": image_walk.Listed((image_walk.Node(b"a", row, (), extents=((None, None),)),)),  # type: ignore[arg-type]
