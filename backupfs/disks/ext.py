@@ -18,8 +18,9 @@ _MAGIC = 0xEF53
 _ROOT = 2
 _JOURNAL_DEVICE = 0x8
 _FILE_TYPE, _RECOVER, _META_GROUPS, _64BIT, _LARGE_DIRECTORIES, _INLINE = 0x2, 0x4, 0x10, 0x80, 0x4000, 0x8000
-# Those that change nothing of what is read here: extents, mmp, flex_bg, ea_inode, csum_seed, encrypt, casefold.
-_INCOMPAT_KNOWN = _FILE_TYPE | _RECOVER | _META_GROUPS | 0x40 | _64BIT | 0x100 | 0x200 | 0x400 | 0x2000
+_VALUES_IN_INODES = 0x400
+# Those that change nothing of what is read here: extents, mmp, flex_bg, csum_seed, encrypt, casefold.
+_INCOMPAT_KNOWN = _FILE_TYPE | _RECOVER | _META_GROUPS | 0x40 | _64BIT | 0x100 | 0x200 | _VALUES_IN_INODES | 0x2000
 _INCOMPAT_KNOWN |= _LARGE_DIRECTORIES | _INLINE | 0x10000 | 0x20000
 _INCOMPAT_OF_4 = _INCOMPAT_KNOWN & ~(_FILE_TYPE | _RECOVER | _META_GROUPS)
 _CLUSTERS = 0x200
@@ -252,8 +253,13 @@ class Ext:
             raise Unreadable("it is encrypted")
         if inode.size > _MOST_LINK:
             raise Unreadable(f"it is a link of {inode.size} bytes")
-        of_attributes = self._cluster_size // 512 if inode.attributes_at else 0
-        if not inode.flags & _IS_INLINE and inode.blocks == of_attributes:
+        if self._incompat & _VALUES_IN_INODES:
+            # Values that lie elsewhere are counted as blocks of the link.
+            is_short = inode.size < len(inode.map)
+        else:
+            of_attributes = self._cluster_size // 512 if inode.attributes_at else 0
+            is_short = not inode.flags & _IS_INLINE and inode.blocks == of_attributes
+        if is_short:
             return inode.map[: inode.size]
         return b"".join(self._data(inode)).partition(b"\0")[0]
 

@@ -105,6 +105,8 @@ def fill(place: Path, has_attributes: bool, has_large_ones: bool) -> None:
         for at, size in enumerate((1, 100, 400, 30_000) if has_large_ones else (1, 100, 400)):
             os.setxattr(place / f"some/{at % 3}", f"user.of {size}", chooser.randbytes(size))
         os.setxattr(place / "link60", "trusted.of a link", b"value", follow_symlinks=False)
+        if has_large_ones:
+            os.setxattr(place / "link59", "trusted.of a link", chooser.randbytes(30_000), follow_symlinks=False)
         subprocess.run(["setfacl", "-m", "u:1000:rw,g:70000:r", place / "some/1"], check=True)
         subprocess.run(["setfacl", "-d", "-m", "u:1000:rwx", place / "some"], check=True)
 
