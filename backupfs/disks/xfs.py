@@ -59,6 +59,7 @@ _PREFIXES = {0: b"user.", 2: b"trusted.", 4: b"security."}
 _ACLS = {b"trusted.SGI_ACL_FILE": b"system.posix_acl_access", b"trusted.SGI_ACL_DEFAULT": b"system.posix_acl_default"}
 _LOG_MAGIC = 0xFEEDBABE
 _UNMOUNT = 0x20
+_PER_HEADER = 32 << 10
 _STEP = 1 << 20
 
 
@@ -154,9 +155,12 @@ class Xfs:
                     newest, last = (cycle, at + sector), at + sector
         if last < 0:
             return True
-        record = self._read_volume(place + last, 1024)
-        (operations,) = struct.unpack_from(">I", record, 40)
-        return operations == 1 and len(record) == 1024 and bool(record[512 + 9] & _UNMOUNT)
+        header = self._read_volume(place + last, 512)
+        version, operations, largest = (struct.unpack_from(">I", header, at)[0] for at in (8, 40, 320))
+        # Where records may be larger (logbsize), each has a sector of header for so much; a journal goes round.
+        headers = -(-largest // _PER_HEADER) if version & 2 and largest > _PER_HEADER else 1
+        first = self._read_volume(place + (last + headers * 512) % length, 16)
+        return operations == 1 and len(first) == 16 and bool(first[9] & _UNMOUNT)
 
     def _require_own(self, data: bytes, mark: _Mark, number: int, place: int, what: str) -> None:
         """Compare what version 5 knows a block or inode by: what went to a wrong place has the right sum, too.

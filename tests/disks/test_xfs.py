@@ -188,6 +188,31 @@ def test_what_went_to_a_wrong_place_is_told_and_never_believed(volume: Path) -> 
     assert problems(blocks[b"some"], bytes(older)) == wrong
 
 
+@pytest.mark.parametrize("goes_round", [False, True])
+def test_the_last_record_of_a_journal_may_have_a_large_header(volume: Path, goes_round: bool) -> None:
+    """Where the file system was mounted with logbsize=256k, one that was unmounted seemed not to be."""
+    whole = bytearray(volume.read_bytes())
+    filesystem = opened(volume)
+    start, (blocks,) = struct.unpack_from(">Q", whole, 48)[0], struct.unpack_from(">I", whole, 96)
+    place, length = filesystem._place(start), blocks * filesystem._block_size
+    header, operation = whole[place : place + 512], whole[place + 512 : place + 1024]
+    assert header[:4] == b"\xfe\xed\xba\xbe"
+    struct.pack_into(">I", header, 8, 2)
+    struct.pack_into(">I", header, 320, 256 << 10)
+    whole[place : place + length] = bytes(length)
+    at = length - 3 * 512 if goes_round else 4096
+    for number, sector in enumerate([header, *[bytes(512)] * 7, operation]):
+        put = place + (at + number * 512) % length
+        whole[put : put + 512] = sector
+
+    def remarks() -> tuple[str, ...]:
+        return Xfs(lambda at, length: bytes(whole[at : at + length]), len(whole)).remarks
+
+    assert remarks() == ()
+    whole[put + 9] ^= 0x20
+    assert "it was not unmounted" in remarks()[0]
+
+
 def test_a_superblock_with_a_wrong_checksum_is_not_believed(volume: Path) -> None:
     whole = volume.read_bytes()
     if opened(volume)._is_5:
