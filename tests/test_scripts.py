@@ -1,11 +1,13 @@
 """The scripts for people who have just cloned the repository."""
 
+import fcntl
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,15 @@ def test_prepare_names_who_made_what_it_cannot_bring_up_to_date(checkout: Checko
     answer = checkout.prepare()
     assert (answer.returncode, answer.stderr.count("\n"), checkout.calls()) == (1, 1, [])
     assert "sudo rm -rf" in answer.stderr
+
+
+def test_prepare_says_that_it_waits_for_another(checkout: Checkout) -> None:
+    checkout.prepare()
+    folder = os.open(checkout.path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    threading.Timer(1, os.close, [folder]).start()
+    done = checkout.prepare()
+    assert (done.returncode, done.stdout.count("waiting")) == (0, 1), done
 
 
 def test_prepare_as_root_installs_only_the_missing_package(checkout: Checkout) -> None:
