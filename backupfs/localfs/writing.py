@@ -28,6 +28,7 @@ from backupfs.localfs.metadata import (
     remove_xattr,
     umask,
 )
+from backupfs.localfs.naming import rename_to_free
 from backupfs.localfs.place import make_path, require_place_above
 from backupfs.localfs.reading import DIRECTORY_FLAGS
 
@@ -318,7 +319,7 @@ class Target:
                     self._finish_file(fd, directory, name, metadata)
             finally:
                 os.close(fd)
-            os.rename(temporary, name, src_dir_fd=fd_above, dst_dir_fd=fd_above)
+            _give_name(temporary, name, directory, fd_above)
         except BaseException:
             _unlink_quietly(temporary, fd_above)
             raise
@@ -340,7 +341,7 @@ class Target:
         if make_way is not None:
             make_way()
         above = self.fd(directory)
-        os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
+        _give_name(temporary, name, directory, above)
 
     def _finish_file(self, fd: int, directory: Directory, name: bytes, metadata: Metadata) -> None:
         own = self._own
@@ -388,7 +389,7 @@ class Target:
             if make_way is not None:
                 make_way()
                 above = self.fd(directory)
-            os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
+            _give_name(temporary, name, directory, above)
         except BaseException:
             self.remove_temporary(directory, temporary)
             raise
@@ -414,7 +415,7 @@ class Target:
             if make_way is not None:
                 make_way()
                 above = self.fd(directory)
-            os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
+            _give_name(temporary, name, directory, above)
         finally:
             # Renaming onto another name of the same file does nothing, by POSIX, and leaves both names.
             self.remove_temporary(directory, temporary)
@@ -443,6 +444,14 @@ class Target:
     def full(self, error: OSError) -> SourceError:
         """Return the error that ends the run."""
         return SourceError(f"the target {shown(self.path)} {fatal_reason(error)}")
+
+
+def _give_name(temporary: bytes, name: bytes, directory: Directory, fd: int) -> None:
+    """Rename a file in a directory. Raises: OSError, also where it would replace what was not there before this run."""
+    if name in directory.names:
+        os.rename(temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
+    else:
+        rename_to_free(temporary, name, fd)
 
 
 def _unlink_quietly(name: bytes, dir_fd: int) -> None:

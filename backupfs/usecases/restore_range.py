@@ -26,8 +26,8 @@ from backupfs.snapshots.content import CHUNK, Piece
 from backupfs.usecases.restore_items import Item, PieceUse, Use
 
 # (number of the directory above, -1 for the target itself; name; whether it gives what is made in it a group or an ACL;
-# identity if it is known).
-DirectoryRow = tuple[int, bytes, bool, tuple[int, int] | None]
+# identity if it is known; those of the names of files here that something stands under).
+DirectoryRow = tuple[int, bytes, bool, tuple[int, int] | None, list[bytes]]
 # A whole file: (directory, name, size, metadata).
 FileRow = tuple[int, bytes, int, tuple[object, ...]]
 # A piece of a file: (directory, temporary name, offset in the file, offset in the chunk, length, cipher if it is
@@ -80,7 +80,7 @@ def work_of(wanted: PackRange[Use], stored: int | bytes) -> Work:
         for below in reversed(missing):
             parent = -1 if below.parent is None else numbers[below.parent]
             numbers[below] = len(directories)
-            directories.append((parent, below.name, below.inherits, below.identity))
+            directories.append((parent, below.name, below.inherits, below.identity, []))
         return numbers[directory]
 
     blocks: list[BlockRow] = []
@@ -94,6 +94,8 @@ def work_of(wanted: PackRange[Use], stored: int | bytes) -> Work:
                 if number is None:
                     number = number_of(item.directory)
                 if use is item:
+                    if item.name in item.directory.names:
+                        directories[number][4].append(item.name)
                     uses.append((number, item.name, item.size, tuple(item.metadata)))
                 else:
                     assert isinstance(use, PieceUse)
@@ -173,13 +175,14 @@ class RangeWriter:
 
     def _directories(self, work: Work) -> list[Directory]:
         directories: list[Directory] = []
-        for parent, name, inherits, identity in work.directories:
+        for parent, name, inherits, identity, standing in work.directories:
             if parent < 0:
                 directories.append(self._target.root)
                 continue
             directory = Directory(directories[parent], name)
             directory.inherits = inherits
             directory.identity = identity
+            directory.names = set(standing)
             directories.append(directory)
         return directories
 

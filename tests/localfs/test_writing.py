@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupfs.errors import SourceError
-from backupfs.localfs import fatal, writing
+from backupfs.localfs import fatal, naming, writing
 from backupfs.localfs.content import write_at, write_sparsely
 from backupfs.localfs.directories import Directory
 from backupfs.localfs.metadata import Metadata, change_mode
@@ -244,3 +244,23 @@ def test_a_directory_that_an_owner_was_let_into_gets_its_mode_back_at_any_end(tm
     assert [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("d", "d/e")] == [0o755, 0o711]
     target.close()
     assert [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("d", "d/e")] == [0o555, 0o111]
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_name_that_was_free_is_not_taken_from_another(
+    knows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """knows: the C library can rename without replacing."""
+    if not knows:
+        monkeypatch.setattr(naming, "_renameat2", None)
+    (tmp_path / "known").write_bytes(b"old")
+    target, _ = opened(tmp_path)
+    for name in (b"known", b"free"):
+        target.write_file(target.root, name, b"1", PLAIN)
+    with pytest.raises(FileExistsError):
+        target.write_file(target.root, b"free", b"22", PLAIN)
+    # The same again, as another restore into the same target may have put it there.
+    target.write_file(target.root, b"free", b"1", PLAIN)
+    target.write_file(target.root, b"known", b"22", PLAIN)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == {"known": b"22", "free": b"1"}
+    target.close()

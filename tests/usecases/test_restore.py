@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -69,6 +70,7 @@ ROOT = os.geteuid() == 0
 OWNERS_KEPT = (
     None if ROOT else Remark("only root can give files to their owners: they belong to the user who restored them")
 )
+NTFS = shutil.which("lowntfs-3g")
 as_root = pytest.mark.skipif(not ROOT, reason="only root can make these")
 
 
@@ -1544,20 +1546,46 @@ def test_a_file_that_cannot_be_written_is_told_and_the_rest_restored(
     repository, snapshot, source = saved(
         tmp_path, {"a": File(b"1" * 600), "b": File(BIG), "c": File(b"2"), "d": File(BIG)}
     )
-    real = os.rename
+    real = writing.rename_to_free
 
-    def failing(old: bytes, new: bytes, **fds: int) -> None:
+    def failing(old: bytes, new: bytes, dir_fd: int) -> None:
         if new in (b"a", b"b"):
             raise OSError(errno.EIO, "Input/output error")
-        real(old, new, **fds)
+        real(old, new, dir_fd)
 
-    monkeypatch.setattr(os, "rename", failing)
+    monkeypatch.setattr(writing, "rename_to_free", failing)
     result, events = run_restore(repository, snapshot, source, tmp_path / "target")
     assert sorted(events, key=repr) == [
         FileSkipped(os.fsencode(tmp_path) + b"/target/" + name, "Input/output error") for name in (b"a", b"b")
     ]
     assert sorted(os.listdir(tmp_path / "target")) == ["c", "d"]
     assert (result.errors, result.damaged) == (2, 0)
+
+
+@as_root
+@pytest.mark.parametrize("large", [False, True])
+def test_of_names_that_are_one_to_the_target_each_is_restored_or_told(large: bool, tmp_path: Path) -> None:
+    """On FAT, exFAT and NTFS one of `a` and `A` replaced the other without a word, exit code 0."""
+    one, other = (BIG, noise(300_001)) if large else (b"1", b"22")
+    repository, snapshot, source = saved(
+        tmp_path, {"a": File(one), "A": File(other), "b": File(b"3"), "l": Symlink(b"a"), "L": Symlink(b"bb")}
+    )
+    disk, target = tmp_path / "disk", tmp_path / "target"
+    target.mkdir()
+    with disk.open("wb") as file:
+        file.truncate(16 << 20)
+    made = subprocess.run(["mkntfs", "-F", "-q", "-f", disk], capture_output=True, check=False) if NTFS else None
+    if made is None or made.returncode or subprocess.run([NTFS, "-o", "ignore_case", disk, target]).returncode:
+        pytest.skip("there is no file system here that takes two names for one")
+    try:
+        result, events = run_restore(repository, snapshot, source, target)
+        there = {name.lower(): (target / name).read_bytes() for name in os.listdir(target) if name.lower() != "l"}
+    finally:
+        subprocess.run(["umount", target], check=True)
+    told = sorted(os.path.basename(event.path) for event in events if isinstance(event, FileSkipped))
+    assert told in ([b"A", b"L"], [b"A", b"l"], [b"L", b"a"], [b"a", b"l"])
+    assert (result.files, result.errors) == (3, 2)
+    assert there == {"a": one if b"A" in told else other, "b": b"3"}
 
 
 def test_where_links_cannot_be_made_copies_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
