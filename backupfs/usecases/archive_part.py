@@ -406,7 +406,14 @@ class Part:
             if self._directory.fd < 0:
                 raise  # the way back is lost: the directory above reports it
             self._tell_unread(name, error)
-            return context.empty_tree(), (), INCOMPLETE
+            return context.empty_tree(), self._xattrs_by_name(name), INCOMPLETE
+
+    def _xattrs_by_name(self, name: bytes) -> Xattrs:
+        """Return those of a directory that cannot be opened: without its ACL its mode would give rights to others."""
+        try:
+            return reading.read_xattrs(reading.path_in(self._directory.fd, name), follow=False)
+        except OSError:
+            return ()
 
     def _tell_unread(self, name: bytes, error: OSError) -> bool:
         """Report what could not be read, and return whether that is a failure: what is gone meanwhile is none.

@@ -29,6 +29,7 @@ from backupfs.usecases import storing
 from backupfs.usecases.backup import BackupResult, backup, backup_stream
 from backupfs.usecases.events import Event, FileChanged, FileSkipped, FileVanished, LeftOut, Remark
 from tests.builders import (
+    Directory,
     File,
     Hardlink,
     Sparse,
@@ -438,7 +439,8 @@ def test_what_a_user_named_is_found_in_a_folder_that_he_cannot_list() -> None:
 
 
 def test_an_unreadable_directory_is_told_and_stored_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = build({"good": File(b"1"), "bad": {"x": File(b"2")}}, tmp_path / "s")
+    bad = Directory({"x": File(b"2")}, xattrs={"user.a": b"1"})
+    source = build({"good": File(b"1"), "bad": bad}, tmp_path / "s")
     real = reading.open_directory
 
     def open_directory(name: bytes, dir_fd: int | None) -> int:
@@ -451,7 +453,10 @@ def test_an_unreadable_directory_is_told_and_stored_empty(tmp_path: Path, monkey
     assert FileSkipped(source + b"/bad", "Permission denied") in events
     assert result.snapshot is not None
     root = find_path(result.snapshot, source, repository.trees.load)
-    assert {path for path, _ in walk(root, b"", repository.trees.load)} == {b"/good", b"/bad"}
+    found = dict(walk(root, b"", repository.trees.load))
+    assert found.keys() == {b"/good", b"/bad"}
+    # Where they are an ACL, the mode without it would give its rights to the group.
+    assert found[b"/bad"].xattrs == ((b"user.a", b"1"),)
 
 
 def test_statistics_count_what_the_snapshot_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
