@@ -106,17 +106,24 @@ class Repository:
 
     def slots(self) -> list[KeySlot]:
         """Return the key slots, oldest first; damaged ones under the name they show."""
-        found = []
-        for slot_id, data in _read_slots(self.store):
-            what = f"the object {layout.slot_key(slot_id)}"
-            try:
-                info = keys.read_slot_info(data, what)
-                found.append(KeySlot(slot_id, info.name, info.created_ns, slot_id == self.slot_id))
-            except DamagedObject:
-                found.append(KeySlot(slot_id, "(damaged)", 0, False))
-            except UnknownVersion:
-                found.append(KeySlot(slot_id, "(of a newer format)", 0, False))
-        return sorted(found, key=lambda slot: slot.created_ns)
+        found = dict(_read_slots(self.store))
+        if self.slot_id not in found:
+            # A listing may be stale.
+            found.update(_get_slots(self.store, [layout.slot_key(self.slot_id)]))
+        return sorted((self._slot(*item) for item in found.items()), key=lambda slot: slot.created_ns)
+
+    def slot(self, slot_id: ObjectId) -> KeySlot:
+        """Return a key slot, listed or not. Raises: ObjectMissing; StoreError."""
+        return self._slot(slot_id, get_named(self.store, layout.slot_key(slot_id)))
+
+    def _slot(self, slot_id: ObjectId, data: bytes) -> KeySlot:
+        try:
+            info = keys.read_slot_info(data, f"the object {layout.slot_key(slot_id)}")
+            return KeySlot(slot_id, info.name, info.created_ns, slot_id == self.slot_id)
+        except DamagedObject:
+            return KeySlot(slot_id, "(damaged)", 0, False)
+        except UnknownVersion:
+            return KeySlot(slot_id, "(of a newer format)", 0, False)
 
     def add_slot(self, password: bytes, name: str, cost: KdfCost) -> ObjectId:
         """Put a key slot that gives this keyring to another password."""
@@ -125,7 +132,8 @@ class Repository:
         slot_id = hash_object(data)
         self.store.put(layout.slot_key(slot_id), data)
         # Read back and opened before anybody trusts it: a slot that does not open is a repository lost.
-        keys.open_slot(self.store.get(layout.slot_key(slot_id)), password, f"the object {layout.slot_key(slot_id)}")
+        key = layout.slot_key(slot_id)
+        keys.open_slot(get_named(self.store, key), password, f"the object {key}")
         return slot_id
 
     def remove_slot(self, slot_id: ObjectId) -> None:

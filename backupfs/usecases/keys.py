@@ -15,7 +15,7 @@ async def list_slots(repository: Repository) -> list[KeySlot]:
 async def add_slot(repository: Repository, password: bytes, name: str) -> KeySlot:
     """Give the repository's keys to one more password. Raises: StoreError."""
     slot_id = await workers.request(repository.add_slot, password, name, KdfCost())
-    return next(slot for slot in await list_slots(repository) if slot.slot_id == slot_id)
+    return await workers.request(repository.slot, slot_id)
 
 
 async def remove_slot(repository: Repository, name: str) -> KeySlot:
@@ -43,7 +43,7 @@ async def remove_slot(repository: Repository, name: str) -> KeySlot:
 
 async def change_password(repository: Repository, password: bytes) -> KeySlot:
     """Replace the password in use: the new slot is put and opened before the old one goes. Raises: StoreError."""
-    own = next(slot for slot in await list_slots(repository) if slot.own)
+    own = await workers.request(repository.slot, repository.slot_id)
     added = await add_slot(repository, password, own.name)
     await workers.request(repository.remove_slot, own.slot_id)
     return added
