@@ -44,7 +44,7 @@ GARBLED_ANSWER = (KeyError, ValueError, TypeError, OverflowError, RuntimeError)
 
 def code_of(error: Any) -> str:
     """Return the code of an error of boto3's; empty if there is none."""
-    return str(error.response.get("Error", {}).get("Code", ""))
+    return str(error.response.get("Error", {}).get("Code") or "")
 
 
 def status_of(error: Any) -> int:

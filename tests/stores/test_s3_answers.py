@@ -606,7 +606,7 @@ def test_a_deletion_that_only_something_between_confirmed_is_tried_again(store: 
     assert deleted == ["DELETE"]
 
 
-@pytest.mark.parametrize("body", ["404 page not found\n", "<html>default backend</html>"])
+@pytest.mark.parametrize("body", ["404 page not found\n", "<html>none</html>", "<Error><Code></Code></Error>"])
 def test_a_404_of_what_lies_between_says_nothing_of_an_object_or_the_bucket(
     body: str, store: S3Store, server: Answering
 ) -> None:
