@@ -256,9 +256,9 @@ class DiskStorer:
                     node = find_path(parent, b"/files/" + volumes[number].name.encode(), self._load)
                     if not node.is_directory:
                         continue  # Images of before may have such a top, of a superblock that is damaged.
+                    lines = unread_before(parent, volumes[number].name, self._load)
                     tree = VolumeTree(tree_of(node), node.row, self._context.save_xattrs(node.xattrs))
                     self._count(node)
-                    lines = unread_before(parent, volumes[number].name, self._load)
                     found[number] = Looked(tree, tuple(line for line in lines if line not in told))
         return found
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from backupfs.disks.layout import Layout
 from backupfs.disks.nbd import DAMAGED
-from backupfs.errors import DamagedObject, PathNotFound, StoreError, shown
+from backupfs.errors import PathNotFound, shown
 from backupfs.ids import ChunkId
 from backupfs.snapshots.content import INLINE, INLINE_MARK, MOST_INLINE, Content, ContentBuilder, pieces
 from backupfs.snapshots.snapshot import Snapshot
@@ -64,17 +64,20 @@ def unread_content(lines: Iterable[bytes], save: Callable[[bytes], ChunkId]) -> 
 
 
 def unread_before(snapshot: Snapshot, name: str, load: Callable[[ChunkId], bytes | memoryview]) -> tuple[bytes, ...]:
-    """Return the lines of one volume in an image. load: gives tree chunks."""
+    """Return the lines of one volume in an image. load: gives tree chunks. Raises: DamagedObject; StoreError."""
     try:
         node = find_path(snapshot, b"/files/" + UNREAD, load)
         found = b"".join(bytes(piece.source) for piece in pieces(node.content, node.size, 0, node.size, load))
-    except (PathNotFound, DamagedObject, StoreError):
+    except PathNotFound:
         return ()
     return tuple(line for line in found.splitlines(keepends=True) if line.startswith(shown(name).encode() + b":"))
 
 
 def damage_before(snapshot: Snapshot, name: str, load: Callable[[ChunkId], bytes | memoryview]) -> tuple[str, ...]:
-    """Return what an image says is damaged of the file that a disk of it was read from: the disk does not show it."""
+    """Return what an image says is damaged of the file that a disk of it was read from: the disk does not show it.
+
+    Raises: DamagedObject; StoreError.
+    """
     start = f"{shown(name)}: "
     lines = (line.decode().rstrip("\n") for line in unread_before(snapshot, name, load))
     return tuple(line.removeprefix(start) for line in lines if line.startswith(start) and DAMAGED in line)

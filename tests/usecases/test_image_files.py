@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import trio
@@ -18,12 +19,14 @@ import zstandard
 
 from backupfs.disks import explorer, readers
 from backupfs.disks.filesystem import READ, Entry, Extent, Read, Unreadable
+from backupfs.errors import DamagedObject, StoreUnavailable
 from backupfs.repository.repository import Repository
 from backupfs.snapshots.node import STAT_ROW
 from backupfs.snapshots.snapshot import Snapshot
 from backupfs.snapshots.walk import find_path, walk
-from backupfs.usecases import image_files, image_scan, image_walk
+from backupfs.usecases import image_files, image_scan, image_unread, image_walk
 from backupfs.usecases.events import Event, FileSkipped, Remark
+from backupfs.usecases.image_unread import damage_before
 from backupfs.usecases.restore import RestoreOptions, restore
 from tests.builders import (
     Directory,
@@ -496,6 +499,27 @@ def test_what_could_not_be_read_is_listed_as_long_as_the_volume_stays_the_same(
         assert bytes_of(repository, second, "/files/.unread") == lines
         assert second.statistics.files_skipped == count
         assert second.statistics.files == snapshot.statistics.files
+
+
+@pytest.mark.parametrize("error", [DamagedObject, StoreUnavailable])
+def test_a_volume_is_looked_through_again_where_the_list_of_what_it_lacks_cannot_be_read(
+    error: type[Exception], imaged: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, snapshot, _ = imaged(Made({1: [file(b"good", 50), file(b"huge", 1 << 63)]}, {b"good": [(50, 0)]}))
+
+    def failing(*_arguments: object) -> NoReturn:
+        raise error("the list")
+
+    monkeypatch.setattr(image_unread, "pieces", failing)
+    events: list[Event] = []
+    second = run_image(repository, tmp_path / "disk.raw", report=events.append).snapshot
+    assert second is not None
+    assert len(problems_of(events)) == second.statistics.files_skipped == 1
+    assert second.statistics.files == snapshot.statistics.files
+    listed = bytes_of(repository, second, "/files/.unread")
+    assert listed == bytes_of(repository, snapshot, "/files/.unread")
+    with pytest.raises(error):
+        damage_before(snapshot, "disk", repository.trees.load)
 
 
 @pytest.mark.expected_log("a look at")
