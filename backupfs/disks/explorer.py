@@ -25,6 +25,7 @@ _TYPES = {
     "FILE": stat.S_IFREG, "DIR": stat.S_IFDIR, "SYMLINK": stat.S_IFLNK, "CHAR_DEVICE": stat.S_IFCHR,
     "BLOCK_DEVICE": stat.S_IFBLK, "FIFO": stat.S_IFIFO, "SOCKET": stat.S_IFSOCK,
 }  # fmt: skip
+_STARTS = ("cluster", "dir_id")  # where a directory begins, in what the library refers to it by
 _MODES = {stat.S_IFDIR: 0o755, stat.S_IFLNK: 0o777}
 
 
@@ -128,8 +129,12 @@ class _ExplorerFilesystem:
     def identity(self, directory: Entry) -> object:
         if isinstance(directory.handle, _Empty):
             return directory.handle
-        found: object = self._tree.identity(directory.handle)
-        return found if found is not None else directory.inode or id(directory)
+        # Those of FAT, exFAT and ISO 9660 have no numbers, or not each its own: they are known by where they begin.
+        for name in _STARTS:
+            start: object = getattr(directory.handle.ref, name, None)
+            if start:
+                return start
+        return self._tree.identity(directory.handle) or object()
 
     def _entry(self, node: Any) -> Entry:
         kind = _TYPES.get(node.type.name)

@@ -557,6 +557,7 @@ PLAIN: Tree = {
     "a": File(b"a" * 5000),
     "large": File(random.Random(2).randbytes(700_000) + bytes(100_000) + b"text " * 50_000),
     "d": {"e": {"deep": File(b"deep")}, **{f"file{number}": File(b"%d" % number) for number in range(60)}},
+    "many": {f"d{number}": {"e": {"file": File(b"%d" % number)}} for number in range(30)},
 }
 
 
@@ -573,7 +574,7 @@ def _btrfs(source: bytes, path: Path) -> list[list[str | bytes | Path]]:
 
 
 def _fat(source: bytes, path: Path) -> list[list[str | bytes | Path]]:
-    names = [source + b"/a", source + b"/large", source + b"/d"]
+    names = [source + b"/a", source + b"/large", source + b"/d", source + b"/many"]
     return [["truncate", "-s", "40M", path], ["mkfs.vfat", path], ["mcopy", "-s", "-i", path, *names, "::"]]
 
 
