@@ -108,11 +108,16 @@ def kvm_works() -> bool:
 
 
 def firmware_of(disk: Path) -> str:
-    """Return what a disk is booted by: uefi if it has a system partition and nothing for a BIOS to begin with."""
+    """Return what a disk is booted by: uefi if it has a system partition and nothing for a BIOS to begin with.
+
+    Code in the first sector counts where there is no GPT: Windows puts some before each, which only says that it fails.
+    """
     kinds = _kinds_of(disk)
+    if _ESP in kinds:
+        return "bios" if _BIOS_BOOT in kinds else "uefi"
     with open(disk, "rb") as file:
         has_code = any(file.read(440))
-    return "uefi" if kinds & {_ESP, "ef"} and _BIOS_BOOT not in kinds and not has_code else "bios"
+    return "uefi" if "ef" in kinds and not has_code else "bios"
 
 
 def bus_of(disk: MachineDisk) -> str:
