@@ -23,6 +23,7 @@ _ROUTINE = re.compile(
     rb"(Open|Check)ing filesystem|UUID: |Cannot get host filesystem geometry|Repair may fail if there is a sector|"
     rb"the image and the host filesystem|.*: recovering journal|.*check forced|Mounting volume\.\.\. OK|"
     rb".*WARNING: Filesystem still has errors|Leaving filesystem unchanged|No modify flag set|"
+    rb"Inode \d+ extent tree \(at level \d+\) could be |"
     rb".*: \d+/\d+ (files|clusters)|.*: \d+ files, \d+/\d+ clusters"
 )
 _QUESTION = re.compile(rb"\s*\b[A-Z][a-z ]*\?( (yes|no))?$")  # that nobody answers

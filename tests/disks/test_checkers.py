@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backupfs.disks.checkers import check_volume
+from backupfs.disks.checkers import _complaint, check_volume
 
 MIB = 1 << 20
 
@@ -26,6 +26,16 @@ def test_the_reason_is_the_first_complaint_and_not_the_sum(volume: Path) -> None
     checked = check_volume(volume, volume.stat().st_size)
     assert checked.sound is False
     assert checked.words == "ext2/3/4: Entry 'lost+found' in / (2) has deleted/unused inode 11."
+
+
+def test_what_could_be_better_is_no_complaint(tmp_path: Path) -> None:
+    """e2fsck says it of sound file systems, too, and said it here in the place of what was wrong."""
+    words = (
+        b"$ e2fsck -fn\ne2fsck 1.47.0 (5-Feb-2023)\nPass 1: Checking inodes, blocks, and sizes\n"
+        b"Inode 50 extent tree (at level 1) could be narrower.  Optimize? no\n\n"
+        b"Inode 63 has illegal block(s).  Clear? no\n"
+    )
+    assert _complaint(words, tmp_path) == "Inode 63 has illegal block(s)."
 
 
 def test_the_reason_of_others_is_their_first_complaint_too(volume: Path) -> None:
