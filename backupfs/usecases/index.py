@@ -4,6 +4,7 @@ The disks are read from the repository, as `image` reads them from devices. The 
 gives it another root, which has what it had and the files that were found.
 """
 
+import contextlib
 import time
 from dataclasses import dataclass, field, replace
 
@@ -83,7 +84,9 @@ def index(
     notes.require_right(repository, notes.INDEX)
     disks: list[DiskSource] = [StoredDisk(repository, snapshot, disk.volume) for disk in snapshot.disks]
     for stored in disks:
-        stored.problems = damage_before(snapshot, stored.name, repository.trees.load)
+        # Where the list is damaged itself, it is what is made anew here.
+        with contextlib.suppress(DamagedObject):
+            stored.problems = damage_before(snapshot, stored.name, repository.trees.load)
     layout = read_layout(disks, options.luks_passphrases, keys_of(snapshot.volumes))
     tell_lacks(layout, report)
     names = [disk.name for disk in disks] + [volume.name for volume in layout.volumes]
