@@ -31,7 +31,8 @@ TREE: Files = {
     "device": (300, 70000),
     "d": {"one": b"1", "deep": {"er": {"file": b"deep"}}},
     "many": {f"f{number:05d}": b"%d" % number for number in range(3000)},
-    "some": {f"f{number}": b"%d" % number for number in range(40)},
+    # More than an inode of 2 KiB holds.
+    "some": {f"{number:060d}": b"%d" % number for number in range(40)},
 }
 
 
