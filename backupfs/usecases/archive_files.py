@@ -28,6 +28,7 @@ from backupfs.usecases.events import FileChanged, Report
 
 # A file of the kernel that says no size ends well before this; one that does not (pagemap) would be read for hours.
 _MOST_UNSIZED = 64 << 20
+_UNSIZED_STEP = 64 << 10
 
 
 class FileRead(NamedTuple):
@@ -159,14 +160,18 @@ class FileStorer:
 
 
 def _unsized_reader(fd: int) -> Callable[[memoryview], int]:
-    left = _MOST_UNSIZED
+    left, held = _MOST_UNSIZED, memoryview(b"")
 
     def read_into(buffer: memoryview) -> int:
-        nonlocal left
-        count = os.readv(fd, [buffer])
-        left -= count
-        if left < 0:
-            raise OSError(0, f"it says a size of 0 and gives more than {_MOST_UNSIZED >> 20} MiB")
+        nonlocal left, held
+        if not held:
+            # Some files of the kernel give whole records alone, to whoever asks for a multiple of them.
+            held = memoryview(os.read(fd, _UNSIZED_STEP))
+            left -= len(held)
+            if left < 0:
+                raise OSError(0, f"it says a size of 0 and gives more than {_MOST_UNSIZED >> 20} MiB")
+        count = min(len(buffer), len(held))
+        buffer[:count], held = held[:count], held[count:]
         return count
 
     return read_into

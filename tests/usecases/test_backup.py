@@ -24,8 +24,8 @@ from backupfs.snapshots.tree import leaf_pages
 from backupfs.snapshots.walk import find_path, tree_of, walk
 from backupfs.stores.passing import PassingStore
 from backupfs.stores.store import ObjectInfo
+from backupfs.usecases import archive_files, storing
 from backupfs.usecases import backup as backup_module
-from backupfs.usecases import storing
 from backupfs.usecases.backup import BackupResult, backup, backup_stream
 from backupfs.usecases.events import Event, FileChanged, FileSkipped, FileVanished, LeftOut, Remark
 from tests.builders import (
@@ -374,6 +374,17 @@ def test_a_file_of_the_kernel_without_an_end_is_told(tmp_path: Path) -> None:
     [skipped] = [event for event in events if isinstance(event, FileSkipped)]
     assert skipped == FileSkipped(source, "it says a size of 0 and gives more than 64 MiB")
     assert result.counts.files_skipped == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the kernel shows it to root alone")
+def test_a_file_of_the_kernel_that_gives_whole_records_alone_is_read() -> None:
+    """By chance of where it was cut it was asked for parts of records, and refused as an invalid argument."""
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY)
+    try:
+        read, buffer = archive_files._unsized_reader(fd), memoryview(bytearray(13))
+        assert [read(buffer) for _ in range(3)] == [13, 13, 13]
+    finally:
+        os.close(fd)
 
 
 def test_what_vanishes_before_it_is_read_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
